@@ -1,0 +1,102 @@
+"""Sigmas, noise and the Euler loop, against closed forms and a model whose flow is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zimage_core.sampler import denoise, draw_noise, get_sigmas, predict_flow
+
+COMFY_SIMPLE_SHIFT_3 = [1, 0.95455, 0.9, 0.83333, 0.75, 0.64286, 0.5, 0.3, 0]
+
+
+class StraightLine:
+    """A stand-in whose flow is exact: every x lies on the line from `image` to `noise`, output = image - noise."""
+
+    def __init__(self, image, noise):
+        self.image, self.noise, self.seen = image, noise, []
+
+    def __call__(self, latents, t, cond):
+        self.seen.append(t.item())
+        return cond * (self.image - self.noise)
+
+
+@pytest.fixture
+def line():
+    gen = torch.Generator().manual_seed(0)
+    return StraightLine(torch.randn(2, 16, 4, 4, generator=gen), torch.randn(2, 16, 4, 4, generator=gen))
+
+
+def test_eight_sigmas():
+    torch.testing.assert_close(get_sigmas(), torch.tensor(COMFY_SIMPLE_SHIFT_3), atol=5e-6, rtol=0)
+    s = torch.arange(8, -1, -1) / 8
+    torch.testing.assert_close(get_sigmas(8), 3 * s / (1 + 2 * s))
+
+
+@pytest.mark.parametrize("steps", [4, 8, 20])
+def test_sigmas_equal_diffusers(steps):
+    """As its Z-Image pipeline sets its scheduler up: its default sigmas, static shift 3 of the model's config."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
+    scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(steps))
+    if steps == 8:
+        torch.testing.assert_close(get_sigmas(8), scheduler.sigmas)
+    assert len(scheduler.sigmas) == steps + 1
+
+
+@pytest.mark.parametrize("steps", [1, 4, 100])
+def test_ends_and_order(steps):
+    sigmas = get_sigmas(steps)
+    assert (len(sigmas), sigmas[0].item(), sigmas[-1].item()) == (steps + 1, 1.0, 0.0)
+    assert (sigmas.diff() < 0).all()
+
+
+def test_denoise_strength_and_end():
+    sigmas = get_sigmas(4, start=0.5, end=0.1)
+    torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([1.5 / 2, 0.3 / 1.2]))
+
+
+@pytest.mark.parametrize("arguments", [(0,), (101,), (-1,), (8, 0.0), (8, 1.1), (8, 0.5, 0.5), (8, 1.0, -0.1)])
+def test_bad_ranges(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        get_sigmas(*arguments)
+
+
+def test_noise_is_that_of_the_seed():
+    noise = draw_noise(7, 2, 64, 96)
+    expected = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(7))
+    assert noise.dtype == torch.float32 and torch.equal(noise, expected)
+    assert torch.equal(draw_noise(torch.Generator().manual_seed(7), 2, 64, 96), expected)
+
+
+def test_flow_has_one_sign_and_one_time(line):
+    flow = predict_flow(line, line.noise, torch.tensor(0.75), 1.0)
+    assert torch.equal(flow, line.noise - line.image)
+    assert line.seen == [0.25]
+
+
+def test_euler_follows_the_line(line):
+    seen = []
+    sigmas = get_sigmas(8)
+    out = denoise(line, line.noise, sigmas, 1.0, on_step=lambda done, total, image: seen.append((done, total, image)))
+    torch.testing.assert_close(out, line.image, atol=1e-5, rtol=1e-5)
+    assert [s[:2] for s in seen] == [(i, 8) for i in range(1, 9)]
+    torch.testing.assert_close(torch.tensor(line.seen), 1 - sigmas[:-1])
+    torch.testing.assert_close(seen[0][2], line.image, atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_is_added_to_the_positive(line):
+    """pos + g (pos - neg), with pos twice and neg half of the line's flow."""
+    sigmas = get_sigmas(1)
+    out = denoise(line, line.noise, sigmas, 2.0, negative=0.5, guidance=3.0)
+    expected = line.noise - (2.0 + 3.0 * 1.5) * (line.noise - line.image)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="negative"):
+        denoise(line, line.noise, sigmas, 1.0, guidance=1.0)
+
+
+def test_a_callback_can_stop(line):
+    denoise(line, line.noise, get_sigmas(8), 1.0, on_step=lambda done, total, image: done < 3)
+    assert len(line.seen) == 3

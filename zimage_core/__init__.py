@@ -1,0 +1,19 @@
+"""Z-Image Turbo from SVDQuant INT4 checkpoints, self-contained and without ComfyUI.
+
+Lazy: `import zimage_core` does not import torch; the names below do when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {"load_pipeline": "pipeline", "Pipeline": "pipeline", "load_transformer": "checkpoint"}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

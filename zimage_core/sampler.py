@@ -1,0 +1,87 @@
+"""Flow matching: sigmas, starting noise and the Euler loop.
+
+sigma runs from 1 (noise) to 0 (image) and x = (1 - sigma) image + sigma noise, so the flow is
+d x / d sigma = noise - image. Schedule and guidance: huggingface/diffusers `pipelines/z_image@v0.42.1`; with 8
+steps the sigmas are also those of ComfyUI's `simple` scheduler at shift 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .transformer import PIXELS_PER_CELL, Conditioning, ZImageTransformer
+
+SHIFT = 3.0
+MAX_STEPS = 100
+
+
+def shift_sigma(s: Tensor, shift: float = SHIFT) -> Tensor:
+    """Spend more of the steps near the noise: shift * s / (1 + (shift - 1) s)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def get_sigmas(steps: int = 8, start: float = 1.0, end: float = 0.0) -> Tensor:
+    """(steps + 1,) fp32 from the shifted `start` down to the shifted `end`, evenly spaced before the shift.
+
+    start below 1 is the denoise strength of img2img; end above 0 leaves noise in. Raises ValueError for steps
+    outside 1..100 or not 0 <= end < start <= 1.
+    """
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps: expected 1 to {MAX_STEPS}, found {steps}; 8 is what the model was made for")
+    if not 0.0 <= end < start <= 1.0:
+        raise ValueError(f"denoise range: expected 0 <= end < start <= 1, found start {start}, end {end}")
+    return shift_sigma(torch.linspace(start, end, steps + 1, dtype=torch.float64)).float()
+
+
+def draw_noise(generator: torch.Generator | int, batch: int, height: int, width: int, channels: int = 16) -> Tensor:
+    """(batch, channels, H/8, W/8) fp32 normal noise, drawn on the CPU so that a seed means the same everywhere.
+
+    height, width in pixels. An int seeds a fresh generator, as ComfyUI does.
+    """
+    if isinstance(generator, int):
+        generator = torch.Generator("cpu").manual_seed(generator)
+    cells = (height // PIXELS_PER_CELL, width // PIXELS_PER_CELL)
+    return torch.randn((batch, channels, *cells), generator=generator, device="cpu", dtype=torch.float32)
+
+
+def predict_flow(model: ZImageTransformer, latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+    """d x / d sigma at latents (B, 16, H/8, W/8), sigma (B,) or scalar in 0..1; latents' shape and dtype.
+
+    The only place that turns sigma into the model's time and flips its sign.
+    """
+    return -model(latents, 1.0 - sigma.reshape(-1), cond)
+
+
+def denoise(
+    model: ZImageTransformer,
+    latents: Tensor,
+    sigmas: Tensor,
+    cond: Conditioning,
+    *,
+    negative: Conditioning | None = None,
+    guidance: float = 0.0,
+    on_step: Callable[[int, int, Tensor], bool | None] | None = None,
+) -> Tensor:
+    """Integrate the flow from sigmas[0] to sigmas[-1] with Euler steps; returns fp32 latents of the same shape.
+
+    With guidance g > 0 the flow is pos + g (pos - neg), g + 1 in ComfyUI's terms, and `negative` is needed.
+    on_step(done, total, predicted image latents) after each step; returning False stops the run early.
+    """
+    if guidance > 0 and negative is None:
+        raise ValueError(f"guidance {guidance}: a negative prompt's conditioning is needed, none was given")
+    latents = latents.float()
+    total = len(sigmas) - 1
+    steps = sigmas.tolist()
+    device_sigmas = sigmas.to(latents.device)
+    for i in range(total):
+        flow = predict_flow(model, latents, device_sigmas[i], cond)
+        if guidance > 0:
+            flow = flow + guidance * (flow - predict_flow(model, latents, device_sigmas[i], negative))
+        image = latents - steps[i] * flow if on_step else None
+        latents = latents + (steps[i + 1] - steps[i]) * flow
+        if on_step and on_step(i + 1, total, image) is False:
+            break
+    return latents

@@ -1,0 +1,430 @@
+"""The text encoder: chat template, tokenizer and the Qwen3 body whose hidden state conditions Z-Image.
+
+Z-Image was trained on the second-to-last hidden state of Qwen3-4B, so of a file's N layers only the first N - 1
+are read and run, and the final norm and the language-model head never. The body is ours so that its Linears come
+from the same kind of factory as the transformer's.
+
+Source: transformers/models/qwen3/modeling_qwen3.py@v5.23.0, diffusers/pipelines/z_image/pipeline_z_image.py@v0.42.1.
+Legend: B batch, L tokens, C width, H heads, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tensorfiles import open_tensors
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+MAX_TOKENS = 512
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+COMFYUI_TOKENIZER = Path("comfy", "text_encoders", "qwen25_tokenizer")
+HUB_TOKENIZERS = (("Tongyi-MAI/Z-Image-Turbo", "tokenizer/"), ("Qwen/Qwen3-4B", ""))
+
+_REMEDY = "get Qwen3-4B in bf16 (the text_encoder folder of Z-Image-Turbo, or qwen_3_4b.safetensors)"
+_TOKENIZER_REMEDY = (
+    "put Qwen3's tokenizer.json, or its vocab.json, merges.txt and tokenizer_config.json, there"
+)
+_FLOATS = ("BF16", "F16", "F32")
+# Other models, then stored forms that are not read: a pattern over the tensor names, and what to call it.
+_OTHER_MODELS = (
+    (r"(^|\.)encoder\.block\.\d+\.layer\.", "a T5 text encoder"),
+    (r"text_model\.encoder\.layers\.", "a CLIP text encoder"),
+    (r"(^|\.)(visual|vision_tower|vision_model)\.", "a vision-language model"),
+    (r"(^|\.)(noise_refiner|context_refiner|cap_embedder)\.", "a Z-Image transformer"),
+    (r"^decoder\.(up|up_blocks)\.", "a VAE"),
+    (r"\.mlp\.experts\.", "a mixture-of-experts model"),
+    (r"(pre|post)_feedforward_layernorm", "a Gemma model"),
+)
+_STORED_FORMS = (
+    (r"\._data$", "quanto"),
+    (r"\.weight_scale_2$", "NVFP4"),
+    (r"(\.comfy_quant|\.weight_scale(_inv)?|\.scale_weight|^scaled_fp8)$", "FP8"),
+    (r"\.(absmax|quant_map|weight\.quant_state.*)$", "bitsandbytes"),
+    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
+)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the encoder, by default Qwen3-4B's; `num_layers` are the layers run, one less than the model has."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_layers: int = 35
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"text encoder: expected {name} above 0, found {value}")
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise ValueError(
+                f"text encoder: expected heads divisible by key/value heads and an even head width, found "
+                f"{self.num_heads}, {self.num_kv_heads} and {self.head_dim}"
+            )
+
+
+def rotary_table(length: int, config: TextEncoderConfig, device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, D) fp32 of positions 0 .. length - 1, each frequency twice (halves, not pairs)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)  # (L, D)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, H, L, D) by the table's angles (L, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in fp32, returned in x's dtype (promoted by the weight's)."""
+
+    def __init__(self, width: int, eps: float, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normed queries and keys."""
+
+    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+        super().__init__()
+        c, d, kw = config.hidden_size, config.head_dim, {"device": device, "dtype": dtype}
+        self.groups = config.num_heads // config.num_kv_heads
+        self.head_dim = d
+        self.q_proj = linear(c, config.num_heads * d, bias=False, **kw)
+        self.k_proj = linear(c, config.num_kv_heads * d, bias=False, **kw)
+        self.v_proj = linear(c, config.num_kv_heads * d, bias=False, **kw)
+        self.o_proj = linear(config.num_heads * d, c, bias=False, **kw)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps, **kw)
+        self.k_norm = RMSNorm(d, config.rms_norm_eps, **kw)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        v = v.transpose(1, 2)  # (B, G, L, D)
+        q = apply_rotary(self.q_norm(q).transpose(1, 2), cos, sin).to(v.dtype)  # (B, H, L, D)
+        k = apply_rotary(self.k_norm(k).transpose(1, 2), cos, sin).to(v.dtype)  # (B, G, L, D)
+        k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, L, C)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+        super().__init__()
+        c, f, kw = config.hidden_size, config.intermediate_size, {"device": device, "dtype": dtype}
+        self.gate_proj = linear(c, f, bias=False, **kw)
+        self.up_proj = linear(c, f, bias=False, **kw)
+        self.down_proj = linear(f, c, bias=False, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        self.self_attn = Attention(config, linear, **kw)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        self.mlp = MLP(config, linear, **kw)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class TextEncoder(nn.Module):
+    """Qwen3 up to its second-to-last hidden state; parameters are named as in transformers' Qwen3Model.
+
+    `linear(in_features, out_features, bias=False, device=, dtype=)` builds every projection.
+    """
+
+    def __init__(self, config: TextEncoderConfig, linear=nn.Linear, device=None, dtype=None):
+        super().__init__()
+        self.config = config
+        kw = {"device": device, "dtype": dtype}
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
+        self.layers = nn.ModuleList(Layer(config, linear, **kw) for _ in range(config.num_layers))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden state (B, L, C) of token ids (B, L), without the final norm.
+
+        `attention_mask` (B, L) is 1 on tokens and 0 on padding, which must be on the right: there the causal
+        mask alone keeps tokens from seeing it. The hidden state is zero on padding. ValueError for other masks.
+        """
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+            if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+                raise ValueError("attention_mask: expected padding on the right, found a token after padding")
+        x = self.embed_tokens(input_ids)
+        cos, sin = (t.to(x.dtype) for t in rotary_table(input_ids.shape[1], self.config, x.device))
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return x if attention_mask is None else x * attention_mask.unsqueeze(-1)
+
+
+def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
+    """Sizes from the config of a transformers Qwen3 model; ValueError where it asks for what this body lacks."""
+    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    fixed = {
+        "model_type": (data.get("model_type", "qwen3"), "qwen3"),
+        "hidden_act": (data.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (data.get("attention_bias", False), False),
+        "use_sliding_window": (data.get("use_sliding_window", False), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+    }
+    for name, (found, expected) in fixed.items():
+        if found != expected:
+            raise ValueError(f"{where}: {name}: expected {expected!r}, found {found!r}; {_REMEDY}")
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
+        if not isinstance(data.get(name), int):
+            raise ValueError(f"{where}: {name}: expected an integer, found {data.get(name)!r}; {_REMEDY}")
+    return TextEncoderConfig(
+        vocab_size=data["vocab_size"],
+        hidden_size=data["hidden_size"],
+        intermediate_size=data["intermediate_size"],
+        num_layers=data["num_hidden_layers"] - 1,
+        num_heads=data["num_attention_heads"],
+        num_kv_heads=data.get("num_key_value_heads") or data["num_attention_heads"],
+        head_dim=data.get("head_dim") or 128,
+        rope_theta=float(rope.get("rope_theta") or data.get("rope_theta") or 1e6),
+        rms_norm_eps=data.get("rms_norm_eps", 1e-6),
+    )
+
+
+def config_from_shapes(header: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> TextEncoderConfig:
+    """Sizes from the shapes (dtype, shape) of tensors named without `model.`; all N layers are taken to be there."""
+
+    def rows(name: str, axes: int = 2) -> tuple[int, ...]:
+        shape = header.get(name, ("", ()))[1]
+        if len(shape) != axes or 0 in shape:
+            raise ValueError(f"{where}: {name}: expected {axes} axes, found shape {shape or None}; {_REMEDY}")
+        return shape
+
+    vocab_size, hidden_size = rows("embed_tokens.weight")
+    (head_dim,) = rows("layers.0.self_attn.q_norm.weight", axes=1)
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=rows("layers.0.mlp.gate_proj.weight")[0],
+        num_layers=max(int(name.split(".")[1]) for name in header if re.match(r"layers\.\d+\.", name)),
+        num_heads=rows("layers.0.self_attn.q_proj.weight")[0] // head_dim,
+        num_kv_heads=rows("layers.0.self_attn.k_proj.weight")[0] // head_dim,
+        head_dim=head_dim,
+    )
+
+
+def load_text_encoder(path, *, device="cpu", dtype: torch.dtype | None = None) -> TextEncoder:
+    """Qwen3 encoder from a transformers folder (sharded or not) or one safetensors file, ready for inference.
+
+    The sizes come from config.json or the file's `config` metadata, else from the shapes; names may begin with
+    `model.`; dtype is bf16 unless given. Tensors go to the device one at a time (on the CPU, in the dtype they are
+    stored in, they stay memory-mapped); those past the hidden state that is needed are not read. Raises ValueError
+    for other models and stored forms, and for missing, misshapen or unknown tensors.
+    """
+    path = Path(path)
+    if (path / "text_encoder").is_dir():  # a whole diffusers model
+        path = path / "text_encoder"
+    with open_tensors(path) as files:
+        keys = {key.removeprefix("model."): key for key in files.tensors}
+        header = {name: files.tensors[key] for name, key in keys.items()}
+        linear = choose_linear(header, str(path))
+        config = read_config(files.metadata.get("config"), header, str(path))
+        encoder = TextEncoder(config, linear, device="meta", dtype=dtype or torch.bfloat16)
+        expected = encoder.state_dict()
+        check_header(header, {name: tuple(tensor.shape) for name, tensor in expected.items()}, str(path))
+        state = {name: files.get(keys[name]).to(device, tensor.dtype) for name, tensor in expected.items()}
+    encoder.load_state_dict(state, assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def choose_linear(header: Mapping, where: str) -> type[nn.Module]:
+    """The Linear class for the form in which a file stores its weights; ValueError for what is not read."""
+    for rows, expected in ((_OTHER_MODELS, "Qwen3"), (_STORED_FORMS, "BF16, F16 or F32 weights")):
+        for pattern, what in rows:
+            if key := next(filter(re.compile(pattern).search, header), None):
+                raise ValueError(f"{where}: {key}: expected {expected}, found {what}; {_REMEDY}")
+    q_norm = "layers.0.self_attn.q_norm.weight"
+    if "layers.0.self_attn.q_proj.weight" in header and q_norm not in header:
+        raise ValueError(
+            f"{where}: {q_norm}: expected Qwen3, found Qwen2, Llama or the like without it; {_REMEDY}"
+        )
+    return nn.Linear
+
+
+def read_config(text: str | None, header: Mapping, where: str) -> TextEncoderConfig:
+    """Sizes from a JSON config, or from the tensors' shapes where there is none."""
+    if text is None:
+        return config_from_shapes(header, where)
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: config: expected JSON, found otherwise ({error}); {_REMEDY}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: config: expected a JSON object, found {type(data).__name__}; {_REMEDY}")
+    return config_from_json(data, where)
+
+
+def check_header(header: Mapping, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """ValueError unless every expected tensor is there, well shaped and a float, and nothing unknown is.
+
+    Tensors that Qwen3 has and this body does not need (later layers, final norm, head) may be there or not.
+    """
+    for name, shape in expected.items():
+        dtype, found = header.get(name, (None, None))
+        if found != shape:
+            found = "none" if found is None else f"shape {found}"
+            raise ValueError(f"{where}: {name}: expected shape {shape}, found {found}; {_REMEDY}")
+        if dtype not in _FLOATS:
+            raise ValueError(f"{where}: {name}: expected {', '.join(_FLOATS)}, found {dtype}; {_REMEDY}")
+    unneeded = {re.sub(r"^layers\.0\.", "", name) for name in expected} | {"norm.weight", "lm_head.weight"}
+    for name in header.keys() - expected.keys():
+        if re.sub(r"^layers\.\d+\.", "", name) not in unneeded and "rotary_emb" not in name:
+            raise ValueError(f"{where}: {name}: expected Qwen3's tensors, found this unknown one; {_REMEDY}")
+
+
+class Tokenizer:
+    """Token ids of a prompt: chat template, then byte-pair encoding, cut at 512 tokens.
+
+    The prompt goes in as it is, so that, as in diffusers, special-token strings inside it become those tokens.
+    """
+
+    def __init__(self, encode: Callable[[str], list[int]], where: str):
+        self.encode = encode
+        self.where = where
+        if len(encode("<|im_start|>")) != 1:
+            raise ValueError(
+                f"{where}: expected Qwen's tokenizer, found no <|im_start|>; {_TOKENIZER_REMEDY}"
+            )
+
+    def __call__(self, prompt: str) -> list[int]:
+        """Token ids of one prompt, unpadded; warns where a long prompt loses its end."""
+        ids = self.encode(TEMPLATE.format(prompt))
+        if len(ids) > MAX_TOKENS:
+            message = (
+                f"the prompt takes {len(ids)} tokens and only the first {MAX_TOKENS} are used; shorten it"
+            )
+            warnings.warn(message, stacklevel=2)
+        return ids[:MAX_TOKENS]
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """Tokenizer from a folder with tokenizer.json, or with vocab.json and merges.txt, or from a tokenizer.json.
+
+    Never uses the network. Raises ValueError where the files are missing, damaged or not Qwen's.
+    """
+    path = Path(path)
+    file = path if path.is_file() else path / "tokenizer.json"
+    if file.is_file():
+        import tokenizers
+
+        check_json(file, "model")
+        fast = tokenizers.Tokenizer.from_file(str(file))
+        fast.no_truncation()
+        fast.no_padding()
+        return Tokenizer(lambda text: fast.encode(text, add_special_tokens=False).ids, str(file))
+    if not has_tokenizer(path):
+        raise ValueError(f"{path}: expected a tokenizer, found none of its files; {_TOKENIZER_REMEDY}")
+    import transformers
+
+    check_json(path / "vocab.json", "a")
+    slow = transformers.Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
+    return Tokenizer(lambda text: slow(text, add_special_tokens=False)["input_ids"], str(path))
+
+
+def check_json(path: Path, key: str) -> None:
+    """ValueError unless a file holds a JSON object with a key (a Git LFS pointer, say, does not)."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or key not in found:
+        raise ValueError(f"{path}: expected a JSON object with {key!r}, found otherwise; download it again")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES)
+
+
+def find_tokenizer(encoder_path, comfyui=None) -> Path:
+    """The folder of the tokenizer for an encoder file or folder, from what is on this machine.
+
+    Looks beside the encoder, in `tokenizer/` there and one folder up, in the ComfyUI install (its root `comfyui`,
+    or the one around the encoder), then in the hub's cache. Raises ValueError where there is none.
+    """
+    path = Path(encoder_path).absolute()
+    folder = path if path.is_dir() else path.parent
+    roots = [*([Path(comfyui)] if comfyui else []), *path.parents, *path.resolve().parents]
+    places = [folder, folder / "tokenizer", folder.parent / "tokenizer"]
+    for place in (*places, *(root / COMFYUI_TOKENIZER for root in roots)):
+        if has_tokenizer(place):
+            return place
+    if cached := cached_tokenizer():
+        return cached
+    raise ValueError(
+        f"{folder}: expected a tokenizer beside the text encoder, in ComfyUI or in the hub's cache, found none; "
+        f"{_TOKENIZER_REMEDY}"
+    )
+
+
+def cached_tokenizer() -> Path | None:
+    """The folder of Qwen3's tokenizer in the hub's cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for repo, prefix in HUB_TOKENIZERS:
+        for names in TOKENIZER_FILES:
+            found = [try_to_load_from_cache(repo, prefix + name) for name in names]
+            if all(isinstance(file, str) for file in found):
+                return Path(found[0]).parent
+    return None
+
+
+@torch.no_grad()
+def encode_prompts(encoder: TextEncoder, tokenizer: Tokenizer, prompts: str | Sequence[str]) -> list[Tensor]:
+    """Caption features (L, C) of each prompt, run one by one and unpadded, on the encoder's device in its dtype.
+
+    Raises ValueError where the tokenizer's ids exceed the encoder's vocabulary.
+    """
+    features = []
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+        ids = tokenizer(prompt)
+        if max(ids) >= encoder.config.vocab_size:
+            raise ValueError(
+                f"{tokenizer.where}: expected token ids below {encoder.config.vocab_size}, the text encoder's "
+                f"vocabulary, found {max(ids)}; use the tokenizer that belongs to the encoder"
+            )
+        features.append(encoder(torch.tensor([ids], device=encoder.embed_tokens.weight.device))[0])
+    return features

@@ -1,0 +1,551 @@
+"""The 16-channel, 8x autoencoder of Z-Image: pictures to latents and back.
+
+What: encoder and decoder (convolutions, one attention in the middle), the scale and shift of the latents, slicing
+over the batch, tiling with blended seams. Module names are those of diffusers' `AutoencoderKL`; files with the
+names of Black Forest Labs (`ae.safetensors`) are renamed by a table. fp16 overflows inside the decoder and gives
+NaN (black) pictures, so only fp32 and bf16 are accepted.
+Why our own: large pictures must not fail for memory, and one reader must take every file that users have.
+Source: arXiv:2112.10752 (architecture); huggingface/diffusers `models/autoencoders/autoencoder_kl.py@v0.42.1` (names,
+paddings, eps); ComfyUI `comfy/ldm/modules/diffusionmodules/model.py@v0.33.0` (the other names).
+
+Shapes: B batch, H x W pixels, h x w latent cells (H/8, W/8), C latent channels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tensorfiles import open_tensors
+
+log = logging.getLogger(__name__)
+
+TILES = (96, 48)
+"""Tile edges in latent cells; the next is tried where memory runs out. The tensors of a 96-cell tile (768 pixels)
+take 1.7 GiB in fp32, of a 48-cell tile 0.4 GiB. Large ones first: the normalizations and the attention see one
+tile only, and the more of the picture it holds, the closer the result is to that of the whole."""
+OVERLAP = 0.25
+"""Share of a tile's edge that it has in common with its neighbour, so that a difference between the two fades over
+at least 96 pixels."""
+AUTO_PIXELS = 1536 * 1536
+"""Above this "auto" tiles at once: fp32 takes 3 KiB a pixel, 6.8 GiB here, and a machine without a GPU reports no
+error to act on, it kills the process."""
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the autoencoder; the defaults are those of Z-Image (and FLUX.1)."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    def __post_init__(self):
+        channels = self.block_out_channels
+        if not isinstance(channels, tuple) or not channels:
+            raise ValueError(f"VAEConfig: expected a tuple as block_out_channels, found {channels!r}")
+        sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *channels)
+        if not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise ValueError(f"VAEConfig: expected positive integers as sizes, found {self}")
+        if any(c % self.norm_num_groups for c in channels):
+            raise ValueError(
+                f"VAEConfig: expected block_out_channels divisible by norm_num_groups "
+                f"{self.norm_num_groups}, found {channels}"
+            )
+        if not all(isinstance(x, (int, float)) for x in (self.scaling_factor, self.shift_factor)):
+            raise ValueError(f"VAEConfig: expected numbers as scaling_factor and shift_factor, found {self}")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one edge."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _norm(config: VAEConfig, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU that reuses its input's memory unless autograd needs it; x must be a fresh tensor."""
+    return F.silu(x, inplace=not x.requires_grad)
+
+
+class ResnetBlock(nn.Module):
+    """x (B, in, H, W) -> (B, out, H, W)."""
+
+    def __init__(self, config: VAEConfig, channels_in: int, channels_out: int):
+        super().__init__()
+        self.norm1 = _norm(config, channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _norm(config, channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Attention(nn.Module):
+    """Self-attention of one head over all cells: x (B, D, H, W) -> same."""
+
+    def __init__(self, config: VAEConfig, channels: int):
+        super().__init__()
+        self.group_norm = _norm(config, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H*W, D)
+        out = F.scaled_dot_product_attention(self.to_q(cells), self.to_k(cells), self.to_v(cells))
+        return x + self.to_out[0](out).squeeze(1).transpose(1, 2).reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    """Resnet, attention, resnet at the coarsest size."""
+
+    def __init__(self, config: VAEConfig, channels: int):
+        super().__init__()
+        self.attentions = nn.ModuleList([Attention(config, channels)])
+        self.resnets = nn.ModuleList(ResnetBlock(config, channels, channels) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """Halves both edges; zeros are added right and below only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles both edges."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """Resnets, then half the size unless it is the last level."""
+
+    def __init__(self, config: VAEConfig, channels_in: int, channels_out: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(config, channels_in if i == 0 else channels_out, channels_out)
+            for i in range(config.layers_per_block)
+        )
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Resnets (one more than on the way down), then twice the size unless it is the last level."""
+
+    def __init__(self, config: VAEConfig, channels_in: int, channels_out: int, last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(config, channels_in if i == 0 else channels_out, channels_out)
+            for i in range(config.layers_per_block + 1)
+        )
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(channels_out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """images (B, 3, H, W) in -1..1 -> moments (B, 2C, h, w), unscaled: the posterior's mean, its log variance."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels = config.block_out_channels
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(config, channels[max(i - 1, 0)], c, last=i == len(channels) - 1) for i, c in enumerate(channels)
+        )
+        self.mid_block = MidBlock(config, channels[-1])
+        self.conv_norm_out = _norm(config, channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(_silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Unscaled latents (B, C, h, w) -> images (B, 3, H, W) in about -1..1."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(config, channels[0])
+        self.up_blocks = nn.ModuleList(
+            UpBlock(config, channels[max(i - 1, 0)], c, last=i == len(channels) - 1) for i, c in enumerate(channels)
+        )
+        self.conv_norm_out = _norm(config, channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(latents))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(_silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Encoder and decoder with scaling, slicing and tiling; train `encoder` and `decoder` directly."""
+
+    def __init__(self, config: VAEConfig | None = None):
+        super().__init__()
+        self.config = config or VAEConfig()
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def encode(self, images: Tensor, tiling: str = "auto") -> Tensor:
+        """images (B, 3, H, W) in -1..1 -> scaled latents (B, C, h, w) fp32, the posterior's mean; see encode_raw."""
+        return (self.encode_raw(images, tiling) - self.config.shift_factor) * self.config.scaling_factor
+
+    def decode(self, latents: Tensor, tiling: str = "auto") -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) fp32 in about -1..1; see decode_raw."""
+        return self.decode_raw(latents.float() / self.config.scaling_factor + self.config.shift_factor, tiling)
+
+    def encode_raw(self, images: Tensor, tiling: str = "auto") -> Tensor:
+        """Like encode, without scale and shift.
+
+        tiling: "off", "on" (where larger than a tile), "auto" (above AUTO_PIXELS, and after an out-of-memory error).
+        Raises ValueError for another shape, edges that are no multiples of 8, and weights in fp16.
+        """
+        down, channels = self.config.downscale, self.config.latent_channels
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % down or images.shape[3] % down:
+            raise ValueError(
+                f"VAE.encode: expected pictures (B, 3, H, W) with H and W divisible by {down}, found "
+                f"{tuple(images.shape)}; crop or resize the picture"
+            )
+        return self._run(lambda x: self.encoder(x)[:, :channels], images, tiling, cell_in=down, cell_out=1)
+
+    def decode_raw(self, latents: Tensor, tiling: str = "auto") -> Tensor:
+        """Like decode, for latents without scale and shift; tiling and errors as encode_raw."""
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"VAE.decode: expected latents (B, {self.config.latent_channels}, h, w), found "
+                f"{tuple(latents.shape)}; use the VAE that belongs to the diffusion model"
+            )
+        return self._run(self.decoder, latents, tiling, cell_in=1, cell_out=self.config.downscale)
+
+    def _run(self, function: Callable, x: Tensor, tiling: str, cell_in: int, cell_out: int) -> Tensor:
+        """Apply `function` to one picture after another, whole or in tiles, in smaller ones where memory runs out."""
+        if tiling not in ("auto", "on", "off"):
+            raise ValueError(f"tiling: expected 'auto', 'on' or 'off', found {tiling!r}")
+        weight = self.decoder.conv_in.weight
+        check_dtype(weight.dtype)
+        rows, columns = x.shape[2] // cell_in, x.shape[3] // cell_in
+        large = rows * columns * self.config.downscale**2 > AUTO_PIXELS
+        sizes: tuple[int | None, ...] = (None,)
+        if tiling != "off":
+            tiles = tuple(tile for tile in TILES if tile < max(rows, columns))
+            sizes = tiles if tiles and (tiling == "on" or large) else (None, *tiles)
+        pictures = []
+        for picture in x.split(1):
+            picture = picture.to(weight.device, weight.dtype)
+            for size, smaller in pairwise((*sizes, None)):
+                try:
+                    done = (
+                        function(picture).float()
+                        if size is None
+                        else tiled(function, picture, size, round(size * OVERLAP), cell_in, cell_out)
+                    )
+                    break
+                except RuntimeError as error:
+                    if smaller is None or not _out_of_memory(error):
+                        raise
+                    log.warning(
+                        "VAE: out of memory on shape %s with %s; trying again with tiles of %d cells",
+                        tuple(picture.shape),
+                        "no tiles" if size is None else f"tiles of {size}",
+                        smaller,
+                    )
+                # Outside the handler: only now are the failed attempt's tensors free.
+                if weight.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            sizes = sizes[sizes.index(size) :]  # what failed once is not tried again for the next picture
+            pictures.append(done)
+        return torch.cat(pictures)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """ValueError unless the VAE may run in `dtype` (fp32 or bf16)."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"VAE: expected torch.float32 or torch.bfloat16, found {dtype}; fp16 overflows in the decoder and gives "
+            "NaN (black) pictures"
+        )
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """GPUs raise torch.OutOfMemoryError; the CPU's and Apple's allocators a RuntimeError with these words."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or bool(
+        re.search("out of memory|not enough memory|can't allocate memory", str(error))
+    )
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along an edge of `length` cells: evenly spread, sharing at least `overlap`."""
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+
+
+def _ramp(length: int, overlap: int, first: bool, last: bool) -> Tensor:
+    """Weights (length,) of a tile along one axis: rising over `overlap` from a seam and falling towards one."""
+    distance = torch.arange(length) + 0.5
+    rise = torch.full((length,), float(overlap)) if first else distance
+    fall = torch.full((length,), float(overlap)) if last else distance.flip(0)
+    return torch.minimum(rise, fall).clamp(max=overlap) / overlap
+
+
+def tiled(function: Callable, x: Tensor, tile: int, overlap: int, cell_in: int, cell_out: int) -> Tensor:
+    """Apply `function` to overlapping tiles of x (B, C, H, W) and blend the results linearly, in fp32.
+
+    tile, overlap: latent cells; cell_in, cell_out: pixels per cell before and after `function`.
+    """
+    rows, columns = x.shape[2] // cell_in, x.shape[3] // cell_in
+    total = weights = None
+    for top in _starts(rows, tile, overlap):
+        for left in _starts(columns, tile, overlap):
+            bottom, right = min(top + tile, rows), min(left + tile, columns)
+            piece = function(x[..., top * cell_in : bottom * cell_in, left * cell_in : right * cell_in]).float()
+            down = _ramp(piece.shape[2], overlap * cell_out, top == 0, bottom == rows)
+            across = _ramp(piece.shape[3], overlap * cell_out, left == 0, right == columns)
+            weight = (down[:, None] * across[None, :]).to(piece.device)
+            if total is None:
+                total = piece.new_zeros(*piece.shape[:2], rows * cell_out, columns * cell_out)
+                weights = piece.new_zeros(rows * cell_out, columns * cell_out)
+            area = (..., slice(top * cell_out, bottom * cell_out), slice(left * cell_out, right * cell_out))
+            total[area] += piece * weight
+            weights[area] += weight
+    return total / weights
+
+
+@torch.no_grad()
+def decode_image(vae: VAE, latents: Tensor, tiling: str = "auto") -> Tensor:
+    """Scaled latents (B, C, h, w) -> pictures (B, H, W, 3) fp32 in 0..1 on the VAE's device; see VAE.decode."""
+    return vae.decode(latents, tiling).add_(1).div_(2).clamp_(0, 1).permute(0, 2, 3, 1).contiguous()
+
+
+BFL_ROWS = (
+    (r"^(encoder|decoder)\.mid\.block_1\.", r"\1.mid_block.resnets.0."),
+    (r"^(encoder|decoder)\.mid\.block_2\.", r"\1.mid_block.resnets.1."),
+    (r"^(encoder|decoder)\.mid\.attn_1\.norm\.", r"\1.mid_block.attentions.0.group_norm."),
+    (r"^(encoder|decoder)\.mid\.attn_1\.(q|k|v)\.", r"\1.mid_block.attentions.0.to_\2."),
+    (r"^(encoder|decoder)\.mid\.attn_1\.proj_out\.", r"\1.mid_block.attentions.0.to_out.0."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+    (r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"^(.*\.resnets\.\d+)\.nin_shortcut\.", r"\1.conv_shortcut."),
+)
+"""Names of Black Forest Labs -> diffusers, applied in turn; `bfl_rows` adds those that depend on the number of levels,
+which the former count from the finest in the decoder and the latter from the coarsest."""
+
+
+def bfl_rows(levels: int) -> tuple[tuple[str, str], ...]:
+    """The anchored (pattern, replacement) rows for an autoencoder of `levels` resolutions."""
+    up = []
+    for level in range(levels):
+        block = f"decoder.up_blocks.{levels - 1 - level}"
+        up += [
+            (rf"^decoder\.up\.{level}\.block\.(\d+)\.", rf"{block}.resnets.\1."),
+            (rf"^decoder\.up\.{level}\.upsample\.", f"{block}.upsamplers.0."),
+        ]
+    return (*up, *BFL_ROWS)
+
+
+def rename_bfl(key: str, rows: tuple[tuple[str, str], ...]) -> str:
+    """BFL key -> diffusers key; a key that no row matches stays as it is."""
+    for pattern, replacement in rows:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+_REMEDY = "get ae.safetensors, or the folder vae of Tongyi-MAI/Z-Image-Turbo"
+
+WRONG_KINDS = (
+    (
+        r"(^|\.)(x_embedder|noise_refiner|cap_embedder|t_embedder|double_blocks|transformer_blocks)\b",
+        "a diffusion model",
+    ),
+    (r"\.(lora_[AB]|lora_down|lora_up|lokr_w1|hada_w1_a)\b", "a LoRA"),
+    (r"(^|\.)(embed_tokens|token_embd|lm_head)\b", "a text encoder"),
+    (
+        r"^(taesd_|)((encoder|decoder)\.layers\.|(encoder\.|decoder\.)?\d+\.)",
+        "a tiny autoencoder (taef1, TAESD) for live previews",
+    ),
+    (r"(^|\.)(post_)?quant_conv\.", "an autoencoder with quant_conv (Stable Diffusion, FLUX.2)"),
+)
+"""What a file is whose keys show that it is something else; the first row that matches decides."""
+
+FIXED_FIELDS = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "in_channels": 3,
+    "out_channels": 3,
+    "mid_block_add_attention": True,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "latents_mean": None,
+    "latents_std": None,
+}
+"""Fields of a diffusers config that exist here with one value only."""
+FREE_FIELDS = {"sample_size", "force_upcast"}
+"""Fields without effect on the numbers, besides those that begin with "_" (diffusers' own notes)."""
+
+
+def config_from_diffusers(config: dict) -> VAEConfig:
+    """A diffusers AutoencoderKL config as VAEConfig; ValueError for a field or value not known here."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config: expected a JSON object, found {config!r}; {_REMEDY}")
+    ours = {
+        name: tuple(config[name]) if isinstance(config[name], list) else config[name]
+        for name in VAEConfig.__dataclass_fields__
+        if name in config
+    }
+    found = VAEConfig(**ours)
+    levels = len(found.block_out_channels)
+    fixed = FIXED_FIELDS | {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    for name in config.keys() - ours.keys() - FREE_FIELDS:
+        if name.startswith("_") and name not in fixed:
+            continue
+        if name not in fixed or config[name] != fixed[name]:
+            expected = repr(fixed[name]) if name in fixed else "no such field"
+            raise ValueError(f"config field {name}: expected {expected}, found {config[name]!r}; {_REMEDY}")
+    return found
+
+
+def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
+    """The config that follows from diffusers-style names and shapes; norm groups, scale and shift are the defaults.
+
+    Raises ValueError where a shape that it needs is missing.
+    """
+    blocks = {
+        tuple(map(int, m.groups()))
+        for key in shapes
+        if (m := re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", key))
+    }
+    levels, layers = (1 + max((b[i] for b in blocks), default=0) for i in (0, 1))
+    keys = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)] + ["decoder.conv_in.weight"]
+    for key in keys:
+        if len(shapes.get(key, ())) != 4:
+            raise ValueError(f"{key!r}: expected four dimensions, found {shapes.get(key, 'none')}; {_REMEDY}")
+    return VAEConfig(tuple(shapes[key][0] for key in keys[:-1]), layers, latent_channels=shapes[keys[-1]][1])
+
+
+def _names(keys: list[str]) -> dict[str, str]:
+    """Our name -> key in the file, for either style; ValueError for a wrong kind of file or a doubled tensor."""
+    kind = next((kind for pattern, kind in WRONG_KINDS if any(re.search(pattern, key) for key in keys)), None)
+    halves = [half for half in ("encoder", "decoder") if any(key.startswith(f"{half}.conv_in.") for key in keys)]
+    if kind is None and len(halves) < 2:
+        other = f"another kind of file (keys such as {keys[:1]})"
+        kind = f"the {halves[0]} of an autoencoder only" if halves else other
+    if kind:
+        raise ValueError(f"expected the 16-channel autoencoder of Z-Image, found {kind}; {_REMEDY}")
+    levels = 1 + max((int(m[1]) for key in keys if (m := re.match(r"decoder\.up\.(\d+)\.", key))), default=-1)
+    rows = bfl_rows(levels) if levels else ()
+    names: dict[str, str] = {}
+    for key in keys:
+        if (twin := names.setdefault(rename_bfl(key, rows), key)) != key:
+            raise ValueError(f"{twin!r} and {key!r} are the same tensor, expected only one; {_REMEDY}")
+    return names
+
+
+def _check_tensors(
+    names: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[int, ...]],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> None:
+    for name, key in names.items():
+        dtype, shape = tensors[key]
+        if name not in expected:
+            raise ValueError(f"unexpected tensor {key!r} of shape {shape}, expected none of that name; {_REMEDY}")
+        if shapes[name] != expected[name]:
+            raise ValueError(f"{key!r}: expected shape {expected[name]}, found {shape}; {_REMEDY}")
+        if dtype not in ("F32", "BF16", "F16"):
+            raise ValueError(f"{key!r}: expected dtype F32, BF16 or F16, found {dtype}; {_REMEDY}")
+    missing = [name for name in expected if name not in names]
+    if missing:
+        raise ValueError(
+            f"expected tensor {missing[0]!r} of shape {expected[missing[0]]}, found none ({len(missing)} are "
+            "missing); the file is incomplete, download it again"
+        )
+
+
+def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
+    """The VAE of a safetensors file (diffusers or BFL names) or a diffusers folder, frozen, on a device.
+
+    The config is the diffusers JSON of the file's metadata or the folder's config.json, else it follows from the
+    shapes. Tensors go from the memory-mapped file to the device one by one. Raises ValueError, naming the file, for a
+    wrong kind of file, config values not known here, and unexpected, missing or misshapen tensors; also for fp16.
+    """
+    check_dtype(dtype)
+    with open_tensors(path) as files:
+        try:
+            names = _names(list(files.keys()))
+            shapes = {name: files.tensors[key][1] for name, key in names.items()}
+            # BFL stores the attention's linear layers as 1x1 convolutions.
+            shapes = {
+                name: shape[:2] if ".attentions." in name and name != names[name] and shape[2:] == (1, 1) else shape
+                for name, shape in shapes.items()
+            }
+            raw = files.metadata.get("config")
+            config = config_from_diffusers(json.loads(raw)) if raw else config_from_shapes(shapes)
+            with torch.device("meta"):
+                vae = VAE(config)
+            expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+            _check_tensors(names, shapes, expected, files.tensors)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{files.path}: expected JSON as config, found {raw!r} ({error}); {_REMEDY}") from None
+        except ValueError as error:
+            raise ValueError(f"{files.path}: {error}") from None
+        state = {
+            name: files.get(key).reshape(expected[name]).to(device, dtype, copy=True) for name, key in names.items()
+        }
+    vae.load_state_dict(state, assign=True)
+    return vae.requires_grad_(False).eval()
