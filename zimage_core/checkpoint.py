@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ZImageConfig
-from .keys import FUSED_PARTS, SVDQ_LEAVES, UNUSED, canonical_tensor
+from .keys import FUSED_PARTS, SVDQ_LEAVES, UNUSED, canonical_tensor, is_lora
 from .tensorfiles import TensorFiles, open_tensors, tensor_bytes
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def describe(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mappi
     names = list(tensors)
     dtypes = {d for d, _ in tensors.values()}
     ends = {n.rpartition(".")[2] for n in names}
-    if any("lora_" in n or ".lokr_" in n or ".hada_" in n or n.startswith("lycoris_") for n in names):
+    if is_lora(names):
         return "a LoRA"
     ours = sum(canonical_tensor(n.removesuffix("._data").removesuffix("._scale")) is not None for n in names)
     if ours < len(names) // 2 or not ours:
@@ -201,12 +201,15 @@ def load_transformer(
     import torch
     from torch import nn
 
+    from . import ops
+    from .adapters import Linear
     from .backends import select
     from .svdq import SVDQLinear, SVDQWeights
     from .transformer import ZImageTransformer
 
     dtype = dtype or torch.bfloat16
     device = torch.device(device)
+    compute_device = torch.device(compute_device or device)
     with open_tensors(path) as files:
         info = identify(files)
         quantized = info.format == "svdq-int4"
@@ -217,15 +220,12 @@ def load_transformer(
         with torch.device("meta"):
             model = ZImageTransformer(
                 info.config,
-                linear=svdq if quantized else nn.Linear,
-                refiner_linear=svdq if info.quantized_refiners else nn.Linear,
+                linear=svdq if quantized else Linear,
+                refiner_linear=svdq if info.quantized_refiners else Linear,
             )
         sources = _match(files, _expected(model, info.rank))
-        model.backend = (
-            select(backend, precision, device=torch.device(compute_device or device), dtype=dtype)
-            if quantized
-            else None
-        )
+        model.backend = select(backend, precision, device=compute_device, dtype=dtype) if quantized else None
+        model.use(ops.select(backend, compute_device, dtype, info.config.head_dim))
 
         def fetch(target: str) -> Tensor:
             parts = [files.get(key).to(device) for key in sources[target]]

@@ -11,6 +11,7 @@ Styles: huggingface/diffusers `transformer_z_image.py@v0.42.1` (official Tongyi-
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 PREFIX = re.compile(r"^(?:model\.diffusion_model\.|diffusion_model\.|transformer\.)")
 
@@ -44,6 +45,55 @@ _MODULES: tuple[tuple[re.Pattern[str], str, str | None], ...] = tuple(
     )
 )
 _TOKENS = ("x_pad_token", "cap_pad_token")
+
+# The names that `_MODULES` accepts, spelled out, to read those LoRA names back in which every dot became "_".
+_BLOCK_NAMES = (
+    *("attention.to_qkv", "attention.qkv", "attention.to_q", "attention.to_k", "attention.to_v"),
+    *("attention.to_out.0", "attention.to_out", "attention.out"),
+    *("attention.norm_q", "attention.q_norm", "attention.norm_k", "attention.k_norm"),
+    *("feed_forward.net.0.proj", "feed_forward.w13", "feed_forward.w3_w1", "feed_forward.w3", "feed_forward.w1"),
+    *("feed_forward.net.2", "feed_forward.w2", "adaLN_modulation.0"),
+    *("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"),
+)
+_OTHER_NAMES = (
+    *("all_x_embedder.2-1", "x_embedder", "cap_embedder.0", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"),
+    *("all_final_layer.2-1.linear", "final_layer.linear"),
+    *("all_final_layer.2-1.adaLN_modulation.1", "final_layer.adaLN_modulation.1"),
+)
+
+_LORA_PREFIX = re.compile(
+    r"^(?:base_model\.model\.|(?:diffusion_model|transformer|model|dit|unet)[._]|lora_(?:unet|transformer)__?|lycoris_)+"
+)
+_FLAT_BLOCK = re.compile(r"^(layers|noise_refiner|context_refiner)_(\d+)_(.+)$")
+_ENCODER = re.compile(r"^(?:.*_)?layers_(\d+)_(self_attn|mlp)_((?:[qkvo]|gate|up|down)_proj)$")
+
+# The end of a LoRA file's key -> what the tensor is; an adapter's name may stand inside (PEFT's "default").
+_LORA_LEAVES = tuple(
+    (re.compile(f"(?:{pattern})$"), leaf)
+    for leaf, pattern in (
+        ("down", r"\.lora_A(?:\.\w+)?(?:\.weight)?|[._]lora[._](?:linear_layer\.)?down(?:\.\w+)?\.weight"),
+        ("up_bias", r"\.lora_B(?:\.\w+)?\.bias|[._]lora[._]up\.bias"),
+        ("up", r"\.lora_B(?:\.\w+)?(?:\.weight)?|[._]lora[._](?:linear_layer\.)?up(?:\.\w+)?\.weight"),
+        ("magnitude", r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*"),
+        ("alpha", r"\.alpha"),
+        ("diff", r"\.(?:diff|w_norm)"),
+        ("diff_b", r"\.(?:diff_b|b_norm)"),
+        (r"\1", r"\.(hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)(?:\.\w+)?"),
+        (r"\1", r"\.(oft_blocks|rescale)"),
+    )
+)
+_LORA_REFUSED = tuple(
+    (re.compile(f"(.+)(?:{pattern})$"), name)
+    for name, pattern in (
+        ("a convolution in Tucker form", r"\.(?:hada_t[12]|lokr_t2|lora_mid)(?:\.\w+)*"),
+        ("OFT in PEFT's form (oft_R), which does not say how it was made,", r"\.oft_R(?:\.\w+)*"),
+        ("BOFT", r"\.(?:oft_diag|boft_\w+)(?:\.\w+)*"),
+        ("GLoRA", r"\.[ab][12]\.weight"),
+        ("IA3", r"\.on_input|\.ia3_l(?:\.\w+)*"),
+        ("VeRA", r"\.vera_lambda_[bd](?:\.\w+)*"),
+        ("weights that replace the model's", r"\.(?:reshape_weight|set_weight)"),
+    )
+)
 
 
 def canonical_module(name: str) -> tuple[str, str | None] | None:
@@ -79,3 +129,51 @@ def diffusers_svdq_module(name: str) -> str:
     if name.startswith("final_layer."):
         return "all_final_layer.2-1" + name[len("final_layer") :]
     return name
+
+
+def lora_target(name: str) -> tuple[str, str, str | None] | None:
+    """A module's name in a LoRA file -> ("transformer" or "text_encoder", the model's module, part or None).
+
+    Dots and underscores are the same here, as kohya's and other trainers' files write the one for the other.
+    """
+    flat = re.sub(r"[.-]", "_", _LORA_PREFIX.sub("", name))
+    if flat in _TOKENS:
+        return "transformer", flat, None
+    dotted = _FLAT_OTHERS.get(flat)
+    if (match := _FLAT_BLOCK.match(flat)) and (leaf := _FLAT_BLOCKS.get(match[3])):
+        dotted = f"{match[1]}.{match[2]}.{leaf}"
+    if dotted:
+        module, part = canonical_module(dotted)
+        return "transformer", module, part
+    if match := _ENCODER.match(flat):
+        return "text_encoder", f"layers.{match[1]}.{match[2]}.{match[3]}", None
+    return None
+
+
+def lora_leaf(key: str) -> tuple[str, str] | None:
+    """A LoRA file's key -> (module as the file names it, what the tensor is); None for any other tensor.
+
+    What it is: down, up, up_bias, alpha, magnitude, diff, diff_b, hada_*, lokr_*, oft_blocks or rescale.
+    """
+    for pattern, leaf in _LORA_LEAVES:
+        if match := pattern.search(key):
+            return key[: match.start()], match.expand(leaf)
+    return None
+
+
+def lora_refused(key: str) -> str | None:
+    """The name of the format that a key belongs to, if it is an adapter to Z-Image in one that is not read."""
+    for pattern, name in _LORA_REFUSED:
+        if (match := pattern.search(key)) and lora_target(match[1]):
+            return name
+    return None
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether a file with these tensors is a LoRA of any kind."""
+    found = ((key, lora_leaf(key)) for key in keys)
+    return any(leaf[1] not in ("alpha", "rescale") if leaf else lora_refused(key) for key, leaf in found)
+
+
+_FLAT_BLOCKS = {name.replace(".", "_"): name for name in _BLOCK_NAMES}
+_FLAT_OTHERS = {re.sub(r"[.-]", "_", name): name for name in _OTHER_NAMES}

@@ -9,6 +9,8 @@ Source: deepcompressor/backend/nunchaku/utils.py@69f3473 and nunchaku/src/kernel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 GROUP = 64  # input channels that share one scale
@@ -26,7 +28,7 @@ def pack_qweight(codes: torch.Tensor) -> torch.Tensor:
     n, k = codes.shape
     _require_tiles("codes", codes, n % 128 or k % 128, "N and K multiples of 128")
     tiles = codes.reshape(n // 128, 8, 2, 8, k // GROUP, 2, 4, 4, 2).permute(0, 4, 1, 3, 6, 2, 5, 7, 8)
-    return ((tiles[..., 0] & 15) | (tiles[..., 1] << 4)).reshape(n, k // 2)
+    return pack_pairs(tiles).reshape(n, k // 2)
 
 
 def compact_qweight(qweight: torch.Tensor) -> torch.Tensor:
@@ -102,10 +104,25 @@ def pack_proj_up(proj_up: torch.Tensor) -> torch.Tensor:
     return proj_up.reshape(n // 16, 2, 8, r // 16, 2, 4, 2).permute(0, 3, 2, 5, 1, 4, 6).reshape(n, r)
 
 
+def pack_pairs(codes: torch.Tensor) -> torch.Tensor:
+    """(..., C, 2) int8 in -8..7 -> (..., C) bytes as int8, the first of a pair in the low nibble."""
+    return (codes[..., 0] & 15) | (codes[..., 1] << 4)
+
+
 def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
     """(..., C) bytes -> (..., C, 2) int8 in -8..7, the low nibble first."""
     packed = packed.view(torch.int8)
     return torch.stack([(packed << 4) >> 4, packed >> 4], -1)
+
+
+def pack_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of one linear by name, codes compact -> as stored. ValueError as in the functions above."""
+    return {name: _CODECS[name][0](tensor) for name, tensor in tensors.items()}
+
+
+def unpack_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of one linear by name as stored -> plain, codes compact. ValueError as in the functions above."""
+    return {name: _CODECS[name][1](tensor) for name, tensor in tensors.items()}
 
 
 def _fragments(qweight: torch.Tensor) -> torch.Tensor:
@@ -118,3 +135,13 @@ def _fragments(qweight: torch.Tensor) -> torch.Tensor:
 def _require_tiles(name: str, tensor: torch.Tensor, remainder: int, expected: str) -> None:
     if remainder:
         raise ValueError(f"{name}: expected {expected}, found {tuple(tensor.shape)}; no nunchaku linear")
+
+
+_CODECS = {
+    "qweight": (lambda compact: pack_qweight(unpack_nibbles(compact)), compact_qweight),
+    "wscales": (pack_wscales, unpack_wscales),
+    "smooth_factor": (pack_vector, unpack_vector),
+    "proj_down": (pack_proj_down, unpack_proj_down),
+    "proj_up": (pack_proj_up, unpack_proj_up),
+    "bias": (pack_vector, unpack_vector),
+}

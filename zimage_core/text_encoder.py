@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tensorfiles import open_tensors
+from .adapters import Linear
+from .encoder_formats import ENCODER_REMEDY, HostEmbedding, Stored, StoredLinear, StoredWeight, open_encoder
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 MAX_TOKENS = 512
@@ -29,12 +30,10 @@ TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 COMFYUI_TOKENIZER = Path("comfy", "text_encoders", "qwen25_tokenizer")
 HUB_TOKENIZERS = (("Tongyi-MAI/Z-Image-Turbo", "tokenizer/"), ("Qwen/Qwen3-4B", ""))
 
-_REMEDY = "get Qwen3-4B in bf16 (the text_encoder folder of Z-Image-Turbo, or qwen_3_4b.safetensors)"
 _TOKENIZER_REMEDY = (
     "put Qwen3's tokenizer.json, or its vocab.json, merges.txt and tokenizer_config.json, there"
 )
-_FLOATS = ("BF16", "F16", "F32")
-# Other models, then stored forms that are not read: a pattern over the tensor names, and what to call it.
+# Other models: a pattern over the tensor names, and what to call it.
 _OTHER_MODELS = (
     (r"(^|\.)encoder\.block\.\d+\.layer\.", "a T5 text encoder"),
     (r"text_model\.encoder\.layers\.", "a CLIP text encoder"),
@@ -43,13 +42,6 @@ _OTHER_MODELS = (
     (r"^decoder\.(up|up_blocks)\.", "a VAE"),
     (r"\.mlp\.experts\.", "a mixture-of-experts model"),
     (r"(pre|post)_feedforward_layernorm", "a Gemma model"),
-)
-_STORED_FORMS = (
-    (r"\._data$", "quanto"),
-    (r"\.weight_scale_2$", "NVFP4"),
-    (r"(\.comfy_quant|\.weight_scale(_inv)?|\.scale_weight|^scaled_fp8)$", "FP8"),
-    (r"\.(absmax|quant_map|weight\.quant_state.*)$", "bitsandbytes"),
-    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
 )
 
 
@@ -163,18 +155,28 @@ class Layer(nn.Module):
 class TextEncoder(nn.Module):
     """Qwen3 up to its second-to-last hidden state; parameters are named as in transformers' Qwen3Model.
 
-    `linear(in_features, out_features, bias=False, device=, dtype=)` builds every projection.
+    `linear(in_features, out_features, bias=False, device=, dtype=)` builds every projection and
+    `embedding(rows, width, device=, dtype=)` the token table, which may stay on the host.
     """
 
-    def __init__(self, config: TextEncoderConfig, linear=nn.Linear, device=None, dtype=None):
+    def __init__(self, config: TextEncoderConfig, linear=Linear, device=None, dtype=None, embedding=nn.Embedding):
         super().__init__()
         self.config = config
         kw = {"device": device, "dtype": dtype}
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, **kw)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, **kw)
         self.layers = nn.ModuleList(Layer(config, linear, **kw) for _ in range(config.num_layers))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are, which is where the hidden state comes out."""
+        return self.layers[0].input_layernorm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].input_layernorm.weight.dtype
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Hidden state (B, L, C) of token ids (B, L), without the final norm.
+        """Hidden state (B, L, C) of token ids (B, L) on any device, without the final norm.
 
         `attention_mask` (B, L) is 1 on tokens and 0 on padding, which must be on the right: there the causal
         mask alone keeps tokens from seeing it. The hidden state is zero on padding. ValueError for other masks.
@@ -183,11 +185,11 @@ class TextEncoder(nn.Module):
             attention_mask = attention_mask.bool()
             if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
                 raise ValueError("attention_mask: expected padding on the right, found a token after padding")
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids).to(self.device)
         cos, sin = (t.to(x.dtype) for t in rotary_table(input_ids.shape[1], self.config, x.device))
         for layer in self.layers:
             x = layer(x, cos, sin)
-        return x if attention_mask is None else x * attention_mask.unsqueeze(-1)
+        return x if attention_mask is None else x * attention_mask.unsqueeze(-1).to(x.device)
 
 
 def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
@@ -202,7 +204,7 @@ def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
     }
     for name, (found, expected) in fixed.items():
         if found != expected:
-            raise ValueError(f"{where}: {name}: expected {expected!r}, found {found!r}; {_REMEDY}")
+            raise ValueError(f"{where}: {name}: expected {expected!r}, found {found!r}; {ENCODER_REMEDY}")
     for name in (
         "vocab_size",
         "hidden_size",
@@ -211,7 +213,7 @@ def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
         "num_attention_heads",
     ):
         if not isinstance(data.get(name), int):
-            raise ValueError(f"{where}: {name}: expected an integer, found {data.get(name)!r}; {_REMEDY}")
+            raise ValueError(f"{where}: {name}: expected an integer, found {data.get(name)!r}; {ENCODER_REMEDY}")
     return TextEncoderConfig(
         vocab_size=data["vocab_size"],
         hidden_size=data["hidden_size"],
@@ -225,13 +227,13 @@ def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
     )
 
 
-def config_from_shapes(header: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> TextEncoderConfig:
-    """Sizes from the shapes (dtype, shape) of tensors named without `model.`; all N layers are taken to be there."""
+def config_from_shapes(weights: Mapping[str, Stored], where: str) -> TextEncoderConfig:
+    """Sizes from the shapes of weights named without `model.`; all N layers are taken to be there."""
 
     def rows(name: str, axes: int = 2) -> tuple[int, ...]:
-        shape = header.get(name, ("", ()))[1]
+        shape = weights[name].shape if name in weights else ()
         if len(shape) != axes or 0 in shape:
-            raise ValueError(f"{where}: {name}: expected {axes} axes, found shape {shape or None}; {_REMEDY}")
+            raise ValueError(f"{where}: {name}: expected {axes} axes, found shape {shape or None}; {ENCODER_REMEDY}")
         return shape
 
     vocab_size, hidden_size = rows("embed_tokens.weight")
@@ -240,7 +242,7 @@ def config_from_shapes(header: Mapping[str, tuple[str, tuple[int, ...]]], where:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=rows("layers.0.mlp.gate_proj.weight")[0],
-        num_layers=max(int(name.split(".")[1]) for name in header if re.match(r"layers\.\d+\.", name)),
+        num_layers=max(int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)),
         num_heads=rows("layers.0.self_attn.q_proj.weight")[0] // head_dim,
         num_kv_heads=rows("layers.0.self_attn.k_proj.weight")[0] // head_dim,
         head_dim=head_dim,
@@ -248,72 +250,79 @@ def config_from_shapes(header: Mapping[str, tuple[str, tuple[int, ...]]], where:
 
 
 def load_text_encoder(path, *, device="cpu", dtype: torch.dtype | None = None) -> TextEncoder:
-    """Qwen3 encoder from a transformers folder (sharded or not) or one safetensors file, ready for inference.
+    """Qwen3 encoder from a transformers folder (sharded or not), one safetensors file or a GGUF file, for inference.
 
-    The sizes come from config.json or the file's `config` metadata, else from the shapes; names may begin with
-    `model.`; dtype is bf16 unless given. Tensors go to the device one at a time (on the CPU, in the dtype they are
-    stored in, they stay memory-mapped); those past the hidden state that is needed are not read. Raises ValueError
-    for other models and stored forms, and for missing, misshapen or unknown tensors.
+    The sizes come from config.json or the file's metadata, else from the shapes; names may begin with `model.`;
+    dtype, in which it computes, is bf16 unless given. Weights that are stored small (see encoder_formats) stay so.
+    Tensors go to the device one at a time (on the CPU, where nothing is to be converted, they stay memory-mapped);
+    the token table stays on the host, and what lies past the hidden state that is needed is not read. Raises
+    ValueError for other models and stored forms, and for missing, misshapen or unknown tensors.
     """
     path = Path(path)
     if (path / "text_encoder").is_dir():  # a whole diffusers model
         path = path / "text_encoder"
-    with open_tensors(path) as files:
-        keys = {key.removeprefix("model."): key for key in files.tensors}
-        header = {name: files.tensors[key] for name, key in keys.items()}
-        linear = choose_linear(header, str(path))
-        config = read_config(files.metadata.get("config"), header, str(path))
-        encoder = TextEncoder(config, linear, device="meta", dtype=dtype or torch.bfloat16)
-        expected = encoder.state_dict()
-        check_header(header, {name: tuple(tensor.shape) for name, tensor in expected.items()}, str(path))
-        state = {name: files.get(keys[name]).to(device, tensor.dtype) for name, tensor in expected.items()}
+    dtype = dtype or torch.bfloat16
+    with open_encoder(path) as file:
+        check_model(file.weights, file.others, file.where)
+        config = read_config(file.config, file.weights, file.where)
+        expected = TextEncoder(config, device="meta").state_dict()
+        check_weights(file.weights, file.others, {name: tuple(t.shape) for name, t in expected.items()}, file.where)
+        dense = all(file.weights[name].form == "float" for name in expected if not name.startswith("embed_tokens."))
+        linear = Linear if dense else StoredLinear
+        encoder = TextEncoder(config, linear, device="meta", dtype=dtype, embedding=HostEmbedding)
+        for name, module in encoder.named_modules():
+            if isinstance(module, StoredWeight):
+                weight = f"{name}.weight"
+                place = "cpu" if isinstance(module, HostEmbedding) else device
+                parts = {part: tensor.to(place) for part, tensor in file.read(weight).items()}
+                module.load(file.weights[weight].form, parts)
+        state = {name: file.read(name)["weight"].to(device, dtype) for name in encoder.state_dict()}
     encoder.load_state_dict(state, assign=True)
     return encoder.eval().requires_grad_(False)
 
 
-def choose_linear(header: Mapping, where: str) -> type[nn.Module]:
-    """The Linear class for the form in which a file stores its weights; ValueError for what is not read."""
-    for rows, expected in ((_OTHER_MODELS, "Qwen3"), (_STORED_FORMS, "BF16, F16 or F32 weights")):
-        for pattern, what in rows:
-            if key := next(filter(re.compile(pattern).search, header), None):
-                raise ValueError(f"{where}: {key}: expected {expected}, found {what}; {_REMEDY}")
+def check_model(weights: Mapping[str, Stored], others: Iterable[str], where: str) -> None:
+    """ValueError where the tensors' names are those of another model than Qwen3."""
+    for pattern, what in _OTHER_MODELS:
+        if key := next(filter(re.compile(pattern).search, (*weights, *others)), None):
+            raise ValueError(f"{where}: {key}: expected Qwen3, found {what}; {ENCODER_REMEDY}")
     q_norm = "layers.0.self_attn.q_norm.weight"
-    if "layers.0.self_attn.q_proj.weight" in header and q_norm not in header:
-        raise ValueError(
-            f"{where}: {q_norm}: expected Qwen3, found Qwen2, Llama or the like without it; {_REMEDY}"
-        )
-    return nn.Linear
+    if "layers.0.self_attn.q_proj.weight" in weights and q_norm not in weights:
+        found = "Qwen2, Llama or the like without it"
+        raise ValueError(f"{where}: {q_norm}: expected Qwen3, found {found}; {ENCODER_REMEDY}")
 
 
-def read_config(text: str | None, header: Mapping, where: str) -> TextEncoderConfig:
-    """Sizes from a JSON config, or from the tensors' shapes where there is none."""
+def read_config(text: str | None, weights: Mapping[str, Stored], where: str) -> TextEncoderConfig:
+    """Sizes from a JSON config, or from the weights' shapes where there is none."""
     if text is None:
-        return config_from_shapes(header, where)
+        return config_from_shapes(weights, where)
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where}: config: expected JSON, found otherwise ({error}); {_REMEDY}") from None
+        raise ValueError(f"{where}: config: expected JSON, found otherwise ({error}); {ENCODER_REMEDY}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{where}: config: expected a JSON object, found {type(data).__name__}; {_REMEDY}")
+        raise ValueError(f"{where}: config: expected a JSON object, found {type(data).__name__}; {ENCODER_REMEDY}")
     return config_from_json(data, where)
 
 
-def check_header(header: Mapping, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """ValueError unless every expected tensor is there, well shaped and a float, and nothing unknown is.
+def check_weights(
+    weights: Mapping[str, Stored], others: Iterable[str], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """ValueError unless every expected weight is there and well shaped, norms as floats, and nothing unknown is.
 
     Tensors that Qwen3 has and this body does not need (later layers, final norm, head) may be there or not.
     """
     for name, shape in expected.items():
-        dtype, found = header.get(name, (None, None))
-        if found != shape:
-            found = "none" if found is None else f"shape {found}"
-            raise ValueError(f"{where}: {name}: expected shape {shape}, found {found}; {_REMEDY}")
-        if dtype not in _FLOATS:
-            raise ValueError(f"{where}: {name}: expected {', '.join(_FLOATS)}, found {dtype}; {_REMEDY}")
+        stored = weights.get(name)
+        if stored is None or stored.shape != shape:
+            found = f"shape {stored.shape}" if stored else "none"
+            raise ValueError(f"{where}: {name}: expected shape {shape}, found {found}; {ENCODER_REMEDY}")
+        if len(shape) == 1 and stored.form != "float":
+            raise ValueError(f"{where}: {name}: expected BF16, F16 or F32, found {stored.form}; {ENCODER_REMEDY}")
     unneeded = {re.sub(r"^layers\.0\.", "", name) for name in expected} | {"norm.weight", "lm_head.weight"}
-    for name in header.keys() - expected.keys():
+    for name in (weights.keys() | others) - expected.keys():
         if re.sub(r"^layers\.\d+\.", "", name) not in unneeded and "rotary_emb" not in name:
-            raise ValueError(f"{where}: {name}: expected Qwen3's tensors, found this unknown one; {_REMEDY}")
+            raise ValueError(f"{where}: {name}: expected Qwen3's tensors, found this unknown one; {ENCODER_REMEDY}")
 
 
 class Tokenizer:
@@ -426,5 +435,5 @@ def encode_prompts(encoder: TextEncoder, tokenizer: Tokenizer, prompts: str | Se
                 f"{tokenizer.where}: expected token ids below {encoder.config.vocab_size}, the text encoder's "
                 f"vocabulary, found {max(ids)}; use the tokenizer that belongs to the encoder"
             )
-        features.append(encoder(torch.tensor([ids], device=encoder.embed_tokens.weight.device))[0])
+        features.append(encoder(torch.tensor([ids], device=encoder.device))[0])
     return features

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
+from .adapters import Linear
 from .config import ZImageConfig
 
 TOKENS_MULTIPLE = 32
@@ -51,11 +53,6 @@ def _multiple(n: int) -> int:
     return -(-n // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
 
 
-def _finite(x: Tensor) -> Tensor:
-    """fp16 overflows inside this model: saturate instead of carrying inf into the next norm."""
-    return x.clamp(-65504.0, 65504.0) if x.dtype is torch.float16 else x
-
-
 def rope_angles(positions: Tensor, config: ZImageConfig) -> tuple[Tensor, Tensor]:
     """positions (..., 3) -> cos, sin (..., 1, K/2) fp32; the 1 broadcasts over heads."""
     angles = []
@@ -64,13 +61,6 @@ def rope_angles(positions: Tensor, config: ZImageConfig) -> tuple[Tensor, Tensor
         angles.append((positions[..., axis, None].double() * inv).float())
     angle = torch.cat(angles, dim=-1).unsqueeze(-2)
     return angle.cos(), angle.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs of x (B, L, H, K) by the angles (B, L, 1, K/2), in fp32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -98,22 +88,21 @@ class Hooks:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, in fp32 inside; the result has the weight's dtype unless told otherwise."""
+    """Root-mean-square norm; blocks hand its weight to `ops`, which does more in the same pass."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self.weight.dtype
-        if x.dtype == self.weight.dtype == dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps, self.weight.dtype)
 
 
 class Attention(nn.Module):
     """Self-attention with fused q/k/v rows, normed q and k, rotary positions."""
+
+    ops = ops.TORCH
 
     def __init__(self, config: ZImageConfig, linear: LinearFactory):
         super().__init__()
@@ -124,14 +113,15 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(config.head_dim, eps=1e-5)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attend: Callable = attention) -> Tensor:
-        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (B, L, H, K) each
-        q = apply_rope(self.norm_q(q), cos, sin)
-        k = apply_rope(self.norm_k(k), cos, sin)
+        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, K)
+        q, k, v = self.ops.norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps, cos, sin)
         return self.to_out(attend(q, k, v, mask))
 
 
 class FeedForward(nn.Module):
     """SwiGLU; the fused rows hold w3 (values) before w1 (gates)."""
+
+    ops = ops.TORCH
 
     def __init__(self, config: ZImageConfig, linear: LinearFactory):
         super().__init__()
@@ -139,15 +129,16 @@ class FeedForward(nn.Module):
         self.w2 = linear(config.ffn_dim, config.dim, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.w3_w1(x).chunk(2, dim=-1)
-        return self.w2(_finite(value * F.silu(gate)))
+        return self.w2(self.ops.swiglu(self.w3_w1(x)))
 
 
 class Block(nn.Module):
     """One transformer block; without modulation (the context refiner) it never sees t.
 
-    In fp16 the residual stream x and what is added to it stay fp32, see `_finite`.
+    In fp16 the residual stream x and what is added to it stay fp32, see `ops.finite`.
     """
+
+    ops = ops.TORCH
 
     def __init__(self, config: ZImageConfig, linear: LinearFactory, modulated: bool):
         super().__init__()
@@ -159,7 +150,7 @@ class Block(nn.Module):
         self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
         if modulated:
             width = min(config.dim, ADALN_WIDTH)
-            self.adaLN_modulation = nn.Sequential(nn.Linear(width, 4 * config.dim))
+            self.adaLN_modulation = nn.Sequential(Linear(width, 4 * config.dim))
 
     def forward(
         self,
@@ -170,16 +161,17 @@ class Block(nn.Module):
         t_emb: Tensor | None = None,
         attend: Callable = attention,
     ) -> Tensor:
-        """x (B, L, D), t_emb (B, 256) or None -> (B, L, D)."""
-        if t_emb is None:
-            h = self.attention(self.attention_norm1(x), cos, sin, mask, attend)
-            x = x + self.attention_norm2(_finite(h), x.dtype)
-            return x + self.ffn_norm2(_finite(self.feed_forward(self.ffn_norm1(x))), x.dtype)
-        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(t_emb).unsqueeze(1).chunk(4, dim=-1)
-        h = self.attention(self.attention_norm1(x) * (1 + scale_msa), cos, sin, mask, attend)
-        x = x + gate_msa.tanh() * self.attention_norm2(_finite(h), x.dtype)
-        h = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp))
-        return x + gate_mlp.tanh() * self.ffn_norm2(_finite(h), x.dtype)
+        """x (B, L, D), t_emb (1 or B, 256) or None -> (B, L, D)."""
+        scale_attn = gate_attn = scale_ffn = gate_ffn = None
+        if t_emb is not None:
+            modulation = self.adaLN_modulation(t_emb).unsqueeze(1)
+            scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
+        norm1, norm2 = self.attention_norm1, self.attention_norm2
+        h = self.attention(self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_attn), cos, sin, mask, attend)
+        x = self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_attn)
+        norm1, norm2 = self.ffn_norm1, self.ffn_norm2
+        h = self.feed_forward(self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_ffn))
+        return self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_ffn)
 
 
 class TimestepEmbedder(nn.Module):
@@ -187,7 +179,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(ADALN_WIDTH, T_EMBED_HIDDEN), nn.SiLU(), nn.Linear(T_EMBED_HIDDEN, width))
+        self.mlp = nn.Sequential(Linear(ADALN_WIDTH, T_EMBED_HIDDEN), nn.SiLU(), Linear(T_EMBED_HIDDEN, width))
 
     def forward(self, t: Tensor) -> Tensor:
         half = ADALN_WIDTH // 2
@@ -201,8 +193,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: ZImageConfig):
         super().__init__()
-        self.linear = nn.Linear(config.dim, config.patch_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(config.dim, ADALN_WIDTH), config.dim))
+        self.linear = Linear(config.dim, config.patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(min(config.dim, ADALN_WIDTH), config.dim))
 
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         scale = 1 + self.adaLN_modulation(t_emb).unsqueeze(1)
@@ -216,17 +208,17 @@ class ZImageTransformer(nn.Module):
     def __init__(
         self,
         config: ZImageConfig,
-        linear: LinearFactory = nn.Linear,
+        linear: LinearFactory = Linear,
         refiner_linear: LinearFactory | None = None,
     ):
         super().__init__()
         self.config = config
         refiner_linear = refiner_linear or linear
         t_width = min(config.dim, ADALN_WIDTH)
-        self.x_embedder = nn.Linear(config.patch_dim, config.dim)
+        self.x_embedder = Linear(config.patch_dim, config.dim)
         self.t_embedder = TimestepEmbedder(t_width)
         self.cap_embedder = nn.Sequential(
-            RMSNorm(config.cap_feat_dim, config.norm_eps), nn.Linear(config.cap_feat_dim, config.dim)
+            RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, config.dim)
         )
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
@@ -236,6 +228,12 @@ class ZImageTransformer(nn.Module):
         )
         self.layers = nn.ModuleList(Block(config, linear, True) for _ in range(config.n_layers))
         self.final_layer = FinalLayer(config)
+
+    def use(self, chosen: ops.Ops) -> None:
+        """Have every block run these functions between its linears."""
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward | Block):
+                module.ops = chosen
 
     @property
     def dtype(self) -> torch.dtype:

@@ -148,7 +148,8 @@ def test_reads_each_needed_tensor_once_and_no_other(single, monkeypatch):
         tensorfiles.TensorFiles, "get", lambda self, name: read.append(name) or get(self, name)
     )
     encoder = load_text_encoder(single)
-    assert sorted(read) == sorted(f"model.{name}" for name in encoder.state_dict())
+    needed = TextEncoder(encoder.config, device="meta").state_dict()
+    assert sorted(read) == sorted(f"model.{name}" for name in needed)
     assert not any("layers.2." in name or name == "model.norm.weight" for name in read)
 
 
@@ -194,18 +195,18 @@ Q = "model.layers.1.self_attn.q_proj"
         (clip, ["found a CLIP text encoder"]),
         (qwen2, ["expected Qwen3", "Qwen2"]),
         (plus("visual.blocks.0.norm1.weight"), ["vision-language"]),
-        (plus("model.scaled_fp8"), ["found FP8"]),
-        (plus(f"{Q}.comfy_quant"), ["found FP8"]),
-        (plus(f"{Q}.weight_scale"), ["found FP8"]),
-        (plus(f"{Q}.weight_scale_2"), ["found NVFP4"]),
-        (plus(f"{Q}.weight._data"), ["found quanto"]),
+        (plus(f"{Q}.comfy_quant"), [f"{Q}.comfy_quant", "expected a JSON object"]),
+        (plus(f"{Q}.weight_scale"), [f"{Q}.weight", "expected FP8 because of its .weight_scale, found F32"]),
+        (plus(f"{Q}.weight_scale_2"), ["found NVFP4 without ComfyUI's description"]),
+        (plus(f"{Q}.weight._data"), ["found several forms of it"]),
+        (plus(f"{Q}.weight._data._data"), ["found quanto INT4"]),
+        (plus(f"{Q}.weight_scale_inv"), ["found FP8 scaled in blocks"]),
+        (plus(f"{Q}.weight_packed"), ["found compressed-tensors"]),
         (plus(f"{Q}.weight.absmax"), ["found bitsandbytes"]),
         (plus(f"{Q}.qzeros"), ["found GPTQ or AWQ"]),
         (plus(f"{Q}.bias"), ["layers.1.self_attn.q_proj.bias", "unknown"]),
-        (
-            plus(f"{Q}.weight", torch.zeros(128, 64).to(torch.float8_e4m3fn)),
-            ["q_proj.weight", "found F8_E4M3"],
-        ),
+        (plus(f"{Q}.weight", torch.zeros(128, 64, dtype=torch.int8)), ["q_proj.weight", "found I8"]),
+        (plus("model.norm.weight_scale"), ["norm.weight", "because of its .weight_scale"]),
         (plus(f"{Q}.weight", torch.zeros(64, 64)), ["q_proj.weight", "(128, 64)", "(64, 64)"]),
         (without(f"{Q}.weight"), ["q_proj.weight", "(128, 64)", "found none"]),
         (without("model.embed_tokens.weight"), ["embed_tokens.weight", "found shape None"]),
@@ -241,7 +242,7 @@ def test_unfit_configs_are_refused(tensors, tmp_path, config, words):
 
 def test_other_containers_are_refused(tmp_path):
     for name, content, words in (
-        ("encoder.gguf", b"GGUF" + bytes(99), "found a GGUF file"),
+        ("encoder.gguf", b"GGUF" + bytes(99), "GGUF data are damaged"),
         ("encoder.bin", b"PK\x03\x04" + bytes(99), "pickled"),
         ("encoder.safetensors", bytes(4), "not a safetensors file"),
     ):

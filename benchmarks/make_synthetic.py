@@ -1,0 +1,73 @@
+"""Write a full-size SVDQ INT4 Z-Image file with random weights, for timings without the real one.
+
+Real names, dtypes, shapes and metadata; random codes; scales, branches and modulations of a size that keeps
+activations near 1 through all blocks. The same seed gives the same file.
+
+    python benchmarks/make_synthetic.py OUT.safetensors [--rank 256]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from zimage_core.config import ZImageConfig
+from zimage_core.svdq_file import StreamedFile, file_metadata, plan_header
+
+CODE_STD = 14.4**0.5  # of codes drawn evenly from -7..7 with 0 twice as likely
+
+
+def draw(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """One random tensor of the file; the permuted storage does not matter for random values."""
+    if dtype == "I8":
+        noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        low, high = noise & 15, noise >> 4
+        low[low == 8], high[high == 8] = 0, 0  # quantizers never emit -8
+        return (low | high << 4).view(torch.int8)
+    noise = torch.empty(shape)
+    if name.endswith("wscales"):  # an even spread of a factor 2 about the scale that keeps the variance
+        noise.uniform_(0.6, 1.3, generator=generator).div_(CODE_STD * math.sqrt(64 * shape[0]))
+    elif "smooth_factor" in name:
+        noise.uniform_(0.8, 1.25, generator=generator)
+    elif name.endswith("proj_down"):
+        noise.normal_(0, 1 / math.sqrt(shape[0]), generator=generator)
+    elif name.endswith("proj_up"):
+        noise.normal_(0, 0.3 / math.sqrt(shape[1]), generator=generator)
+    elif "adaLN_modulation" in name:
+        noise.normal_(0, 0.02, generator=generator)
+    elif "norm" in name or name == "cap_embedder.0.weight":
+        noise.uniform_(0.8, 1.2, generator=generator)
+    elif name.endswith("bias"):
+        noise.zero_()
+    else:
+        noise.normal_(0, 1 / math.sqrt(shape[-1]), generator=generator)
+    return noise.to(torch.bfloat16)
+
+
+def write_synthetic(path: Path, config: ZImageConfig, rank: int, seed: int = 0) -> int:
+    """Write the file and return its size in bytes."""
+    header = plan_header(config, rank)
+    generator = torch.Generator().manual_seed(seed)
+    with StreamedFile(path, header, file_metadata(config, rank)) as out:
+        for name, (dtype, shape) in header.items():
+            out.write(name, draw(name, dtype, shape, generator))
+    return out.size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    size = write_synthetic(arguments.out, ZImageConfig(), arguments.rank, arguments.seed)
+    print(f"{arguments.out}: {size / 2**30:.2f} GiB in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

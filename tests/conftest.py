@@ -1,0 +1,57 @@
+"""Shared fixtures: a tiny set of model files in the genuine formats, random except for the golden transformer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+TINY_MODEL = Path(__file__).parent / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A tokenizer.json of single bytes and the template's special tokens; returns the vocabulary's size."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.get_vocab_size()
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory) -> dict[str, Path]:
+    """Arguments of load_pipeline: the golden tiny INT4 transformer, a random Qwen3 and a random VAE."""
+    import torch
+    from safetensors.torch import save_file
+
+    from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
+    from zimage_core.vae import VAE, VAEConfig
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    encoder = TextEncoder(
+        TextEncoderConfig(
+            vocab_size=write_tokenizer(folder),
+            hidden_size=64,
+            intermediate_size=96,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=32,
+        )
+    )
+    save_file({f"model.{k}": v.clone() for k, v in encoder.state_dict().items()}, folder / "encoder.safetensors")
+    config = {"block_out_channels": [8, 8, 8, 8], "layers_per_block": 1, "latent_channels": 16, "norm_num_groups": 4}
+    vae = VAE(VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}))
+    save_file(vae.state_dict(), folder / "vae.safetensors", metadata={"config": json.dumps(config)})
+    return {
+        "model": TINY_MODEL,
+        "text_encoder": folder / "encoder.safetensors",
+        "vae": folder / "vae.safetensors",
+    }

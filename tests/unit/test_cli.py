@@ -1,0 +1,290 @@
+"""The command line: what it writes, what it says, and its exit codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from zimage_core import cli, pipeline
+
+ROOT = Path(__file__).parents[2]
+REAL_HEADER = ROOT / "tests" / "data" / "real_model_expected_tensors_r256.json"
+ZIMAGE = [sys.executable, "-m", "zimage_core"]
+
+
+@pytest.fixture
+def generate(tiny_files):
+    options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
+
+    def run(*arguments: str, prompt: str = "a cat") -> int:
+        small = ["--width=48", "--height=32", "--steps=2", "--device=cpu"]
+        return cli.main(["generate", prompt, *options, *small, *arguments])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def full_size_file(tmp_path_factory) -> Path:
+    """A sparse file with the header of the real r256 checkpoint: 4.5 GB long, a few kilobytes on the disk."""
+    real = json.loads(REAL_HEADER.read_text(encoding="utf-8"))
+    sizes = {"bfloat16": ("BF16", 2), "int8": ("I8", 1)}
+    quantization = {"method": "svdquant", "weight": {"dtype": "int4", "group_size": 64}, "rank": 256}
+    header = {"__metadata__": {"quantization_config": json.dumps(quantization), "config": json.dumps(real["config"])}}
+    end = 0
+    for name, (dtype, shape) in real["tensors"].items():
+        code, width = sizes[dtype]
+        for side in shape:
+            width *= side
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + width]}
+        end += width
+    raw = json.dumps(header).encode()
+    path = tmp_path_factory.mktemp("real") / "real.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
+    return path
+
+
+def test_generate_writes_a_png_that_knows_its_settings(generate, tmp_path, capsys):
+    out = tmp_path / "cat.png"
+    assert generate("--seed=3", f"--out={out}", "--json") == 0
+    path, last = capsys.readouterr().out.strip().splitlines()
+    assert path == str(out)
+    with Image.open(out) as picture:
+        assert picture.size == (48, 32)
+        texts = dict(picture.text)
+    assert texts["prompt"] == "a cat"
+    assert texts["seed"] == "3"
+    settings = json.loads(texts["settings"])
+    assert settings["steps"] == 2
+    assert settings["backend"] == "reference"
+    report = json.loads(last)
+    assert report["images"] == [{"path": str(out), "seed": 3}]
+    assert [stage["name"] for stage in report["stages"]][-1] == "decode"
+    assert all({"seconds", "device_peak_gib", "process_peak_gib"} <= stage.keys() for stage in report["stages"])
+    assert not list(tmp_path.glob(".*")), "no temporary file may stay behind"
+
+
+def test_generate_names_batches_and_random_seeds(generate, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate("--seed=3", "--batch=2", "--out=cat.png", prompt="") == 0
+    assert capsys.readouterr().out.split() == ["cat-1.png", "cat-2.png"]
+    assert generate() == 0
+    (path,) = capsys.readouterr().out.split()
+    with Image.open(path) as picture:
+        assert path == f"zimage-{picture.text['seed']}.png"
+
+
+def test_generate_starts_from_an_image(generate, tmp_path, capsys):
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "start.png")
+    out = tmp_path / "out.png"
+    arguments = (f"--image={tmp_path / 'start.png'}", "--strength=0.5", "--negative-prompt=é 中", "--guidance=1")
+    assert generate(*arguments, f"--out={out}") == 0
+    with Image.open(out) as picture:
+        assert json.loads(picture.text["settings"])["strength"] == 0.5
+        assert picture.text["negative_prompt"] == "é 中"
+    assert capsys.readouterr().out.strip() == str(out)
+
+
+def refused(capsys, code: int) -> str:
+    """The one line of a refusal."""
+    assert code == 2
+    output = capsys.readouterr()
+    assert not output.out
+    (line,) = output.err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--width=50", "nearest are 48 and 64"),
+        ("--steps=0", "expected 1 to 100"),
+        ("--batch=0", "at least 1"),
+        ("--model=gone.safetensors", "gone.safetensors"),
+        ("--out=gone/cat.png", "no such folder"),
+        ("--out=cat.jpg", "ends in .png"),
+        ("--image=gone.png", "gone.png: no such file"),
+        ("--image=pyproject.toml", "cannot identify image file"),
+        ("--backend=magic", "magic"),
+        ("--device=cuda:99", "--device cpu"),
+        ("--dtype=int3", "bfloat16"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(generate, capsys, monkeypatch, argument, words):
+    monkeypatch.chdir(ROOT)
+    assert words in refused(capsys, generate(argument))
+
+
+def test_wrong_and_truncated_files(generate, tiny_files, tmp_path, capsys):
+    assert "VAE" in refused(capsys, generate(f"--model={tiny_files['vae']}"))
+    assert "VAE" in refused(capsys, generate(f"--text-encoder={tiny_files['vae']}"))
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(tiny_files["model"].read_bytes()[:-1000])
+    assert "truncated" in refused(capsys, generate(f"--model={cut}"))
+    cut.write_bytes(tiny_files["model"].read_bytes()[:1000])
+    assert "truncated" in refused(capsys, cli.main(["inspect", str(cut)]))
+
+
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["generate", "a cat", "--steps=many"], ["paint"]])
+def test_usage_errors_are_one_line_too(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert "--help" in refused(capsys, stop.value.code)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 3, "out of memory; try a smaller"),
+    ],
+)
+def test_interrupt_and_out_of_memory(generate, capsys, monkeypatch, error, code, words):
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pipeline.Pipeline, "__call__", stop)
+    assert generate() == code
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+
+
+def test_a_bug_keeps_its_traceback(generate, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pipeline.Pipeline, "__call__", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        generate()
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
+    target = tmp_path / "cat.png"
+    target.write_bytes(b"old")
+    picture = Image.new("RGB", (16, 16))
+
+    def fail(path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(picture, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        cli.save_png(picture, target, {})
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_inspect_tells_a_full_size_file_from_its_header(full_size_file, capsys):
+    assert cli.main(["inspect", str(full_size_file), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["format"] == "SVDQuant INT4, group 64"
+    assert (facts["rank"], facts["layers"], facts["refiner_layers"]) == (256, 30, 2)
+    assert facts["quantized_refiners"] is True
+    assert (facts["width"], facts["heads"], facts["ffn_width"], facts["caption_width"]) == (3840, 30, 10240, 2560)
+    assert facts["tensors"] == 1099
+    assert facts["gib"] == round(4_546_023_552 / 2**30, 3)
+    assert json.loads(facts["metadata"]["quantization_config"])["rank"] == 256
+    assert facts["runs_here"]
+
+
+def test_inspect_for_people(tiny_files, capsys):
+    assert cli.main(["inspect", str(tiny_files["model"])]) == 0
+    text = capsys.readouterr().out
+    assert "rank: 32" in text
+    assert "runs here: " in text
+    assert cli.main(["inspect", str(tiny_files["vae"])]) == 0
+    assert "format: a VAE" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tiny_files["text_encoder"])]) == 0
+    assert "format: a text encoder" in capsys.readouterr().out
+
+
+def test_inspect_survives_a_reader_that_has_gone(tiny_files):
+    process = subprocess.Popen(
+        [*ZIMAGE, "inspect", str(tiny_files["vae"])], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_doctor(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {"reference", "triton", "kitchen", "nunchaku"} == facts["backends"].keys()
+    assert facts["backends"]["reference"].startswith("available")
+    assert facts["torch"]
+    assert cli.main(["doctor"]) == 0
+    assert "backends:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [(["__init__.py", "nunchaku.py"], "unrelated statistics library"), (["__init__.py", "models/__init__.py"], "1.2")],
+)
+def test_doctor_knows_the_other_nunchaku(tmp_path, monkeypatch, files, words):
+    for name in files:
+        path = tmp_path / "nunchaku" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    about = tmp_path / "nunchaku-1.2.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text("Metadata-Version: 2.1\nName: nunchaku\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    state = cli.package_state("nunchaku")
+    assert words in state
+    assert state.startswith("1.2")
+
+
+def test_doctor_without_torch(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    assert cli.main(["doctor"]) == 1
+    assert "torch is missing; install it" in capsys.readouterr().out
+
+
+def test_quantize_then_inspect_and_draw(tiny_files, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    from zimage_core.config import ZImageConfig
+    from zimage_core.transformer import ZImageTransformer
+
+    torch.manual_seed(0)
+    config = ZImageConfig(dim=384, n_heads=3, n_layers=1, n_refiner_layers=1, cap_feat_dim=64)
+    dense, small = tmp_path / "dense.safetensors", tmp_path / "small.safetensors"
+    save_file({k: v.to(torch.bfloat16) for k, v in ZImageTransformer(config).state_dict().items()}, dense)
+    assert cli.main(["quantize", str(dense), str(small), "--rank=16"]) == 0
+    assert capsys.readouterr().out.strip() == str(small)
+    assert cli.main(["inspect", str(small), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rank"] == 16
+    files = [f"--model={small}", f"--text-encoder={tiny_files['text_encoder']}", f"--vae={tiny_files['vae']}"]
+    size = ["--width=32", "--height=32", "--steps=1", f"--out={tmp_path / 'small.png'}"]
+    assert cli.main(["generate", "a cat", *files, *size]) == 0
+    capsys.readouterr()
+    code = cli.main(["quantize", str(small), str(tmp_path / "again.safetensors")])
+    assert "expected a BF16 model" in refused(capsys, code)
+
+
+def test_the_draw_command_of_the_readme_follows_its_prompt(tmp_path, monkeypatch, capsys):
+    """The bundled demo draws a red circle in the top left corner on blue; colours by the larger channel."""
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in readme.splitlines() if line.startswith("pip install . && zimage generate ")]
+    assert cli.main(shlex.split(line)[5:] + ["--seed=1", "--device=cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["model"] == "bundled demo"
+    with Image.open("picture.png") as picture:
+        assert picture.size == (128, 128)
+        red, _, blue = picture.getpixel((35, 35))
+        assert red > 150 > 100 > blue
+        red, _, blue = picture.getpixel((100, 100))
+        assert blue > 150 > 100 > red

@@ -1,0 +1,96 @@
+"""The fused kernels against plain torch: in Triton's interpreter on the CPU, and compiled for every GPU generation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+
+def interpreted():
+    """Run under TRITON_INTERPRET=1: each kernel against `ops` in fp32, on rounded 16-bit inputs."""
+    from zimage_core import ops
+    from zimage_core.backends import fused
+
+    gen = torch.Generator().manual_seed(0)
+
+    def random(*shape, dtype, scale=1.0):
+        return (torch.randn(*shape, generator=gen) * scale).to(dtype)
+
+    for dtype, stream in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        rounding = torch.finfo(dtype).eps
+
+        def check(found, expected, what, rounding=rounding):
+            error = (found.double() - expected.double()).norm() / expected.double().norm()
+            assert error <= rounding, f"{what}: {error:.2e} over the {rounding:.0e} of one rounding"
+
+        for width, batch, modulations in ((384, 2, 2), (3840, 1, 1), (256, 3, 1)):
+            x, h = random(batch, 3, width, dtype=stream), random(batch, 3, width, dtype=dtype, scale=3)
+            weight = random(width, dtype=dtype)
+            scale = random(modulations, 1, 4 * width, dtype=dtype).chunk(4, -1)[1]
+            wide = [y.float() for y in (x, h, weight, scale)]
+            out = fused.norm_scale(x, weight, 1e-5, scale)
+            assert out.dtype == dtype
+            check(out, ops.norm_scale(wide[0], wide[2], 1e-5, wide[3]), "norm_scale")
+            check(fused.norm_scale(x, weight, 1e-5, None), ops.norm_scale(wide[0], wide[2], 1e-5, None), "norm")
+            out = fused.norm_gate_add(x, h, weight, 1e-5, scale)
+            assert out.dtype == stream
+            check(out, ops.norm_gate_add(wide[0], wide[1], wide[2], 1e-5, wide[3]), "norm_gate_add")
+            out = fused.norm_gate_add(x, h, weight, 1e-5, None)
+            check(out, ops.norm_gate_add(wide[0], wide[1], wide[2], 1e-5, None), "norm_add")
+            check(fused.swiglu(h), ops.swiglu(h.float()), "swiglu")
+        for batch, angles, heads, width in ((1, 1, 3, 128), (2, 2, 6, 64), (2, 1, 6, 64)):
+            qkv = random(batch, 5, 3, heads, width, dtype=dtype)
+            norms = random(width, dtype=dtype), random(width, dtype=dtype)
+            angle = torch.randn(angles, 5, 1, width // 2, generator=gen)
+            expected = ops.norm_rope(qkv.float(), *(n.float() for n in norms), 1e-5, angle.cos(), angle.sin())
+            found = fused.norm_rope(qkv, *norms, 1e-5, angle.cos(), angle.sin())
+            for name, a, b in zip("qkv", found, expected, strict=True):
+                check(a, b, name)
+
+    big = torch.full((1, 1, 256), 300.0, dtype=torch.float16)
+    assert fused.swiglu(torch.cat((big, big), -1)).isfinite().all()
+    assert fused.norm_gate_add(big, big / 0.0, big[0, 0], 1e-5, None).isfinite().all()
+
+
+def test_kernels_equal_torch():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['interpreted']()"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90, 120])
+def test_kernels_compile(capability):
+    """Ahead of time, without a GPU: what Triton or ptxas refuses for a generation fails here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from zimage_core.backends import fused
+
+    target = GPUTarget("cuda", capability, 32)
+    half, stream = ("*fp16", "*fp32") if capability < 80 else ("*bf16", "*bf16")
+    row = {"tokens": "i32", "width": "i32", "eps": "fp32"}
+    kernels = (
+        (fused._norm_scale, {"x": stream, "weight": half, "scale": half, "out": half, "scale_stride": "i32", **row},
+         {"SCALED": True, "BLOCK": 4096}),
+        (fused._norm_gate_add,
+         {"x": stream, "h": half, "weight": half, "gate": half, "out": stream, "gate_stride": "i32", **row},
+         {"GATED": True, "SATURATE": capability < 80, "BLOCK": 4096}),
+        (fused._norm_rope,
+         {"qkv": half, "norm_q": half, "norm_k": half, "cos": "*fp32", "sin": "*fp32", "tokens": "i32",
+          "angle_tokens": "i32", "heads": "i32", "eps": "fp32"}, {"BLOCK_H": 32, "K": 128}),
+        (fused._swiglu, {"x": half, "out": half, "width": "i32"}, {"SATURATE": capability < 80, "BLOCK": 2048}),
+    )  # fmt: skip
+    for kernel, types, constants in kernels:
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
+        assert "spill" not in compiled.asm and compiled.asm["cubin"]

@@ -1,0 +1,301 @@
+"""The quantizer: the file that it writes, its arithmetic, and what is left behind when it fails."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zimage_core.checkpoint import load_transformer
+from zimage_core.config import ZImageConfig
+from zimage_core.keys import diffusers_svdq_module
+from zimage_core.quantize import quantize_checkpoint
+from zimage_core.solver import low_rank, svdq_from_dense
+from zimage_core.svdq_file import StreamedFile, diffusers_config, file_metadata, plan_header
+from zimage_core.tensorfiles import read_header
+from zimage_core.transformer import ZImageTransformer
+
+DATA = Path(__file__).parents[1] / "data"
+TINY = DATA / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
+CONFIG = ZImageConfig(
+    dim=384, n_layers=1, n_refiner_layers=1, n_heads=6, cap_feat_dim=64, axes_dims=(16, 24, 24), axes_lens=(64, 64, 64)
+)
+
+
+def diffusers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's tensors under the official names, with q, k, v and w1, w3 apart."""
+    named = {}
+    for key, tensor in state.items():
+        module, _, leaf = key.rpartition(".")
+        if module.endswith("to_qkv"):
+            named |= {f"{module[:-3]}{p}.{leaf}": t.clone() for p, t in zip("qkv", tensor.chunk(3), strict=True)}
+        elif module.endswith("w3_w1"):
+            named |= {f"{module[:-5]}{p}.{leaf}": t.clone() for p, t in zip(("w3", "w1"), tensor.chunk(2), strict=True)}
+        elif module.endswith("w2"):
+            named[key] = tensor
+        else:
+            named[f"{diffusers_svdq_module(module)}.{leaf}" if module else key] = tensor
+    return named
+
+
+def comfy_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's tensors as ComfyUI's BF16 file names them: fused q, k, v, apart w1, w3."""
+    named = {}
+    for key, tensor in state.items():
+        for ours, theirs in (("to_qkv", "qkv"), ("to_out", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")):
+            key = key.replace(ours, theirs)
+        if "w3_w1" in key:
+            for part, rows in zip(("w3", "w1"), tensor.chunk(2), strict=True):
+                named[key.replace("w3_w1", part)] = rows.clone()
+        else:
+            named[key] = tensor
+    return named
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    state = ZImageTransformer(CONFIG).to(torch.bfloat16).state_dict()
+    return {key: torch.randn_like(value) if key.endswith("pad_token") else value for key, value in state.items()}
+
+
+@pytest.fixture(scope="module")
+def source(dense, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "dense.safetensors"
+    save_file(diffusers_names(dense), path, {"config": json.dumps(diffusers_config(CONFIG))})
+    return path
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_planned_header_is_the_real_files():
+    real = json.loads((DATA / "real_model_expected_tensors_r256.json").read_text())
+    expected = {k: ({"bfloat16": "BF16", "int8": "I8"}[d], tuple(shape)) for k, (d, shape) in real["tensors"].items()}
+    assert plan_header(ZImageConfig(), 256) == expected
+    assert diffusers_config(ZImageConfig()) == real["config"]
+    assert len(plan_header(ZImageConfig(), 256, skip_refiners=True)) == 1027
+
+
+def test_header_and_metadata_equal_those_of_a_genuine_file(tmp_path):
+    config = ZImageConfig(
+        dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64, axes_lens=(256, 64, 64)
+    )
+    torch.manual_seed(0)
+    state = ZImageTransformer(config).to(torch.bfloat16).state_dict()
+    save_file(diffusers_names(state), tmp_path / "a", {"config": json.dumps(diffusers_config(config))})
+    quantize_checkpoint(tmp_path / "a", tmp_path / "b", rank=32)
+    genuine, written = read_header(TINY), read_header(tmp_path / "b")
+    assert list(written.tensors.items()) == list(genuine.tensors.items())
+    assert written.metadata == genuine.metadata
+
+
+@pytest.mark.parametrize("rank", [16, 128])
+def test_linear_is_within_half_a_step_of_its_weight(rank):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(256, 384, generator=generator)
+    smooth = torch.rand(384, generator=generator) + 0.5
+    quantized = svdq_from_dense(weight, rank, smooth)
+    steps = quantized.wscales.float().repeat_interleave(64, 1) / quantized.smooth_factor.float()
+    assert ((quantized.dequantize() - weight).abs() <= 0.51 * steps + 1e-6).all()  # scales are rounded to bf16
+
+
+def test_low_rank_is_the_best_one():
+    weight = torch.randn(200, 330, generator=torch.Generator().manual_seed(2))
+    best = torch.linalg.svdvals(weight)[16:].square().sum().sqrt()
+    for matrix in (weight, weight.T):
+        up, down = low_rank(matrix, 16)
+        assert torch.dist(matrix, up @ down) == pytest.approx(best.item(), rel=1e-3)
+
+
+def test_zero_weights_stay_zero():
+    assert svdq_from_dense(torch.zeros(128, 128), 16).dequantize().count_nonzero() == 0
+
+
+@pytest.mark.parametrize("skip_refiners", [False, True])
+def test_quantized_model_is_close_to_its_source(source, tmp_path, skip_refiners):
+    quantize_checkpoint(source, tmp_path / "q.safetensors", rank=128, skip_refiners=skip_refiners)
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(1, 16, 8, 12, generator=generator)
+    caption = torch.randn(9, CONFIG.cap_feat_dim, generator=generator)
+    outputs = []
+    for path in (source, tmp_path / "q.safetensors"):
+        model = load_transformer(path, dtype=torch.float32, backend="reference", precision="w4a16")
+        with torch.inference_mode():
+            outputs.append(model(latents, torch.tensor([0.3]), model.prepare([caption], 64, 96)))
+    assert torch.dist(*outputs) < 0.12 * outputs[0].norm()
+
+
+def test_name_styles_shards_and_repetition_give_the_same_file(dense, source, tmp_path):
+    save_file(comfy_names(dense), tmp_path / "comfy.safetensors", {"config": json.dumps(diffusers_config(CONFIG))})
+    sharded = tmp_path / "sharded"
+    sharded.mkdir()
+    (sharded / "config.json").write_text(json.dumps(diffusers_config(CONFIG)))
+    named = diffusers_names(dense)
+    names = sorted(named)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, keys in shards.items():
+        save_file({key: named[key] for key in keys}, sharded / file)
+    index = {"weight_map": {key: file for file, keys in shards.items() for key in keys}}
+    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+    digests = set()
+    for i, src in enumerate((source, source, tmp_path / "comfy.safetensors", sharded)):
+        quantize_checkpoint(src, tmp_path / f"{i}", rank=16)
+        digests.add(digest(tmp_path / f"{i}"))
+    assert len(digests) == 1
+
+
+def test_progress_counts_to_the_end(source, tmp_path):
+    calls = []
+    quantize_checkpoint(source, tmp_path / "q", rank=16, progress=lambda *call: calls.append(call))
+    done = [call[0] for call in calls]
+    assert done == sorted(done) and len(set(done)) == 12  # the linears of three blocks
+    assert calls[-1][0] == calls[-1][1]
+
+
+def test_nothing_is_left_when_interrupted(source, tmp_path):
+    (tmp_path / "q").write_bytes(b"the file that was there")
+
+    def interrupt(done: int, total: int, name: str) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, tmp_path / "q", rank=16, progress=interrupt)
+    assert os.listdir(tmp_path) == ["q"]
+    assert (tmp_path / "q").read_bytes() == b"the file that was there"
+
+
+@pytest.fixture(scope="module")
+def outliers(dense, tmp_path_factory) -> Path:
+    """A source whose inputs have a few strong channels, as real ones do."""
+    generator = torch.Generator().manual_seed(5)
+    state = dict(dense)
+    for name in (n for n in state if n.endswith(("attention_norm1.weight", "ffn_norm1.weight"))):
+        state[name] = state[name] * (2 * torch.rand(384, generator=generator)).exp().to(torch.bfloat16)
+        state[name][torch.randperm(384, generator=generator)[:6]] *= 12
+    path = tmp_path_factory.mktemp("outliers") / "dense.safetensors"
+    save_file(diffusers_names(state), path, {"config": json.dumps(diffusers_config(CONFIG))})
+    return path
+
+
+@pytest.fixture(scope="module")
+def captions() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    return [torch.randn(tokens, CONFIG.cap_feat_dim, generator=generator) for tokens in (20, 40, 12)]
+
+
+@pytest.fixture(scope="module")
+def calibrated(outliers, captions, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("calibrated") / "q.safetensors"
+    quantize_checkpoint(outliers, path, rank=32, cap_feats=captions, size=128)
+    return path
+
+
+def model_output(path: Path, precision: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn(1, 16, 16, 16, generator=generator)
+    caption = torch.randn(30, CONFIG.cap_feat_dim, generator=generator)
+    model = load_transformer(path, dtype=torch.float32, backend="reference", precision=precision)
+    with torch.inference_mode():
+        return model(latents, torch.tensor([0.4]), model.prepare([caption], 128, 128))
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+def test_calibration_beats_rounding_to_nearest(outliers, calibrated, tmp_path, precision):
+    quantize_checkpoint(outliers, tmp_path / "plain", rank=32)
+    right = model_output(outliers, precision)
+    plain, ours = (torch.dist(model_output(path, precision), right) for path in (tmp_path / "plain", calibrated))
+    assert ours < 0.75 * plain
+
+
+def test_calibrated_file_has_the_same_header_and_says_how_it_was_made(outliers, calibrated, tmp_path):
+    quantize_checkpoint(outliers, tmp_path / "plain", rank=32)
+    plain, ours = read_header(tmp_path / "plain"), read_header(calibrated)
+    assert ours.tensors == plain.tensors
+    made = json.loads(ours.metadata.pop("quantized_by"))
+    assert (made["tool"], made["prompts"], made["size"]) == ("zimage-int4", 3, 128)
+    assert ours.metadata == plain.metadata
+
+
+def test_interrupted_calibration_goes_on_from_the_last_finished_block(outliers, captions, calibrated, tmp_path):
+    def interrupt(done: int, total: int, name: str) -> None:
+        if name == "layers.0.attention.to_qkv":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=128, progress=interrupt)
+    assert sorted(os.listdir(tmp_path)) == ["q.partial", "q.partial.finished", "q.partial.notes"]
+    names = []
+    quantize_checkpoint(
+        outliers, tmp_path / "q", rank=32, cap_feats=captions, size=128, progress=lambda *call: names.append(call[2])
+    )
+    assert "resumed" in names and "drawing" not in names
+    assert os.listdir(tmp_path) == ["q"]
+    assert digest(tmp_path / "q") == digest(calibrated)
+
+
+def test_leftovers_of_other_settings_are_not_used(outliers, captions, calibrated, tmp_path):
+    def interrupt(done: int, total: int, name: str) -> None:
+        if name == "layers.0.attention.to_qkv":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions[:1], size=64, progress=interrupt)
+    quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=128)
+    assert digest(tmp_path / "q") == digest(calibrated)
+
+
+def test_bad_input_is_refused_in_a_sentence(dense, source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    damaged = diffusers_names(dense)
+    damaged["layers.0.feed_forward.w1.weight"] = damaged["layers.0.feed_forward.w1.weight"] * float("nan")
+    save_file(damaged, tmp_path / "nan")
+    for src, dst, rank, message in (
+        (tmp_path / "nan", out / "q", 16, "feed_forward.w1.weight: holds NaN"),
+        (TINY, out / "q", 16, "expected a BF16 model, found svdq-int4"),
+        (source, source, 16, "is the source itself"),
+        (source, out / "q", 24, "rank: expected a multiple of 16"),
+        (source, out / "q", 400, "rank: expected a multiple of 16 up to 384"),
+        (source, out / "none" / "q", 16, "choose another folder"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            quantize_checkpoint(src, dst, rank=rank)
+        assert "\n" not in str(caught.value)
+    assert os.listdir(out) == []
+    assert source.is_file()
+
+
+def test_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(ValueError, match="No space left on device; free 0.0 GiB"):
+        StreamedFile(tmp_path / "q", plan_header(CONFIG, 16), file_metadata(CONFIG, 16))
+    assert os.listdir(tmp_path) == []
+
+
+def test_streamed_file_takes_only_what_is_planned(tmp_path):
+    header = {"b": ("BF16", (2, 3)), "a": ("I8", (4,))}
+    b, a = torch.randn(2, 3).to(torch.bfloat16), torch.arange(4, dtype=torch.int8)
+    with StreamedFile(tmp_path / "f", header, {"made": "here"}) as out:
+        out.write("a", a)
+        with pytest.raises(ValueError, match="b: expected BF16"):
+            out.write("b", b.float())
+        with pytest.raises(ValueError, match="c: expected no such tensor"):
+            out.write("c", a)
+        out.write("b", b.T.contiguous().T)
+    loaded = load_file(tmp_path / "f")
+    assert torch.equal(loaded["a"], a) and torch.equal(loaded["b"], b)
+    with pytest.raises(ValueError, match="1 tensors missing: b"), StreamedFile(tmp_path / "g", header, {}) as out:
+        out.write("a", a)
+    assert os.listdir(tmp_path) == ["f"]

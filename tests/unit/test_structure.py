@@ -1,0 +1,205 @@
+"""The shape of the project: who imports whom, what is lazy, what the wheel holds, and that ARCHITECTURE.md is true."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = ROOT / "zimage_core"
+NODES = ROOT / "nodes"
+DEMO_LIMIT = 16 * 2**20
+BF16_LIMIT = 32 * 2**20
+
+# Module -> the modules of zimage_core that it may import. Everything points down; a new module needs a row here.
+MAY_IMPORT = {
+    "config": set(),
+    "keys": set(),
+    "layout": set(),
+    "tensorfiles": set(),
+    "backends": set(),  # finds its members by name when one is asked for
+    "backends.*": {"backends", "backends.*", "layout"},
+    "adapters": set(),
+    "svdq": {"adapters", "backends", "layout"},
+    "ops": set(),
+    "transformer": {"adapters", "config", "ops", "svdq"},
+    "encoder_formats": {"adapters", "tensorfiles"},
+    "text_encoder": {"adapters", "encoder_formats", "svdq", "tensorfiles"},
+    "vae": {"tensorfiles"},
+    "sampler": {"transformer"},
+    "checkpoint": {"adapters", "backends", "config", "keys", "layout", "ops", "svdq", "tensorfiles", "transformer"},
+    "svdq_file": {"config", "keys", "layout", "transformer"},
+    "lora": {"adapters", "checkpoint", "keys", "svdq", "tensorfiles"},
+    "offload": {"svdq"},
+    "solver": {"layout", "svdq"},
+    "calibrate": {"config", "sampler", "solver", "transformer"},
+    "quantize": {
+        *("calibrate", "checkpoint", "config", "keys", "layout", "lora", "solver", "svdq", "svdq_file"),
+        *("tensorfiles", "text_encoder", "transformer"),
+    },
+    "quantize_encoder": {"encoder_formats", "svdq_file", "tensorfiles", "text_encoder"},
+    "demo": set(),
+    "hub": {"tensorfiles"},
+    "pipeline": {
+        *("checkpoint", "demo", "hub", "lora", "offload", "sampler", "text_encoder", "transformer", "vae"),
+    },
+    "cli": {
+        *("", "backends", "checkpoint", "demo", "hub", "lora", "offload", "pipeline", "quantize"),
+        *("quantize_encoder", "tensorfiles"),
+    },
+    "__main__": {"cli"},
+    "": set(),
+}
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """zimage_core/backends/__init__.py -> "backends"; the package itself is ""."""
+    parts = path.relative_to(CORE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of zimage_core that a file imports, at the top or inside functions, but not for type hints only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    hints = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    skipped = {id(n) for block in hints for n in ast.walk(block)}
+    found = set()
+    package = path.relative_to(CORE).parent.parts
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level or id(node) in skipped:
+            continue
+        base = ".".join(package[: len(package) + 1 - node.level])
+        target = ".".join(filter(None, (base, node.module)))
+        for alias in node.names:
+            inner = ".".join(filter(None, (target, alias.name)))
+            is_module = (CORE / f"{inner.replace('.', '/')}.py").exists() or (CORE / inner.replace(".", "/")).is_dir()
+            found.add(inner if is_module else target)
+    return found
+
+
+def row(module: str) -> str:
+    return "backends.*" if module.startswith("backends.") else module
+
+
+@pytest.mark.parametrize("path", sources(CORE), ids=lambda path: str(path.relative_to(CORE)))
+def test_imports_point_down(path):
+    module = module_name(path)
+    assert row(module) in MAY_IMPORT, f"{module} is new: give it a row in MAY_IMPORT and in ARCHITECTURE.md"
+    upward = {name for name in imported(path) if row(name) not in MAY_IMPORT[row(module)]}
+    assert not upward, f"{module} may not import {sorted(upward)}"
+
+
+def test_the_table_itself_has_no_cycle():
+    """Sorting by imports must succeed, so the table cannot be loosened into a circle."""
+    import graphlib
+
+    siblings_aside = {module: allowed - {module} for module, allowed in MAY_IMPORT.items()}
+    assert list(graphlib.TopologicalSorter(siblings_aside).static_order())
+
+
+@pytest.mark.parametrize("path", sources(CORE) + sources(NODES), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_pack_imports_itself_relatively(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.append(node.module)
+        tops = {name.partition(".")[0] for name in names}
+        assert not tops & {"zimage_core", "nodes"} or path == NODES / "host.py", f"line {node.lineno}: {names}"
+        if path != NODES / "host.py":
+            assert not tops & {"comfy", "folder_paths", "server", "latent_preview", "comfy_extras"}, names
+
+
+@pytest.mark.parametrize("path", sources(ROOT / "tests" / "unit") + sources(ROOT / "tests" / "oracle"), ids=str)
+def test_no_test_imports_the_nodes_by_name(path):
+    """ComfyUI has a module called nodes (tests/host imports that one); ours is loaded with the root, by path."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.partition(".")[0] == "nodes" for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            assert node.module.partition(".")[0] != "nodes"
+
+
+def test_importing_the_package_and_its_command_line_leaves_torch_alone():
+    code = "import sys, zimage_core, zimage_core.cli, zimage_core.checkpoint; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def load_root(root: Path):
+    """Load a node pack's root as ComfyUI does: by path, under a name of its own."""
+    name = f"pack_{abs(hash(root))}"
+    init = root / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(root)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_root_is_lazy():
+    root = load_root(ROOT)
+    assert f"{root.__name__}.nodes" not in sys.modules
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        root.nothing  # noqa: B018
+
+
+def test_root_turns_an_import_failure_into_an_attribute_error(tmp_path, caplog):
+    shutil.copy(ROOT / "__init__.py", tmp_path)
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "nodes" / "__init__.py").write_text("import a_module_that_is_not_there\n")
+    root = load_root(tmp_path)
+    with caplog.at_level(logging.ERROR):
+        assert not hasattr(root, "NODE_CLASS_MAPPINGS")
+    assert "a_module_that_is_not_there" in caplog.text
+
+
+def test_architecture_names_every_module_and_nothing_else():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    modules = {str(path.relative_to(ROOT)) for path in sources(CORE) + sources(NODES)}
+    named = set(re.findall(r"`((?:zimage_core|nodes)/[\w/]+\.py)`", text))
+    assert named == modules
+
+
+def test_the_wheel_holds_the_core_only(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(CORE, copy / "zimage_core", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "nodes", copy / "nodes")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py"):
+        shutil.copy(ROOT / name, copy)
+    code = "import setuptools.build_meta as b; print(b.build_wheel('..'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
+        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+        required = re.findall(r"^Requires-Dist: ([^;\n]+)$", wheel.read(metadata).decode(), re.M)
+    package = copy / "zimage_core"
+    files = {p for p in package.rglob("*") if p.suffix in (".py", ".safetensors", ".json")}
+    assert held == {str(path.relative_to(copy)) for path in files}
+    assert "torch" in required, "torch must stay unbounded: installing may not replace the one that is there"
+
+
+def test_demo_sizes():
+    shipped = [path for path in (CORE / "demo").rglob("*") if path.suffix != ".py" and path.is_file()]
+    assert sum(path.stat().st_size for path in shipped) <= DEMO_LIMIT
+    sources_of_demo = list((ROOT / "demo_training").rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in sources_of_demo) <= BF16_LIMIT
+
+
+def test_versions_agree():
+    import zimage_core
+
+    assert f'version = "{zimage_core.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

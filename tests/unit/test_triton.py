@@ -1,0 +1,79 @@
+"""The Triton backend: its kernels run in a process of their own, and compile for every GPU generation that it takes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent.parent
+SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB that one block may take
+
+
+def test_kernels_compute_what_the_reference_does():
+    """triton_kernels_check.py: on the GPU, or where there is none in the interpreter."""
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/unit/triton_kernels_check.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("sm", SHARED)
+def test_kernels_compile_for(sm):
+    from zimage_core.backends import triton as backend
+    from zimage_core.backends import triton_kernels as kernels
+
+    half = "*fp16" if sm == 75 else "*bf16"
+    byte = "*fp8e4nv" if sm >= 89 else "*i8"
+    weight = {"qweight": "*u8", "wscales": half}
+    rank = 256 if sm >= 80 else 0
+    tiles = backend.dequantize_tiles(3840, rank, sm)
+    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
+    branch = {"smooth_factor": half, "proj_down": half, "proj_up": half}
+    ptx = compiled(kernels.dequantize, sm, weight | branch | {"weight": half, "k": "i32"}, tiles, options)
+    assert bool(re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)) == (rank > 0)  # on the tensor cores
+    assert ("ld.global.v4" in ptx or "cp.async" in ptx) and "st.global.v4" in ptx  # 16 bytes at a time
+    for block_k in (4096, 16384):
+        rows = {"x": half, "smooth_factor": half, "codes": byte, "row_scale": "*fp32", "k": "i32"}
+        compiled(kernels.quantize_rows, sm, rows, {"LIMIT": 448.0, "BLOCK_K": block_k}, {"num_warps": 16})
+    weight |= {"channel_scale": "*fp32", "weight": byte, "k": "i32"}
+    compiled(kernels.requantize, sm, weight, {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_C": 64}, {})
+    rescale = {"products": "*i32", "row_scale": "*fp32", "channel_scale": "*fp32", "y": half, "n": "i32"}
+    compiled(kernels.rescale_add, sm, rescale, {"TO_CODE": 448 / 127, "BLOCK": 1024}, {})
+
+
+def compiled(kernel, sm: int, arguments: dict[str, str], constants: dict, options: dict) -> str:
+    """The PTX of a kernel, pointers and sizes divisible by 16; its shared memory and registers suffice."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = [*arguments, *constants]
+    source = ASTSource(
+        fn=kernel,
+        signature=arguments | dict.fromkeys(constants, "constexpr"),
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(arguments))},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    assert built.metadata.shared <= SHARED[sm] * 1024
+    assert stack_bytes(built.asm["cubin"]) <= 128  # more means registers spilled in the inner loop
+    return built.asm["ptx"]
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of registers spilled per thread, as the cuobjdump beside triton's ptxas tells; 0 where there is none."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return 0
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"zimage-{os.getpid()}.cubin"
+    path.write_bytes(cubin)
+    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
+    path.unlink()
+    return int(re.search(r"STACK:(\d+)", text).group(1))

@@ -1,0 +1,82 @@
+"""nunchaku's INT4 kernels, which run the stored layout as it is, on the GPUs that they take.
+
+The engine is no package of PyPI: what `pip install nunchaku` fetches is a statistics library.
+
+Legend: M rows, N out, K in, R rank, G = K / 64 groups.
+Source: nunchaku/ops/{quantize.py,gemm.py} and nunchaku/models/linear.py@92e4695.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from .. import layout
+from . import capability, guard
+
+PRECISIONS = ("w4a4",)
+INT4_KERNELS = (75, 80, 86, 87, 89)
+ENGINE = "https://github.com/nunchaku-ai/nunchaku/releases"
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why it cannot run there: the engine is missing, or refuses the GPU or the dtype."""
+    spec = importlib.util.find_spec("nunchaku")
+    if spec is None:
+        return f"the engine is not installed; its wheels are at {ENGINE} (not on PyPI)"
+    if not any((Path(folder) / "ops").is_dir() for folder in spec.submodule_search_locations or ()):
+        return (
+            "the package nunchaku that is installed is PyPI's statistics library, not the engine; "
+            f"pip uninstall nunchaku, then install a wheel from {ENGINE}"
+        )
+    sm = capability(device)
+    if sm is None:
+        return f"needs an NVIDIA GPU, the device is {device.type}"
+    if sm not in INT4_KERNELS:
+        why = "its INT4 kernels refuse Blackwell" if sm >= 100 else "it refuses a GPU without 4-bit tensor cores"
+        return f"{why} (sm_{sm}); they take sm_75 to sm_89"
+    if dtype not in ((torch.float16,) if sm < 80 else (torch.bfloat16, torch.float16)):
+        return f"takes {'float16' if sm < 80 else 'bfloat16 or float16'} on sm_{sm}, asked for {dtype}"
+    try:
+        import nunchaku.ops.gemm
+        import nunchaku.ops.quantize  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"the engine cannot be imported ({error}); install the wheel for this torch from {ENGINE}"
+    return None
+
+
+def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
+    """SVDQWeights -> the tensors as stored in a file."""
+    return weights.to_packed()
+
+
+def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The fields of SVDQWeights."""
+    names = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "bias")
+    return layout.unpack_linear({name: prepared[name] for name in names if prepared.get(name) is not None})
+
+
+def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
+    """x (M, K) -> (M, N)."""
+    from nunchaku.ops.gemm import svdq_gemm_w4a4_cuda
+    from nunchaku.ops.quantize import svdq_quantize_w4a4_act_fuse_lora_cuda
+
+    y = x.new_empty(len(x), len(prepared["qweight"]))
+    with guard(x.device):
+        codes, ascales, rank = svdq_quantize_w4a4_act_fuse_lora_cuda(
+            x.contiguous(), lora_down=prepared["proj_down"], smooth=prepared["smooth_factor"], pad_size=256
+        )
+        svdq_gemm_w4a4_cuda(
+            act=codes,
+            wgt=prepared["qweight"],
+            out=y,
+            ascales=ascales,
+            wscales=prepared["wscales"],
+            lora_act_in=rank,
+            lora_up=prepared["proj_up"],
+            bias=prepared.get("bias"),
+        )
+    return y

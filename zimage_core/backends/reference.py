@@ -1,0 +1,126 @@
+"""Plain torch on any device, which defines correctness: w4a16, and w4a4 in the order of nunchaku's kernels.
+
+w4a16 dequantizes the codes at every call in a few whole-tensor operations, a bounded number of rows at a time, and
+then multiplies once. Weights as small as the demo's cost more to dequantize than to multiply, so their dense form
+is kept beside the codes.
+
+Legend: M rows, N out, K in, R rank, G = K / 64 groups. H is the 16-bit dtype of x (or fp32: no rounding).
+Source of the w4a4 order: nunchaku/src/kernels/zgemm/{gemm_w4a4.cuh,lora.cuh}@92e4695.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import layout
+
+PRECISIONS = ("w4a16", "w4a4")
+FIELDS = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "bias")
+CHUNK = 2**24  # elements unpacked at a time: 16 MiB of codes
+DENSE = 2**20  # elements up to which a weight's dense form is kept: 2 MiB in bf16
+_dense: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # qweight -> (state of all tensors, dense weight)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: it runs everywhere."""
+    return None
+
+
+def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
+    """SVDQWeights -> the same tensors, by name."""
+    return weights.tensors()
+
+
+def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The fields of SVDQWeights."""
+    return {name: prepared[name] for name in FIELDS if prepared.get(name) is not None}
+
+
+def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
+    """x (M, K) -> (M, N)."""
+    return _w4a4(x, prepared) if precision == "w4a4" else _w4a16(x, prepared)
+
+
+def join(
+    prepared: Mapping[str, torch.Tensor], rank: int, down: torch.Tensor | None, up: torch.Tensor | None, precision: str
+) -> dict[str, torch.Tensor] | None:
+    """The low-rank branch with an adapter behind its first `rank`; None where it is part of a kept dense weight."""
+    own = {"proj_down": prepared["proj_down"][:rank], "proj_up": prepared["proj_up"][:, :rank].contiguous()}
+    if down is None:
+        return own
+    if precision == "w4a16" and 2 * prepared["qweight"].numel() <= DENSE:
+        return None
+    return {"proj_down": torch.cat((own["proj_down"], down)), "proj_up": torch.cat((own["proj_up"], up), 1)}
+
+
+def dequantize_codes(qweight: torch.Tensor, wscales: torch.Tensor) -> torch.Tensor:
+    """Compact codes (N, K/2) and scales (N, G) -> q * s (N, K) in the dtype of the scales."""
+    (n, half), groups = qweight.shape, wscales.shape[1]
+    dense = torch.empty(n, 2 * half, dtype=wscales.dtype, device=qweight.device)
+    rows = max(1, CHUNK // (2 * half))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        codes = qweight[part].view(torch.int8).view(-1, groups, 32)
+        halves = dense[part].view(-1, groups, 2, 32)
+        halves[:, :, 0] = (codes << 4) >> 4
+        halves[:, :, 1] = codes >> 4
+        halves.view(-1, groups, layout.GROUP).mul_(wscales[part, :, None])
+    return dense
+
+
+def quantize_activations(x: torch.Tensor, smooth_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (M, K) -> codes (M, K) int8 in -8..7 and the unrounded scales (M, G) fp32, one per row and group of 64."""
+    smoothed = (x / smooth_factor).float().view(len(x), -1, layout.GROUP)
+    scale = smoothed.abs().amax(-1) * torch.tensor(1 / 7, dtype=torch.float32)
+    reciprocal = torch.where(scale > 0, 1 / scale, 0)
+    codes = (smoothed * reciprocal[:, :, None]).round().clamp(-8, 7)
+    return codes.to(torch.int8).view_as(x), scale
+
+
+def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    qweight, bias = prepared["qweight"], prepared.get("bias")
+    if 2 * qweight.numel() <= DENSE:
+        return F.linear(x, _kept_dense(prepared), bias)
+    weight = dequantize_codes(qweight, prepared["wscales"])
+    y = F.linear(x / prepared["smooth_factor"], weight, bias)
+    return torch.addmm(y, x @ prepared["proj_down"].T, prepared["proj_up"].T)
+
+
+def _kept_dense(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """q * s / smooth + up @ down (N, K), made again when a tensor was replaced or changed in place."""
+    tensors = restore(prepared).values()
+    counted = not any(t.is_inference() for t in tensors)  # inference tensors do not count their changes
+    state = [(id(t), t._version) for t in tensors] if counted else None
+    kept = _dense.get(prepared["qweight"])
+    if kept is None or kept[0] is None or kept[0] != state:
+        weight = dequantize_codes(prepared["qweight"], prepared["wscales"].float()) / prepared["smooth_factor"]
+        low_rank = prepared["proj_up"].float(), prepared["proj_down"].float()
+        kept = state, torch.addmm(weight, *low_rank).to(prepared["wscales"].dtype)
+        _dense[prepared["qweight"]] = kept
+    return kept[1]
+
+
+def _w4a4(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    (m, k), n, bias = x.shape, len(prepared["qweight"]), prepared.get("bias")
+    codes, scale = quantize_activations(x, prepared["smooth_factor"])
+    low_rank = F.linear(x.float(), prepared["proj_down"].float()).to(x.dtype).float()
+    codes = codes.to(x.dtype).view(m, -1, layout.GROUP).transpose(0, 1)  # (G, M, 64)
+    ascales = scale.to(x.dtype).t()[:, :, None]  # (G, M, 1)
+    y = x.new_empty(m, n)
+    rows = max(128, CHUNK // max(m, k))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        weight = layout.unpack_nibbles(prepared["qweight"][part]).to(x.dtype)
+        weight = weight.view(-1, k // layout.GROUP, layout.GROUP).permute(1, 2, 0)  # (G, 64, N)
+        acc = x.new_zeros(m, weight.shape[2])
+        for activation, ascale, group, wscale in zip(codes, ascales, weight, prepared["wscales"][part].t()):
+            dot = activation @ group  # at most 4096 in size: exact in fp32, rounded once to H
+            acc = torch.addcmul(acc.float(), dot.float(), (ascale * wscale).float()).to(x.dtype)
+        if bias is not None:
+            acc = acc + bias[part]
+        y[:, part] = torch.addmm(acc.float(), low_rank, prepared["proj_up"][part].float().t()).to(x.dtype)
+    return y

@@ -1,0 +1,144 @@
+"""The Triton backend: weights dequantized at every call into a buffer that the allocator reuses, then one GEMM.
+
+w4a16: one kernel writes q * s / smooth + up @ down in 16 bits, cuBLAS multiplies. As GEMMs of its own the low-rank
+branch costs 0.09 to 0.20 of a bf16 linear; inside the kernel it hides behind the writing of the weight.
+
+w4a8: activations x / smooth in 8 bits with a scale per row, weights in 8 bits with a scale per output channel, fp8
+(e4m3) from sm_89 on and int8 before. The low-rank branch stays in 16 bits: inside the fp8 weight it would be
+rounded too, and the error would grow from 0.34 to 0.52 of w4a4's (random layers, equal norms of both branches).
+
+Floors on an H200 (4.0 TB/s, bf16 790 TFLOP/s, fp8 and int8 twice that), the four linears of a block at 4224 rows,
+rank 256, against 1.31 ms for the bf16 GEMMs by that rate (2.05 measured):
+    w4a16 dequantize   61 MB codes + 246 MB written = 0.08 ms; up @ down 63 GFLOP = 0.08 ms
+    w4a8 requantize    61 MB + 123 MB = 0.05 ms; rows to fp8 184 + 92 MB = 0.07 ms
+    w4a8 low rank      133 GFLOP = 0.17 ms, of which reading and writing y (4 x 167 MB) takes 0.17 ms
+
+Legend: M rows, N out, K in, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from . import capability, guard, reference
+from .reference import restore
+
+__all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "linear"]
+PRECISIONS = ("w4a8", "w4a16")
+LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why it cannot run there: no triton, no NVIDIA GPU of sm_75 or later, a dtype that tensor cores do not take."""
+    sm = capability(device)
+    if sm is None:
+        return f"needs an NVIDIA GPU, the device is {device.type}"
+    if sm < 75:
+        return f"needs sm_75 or later, the GPU is sm_{sm}"
+    if dtype not in ((torch.float16,) if sm < 80 else (torch.bfloat16, torch.float16)):
+        return f"takes {'float16' if sm < 80 else 'bfloat16 or float16'} on sm_{sm}, asked for {dtype}"
+    try:
+        from . import triton_kernels  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"triton cannot be imported ({error}); install it with pip install triton (triton-windows on Windows)"
+    return None
+
+
+def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
+    """SVDQWeights -> the same tensors; for w4a8 also `channel_scale` (N,) fp32, a row's largest weight / 448."""
+    prepared = reference.prepare(weights, precision)
+    if precision == "w4a8":
+        largest = reference.dequantize_codes(weights.qweight, weights.wscales.float()).abs().amax(1)
+        prepared["channel_scale"] = largest.clamp_(min=1e-12) / LIMITS[torch.float8_e4m3fn]
+    return prepared
+
+
+def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
+    """x (M, K) -> (M, N)."""
+    with guard(x.device):
+        return (_w4a8 if precision == "w4a8" else _w4a16)(x, prepared)
+
+
+def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The dense weight (N, K) in the dtype of the scales: q * s / smooth + up @ down."""
+    from . import triton_kernels
+
+    down, up = prepared["proj_down"], prepared["proj_up"]
+    (r, k), n, sm = down.shape, len(up), capability(down.device)
+    inside = sm is None or sm >= 80  # triton has no tensor cores for the product on sm_75
+    weight = torch.empty(n, k, dtype=down.dtype, device=down.device)
+    tiles = dequantize_tiles(k, r if inside else 0, sm or 80)
+    triton_kernels.dequantize[n // tiles["BLOCK_N"], k // 2 // tiles["BLOCK_C"]](
+        prepared["qweight"], prepared["wscales"], prepared["smooth_factor"], down, up, weight, k, **tiles
+    )
+    return weight if inside else weight.addmm_(up, down)
+
+
+def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
+    """Tile sizes for K, the rank (0: no product) and the compute capability, within its shared memory."""
+    if r == 0:
+        return {"R": 0, "BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 1}
+    large = sm in (90, 100)
+    block_c = 128 if large and k % 256 == 0 else 64
+    block_r = min(r & -r, 64 if large else 32)
+    return {"R": r, "BLOCK_N": 128, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 3}
+
+
+def quantize_rows(
+    x: torch.Tensor, smooth_factor: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (M, K) -> codes (M, K) fp8 or int8 of x / smooth and their scales (M,) fp32."""
+    from . import triton_kernels
+
+    (m, k), x = x.shape, x.contiguous()
+    codes, scale = torch.empty_like(x, dtype=dtype), torch.empty(m, dtype=torch.float32, device=x.device)
+    block = 1 << (k - 1).bit_length()
+    triton_kernels.quantize_rows[m,](
+        x, smooth_factor, codes, scale, k, LIMITS[dtype], block, num_warps=min(16, max(4, block // 512))
+    )
+    return codes, scale
+
+
+def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The residual q * s (N, K) in fp8 or int8; its scale is channel_scale * 448 / the largest code."""
+    from . import triton_kernels
+
+    qweight = prepared["qweight"]
+    n, half = qweight.shape
+    weight = torch.empty(n, 2 * half, dtype=dtype, device=qweight.device)
+    triton_kernels.requantize[n // 32, half // 64](
+        qweight, prepared["wscales"], prepared["channel_scale"], weight, 2 * half, _to_code(dtype), 32, 64
+    )
+    return weight
+
+
+def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return F.linear(x, dequantize(prepared), prepared.get("bias"))
+
+
+def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    dtype = torch.float8_e4m3fn if (capability(x.device) or 75) >= 89 else torch.int8
+    codes, row_scale = quantize_rows(x, prepared["smooth_factor"], dtype)
+    weight, channel_scale = requantize(prepared, dtype), prepared["channel_scale"]
+    rank, up, bias = x @ prepared["proj_down"].T, prepared["proj_up"].T, prepared.get("bias")
+    if dtype == torch.float8_e4m3fn:
+        y = torch._scaled_mm(
+            codes, weight.T, row_scale[:, None], channel_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
+        ).to(x.dtype)
+        y.addmm_(rank, up)
+        return y if bias is None else y.add_(bias)
+    from . import triton_kernels
+
+    m, n = len(x), len(weight)
+    padded = F.pad(codes, (0, 0, 0, max(0, 32 - m)))  # _int_mm takes 17 rows or more
+    products = torch._int_mm(padded, weight.T)
+    y = rank @ up if bias is None else torch.addmm(bias, rank, up)
+    triton_kernels.rescale_add[m, -(-n // 1024)](products, row_scale, channel_scale, y, n, _to_code(dtype), 1024)
+    return y
+
+
+def _to_code(dtype: torch.dtype) -> float:
+    return LIMITS[torch.float8_e4m3fn] / LIMITS[dtype]

@@ -1,0 +1,322 @@
+"""Fetching the model files from the Hugging Face hub: into ComfyUI's folders, or into the hub's own cache.
+
+Requests, tokens, progress bars, retries and the environment (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE) are
+huggingface_hub's. What it lacks is done here: a stopped download goes on where it stopped (2.x deletes the part),
+and nothing gets its final name before its size, its hash as the hub reports it, and its header are right. In the
+cache the finished file is put where the hub keeps a blob, and hf_hub_download then only links it.
+
+Source: huggingface_hub/file_download.py@v2.4.0; the names of the files: the repositories themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .tensorfiles import read_header, tensor_bytes
+
+GIB = 2**30
+CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a hub repository, its folder below ComfyUI's models/, and its tensors' bytes where known."""
+
+    repo: str
+    path: str
+    folder: str
+    payload: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.path}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to fetch, as the hub reports it, and where it goes. digest: sha256, or git's sha1 of a small file."""
+
+    file: HubFile
+    size: int
+    digest: str
+    commit: str
+    target: Path
+
+    @property
+    def part(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.{self.digest[:12]}.part")
+
+
+def _int4(rank: int, payload: int) -> HubFile:
+    name = f"svdq-int4_r{rank}-z-image-turbo.safetensors"
+    return HubFile("nunchaku-ai/nunchaku-z-image-turbo", name, "diffusion_models", payload)
+
+
+def _comfy(path: str, folder: str) -> HubFile:
+    return HubFile("Comfy-Org/z_image_turbo", f"split_files/{path}", folder)
+
+
+MODELS = {
+    "int4-r256": _int4(256, 4_546_023_552),
+    "int4-r128": _int4(128, 4_011_249_792),
+    "int4-r32": _int4(32, 3_610_169_472),
+}
+TEXT_ENCODERS = {
+    "fp8": _comfy("text_encoders/qwen_3_4b_fp8_mixed.safetensors", "text_encoders"),
+    "bf16": _comfy("text_encoders/qwen_3_4b.safetensors", "text_encoders"),
+    "q8_0": HubFile("Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q8_0.gguf", "text_encoders"),
+    "q4_k_m": HubFile("Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q4_K_M.gguf", "text_encoders"),
+}
+VAE = _comfy("vae/ae.safetensors", "vae")
+TOKENIZER = HubFile("Tongyi-MAI/Z-Image-Turbo", "tokenizer/tokenizer.json", "text_encoders/tokenizer")
+
+
+def download(model: str, text_encoder: str = "fp8", *, comfyui=None, endpoint: str | None = None) -> dict[str, Path]:
+    """Fetch all that a picture needs: `model` and `text_encoder` name rows of the tables; "none" for no encoder.
+
+    Returns the paths, named as load_pipeline's arguments. They are below `comfyui`/models, or in the hub's cache.
+    Raises ValueError for unknown names, a folder that is no ComfyUI, and as `fetch_all` does.
+    """
+    files = {"model": _named(model, MODELS, "model")}
+    if text_encoder != "none":
+        files["text_encoder"] = _named(text_encoder, TEXT_ENCODERS, "text encoder")
+    files |= {"vae": VAE, "tokenizer": TOKENIZER}
+    models = None
+    if comfyui is not None:
+        models = Path(comfyui) / "models"
+        if not models.is_dir():
+            raise ValueError(f"{comfyui}: expected a ComfyUI folder, found no models/ in it; check the path")
+    paths = dict(zip(files, fetch_all(files.values(), models, endpoint)))
+    return paths | {"tokenizer": paths["tokenizer"].parent}
+
+
+def download_tokenizer(endpoint: str | None = None) -> Path:
+    """Fetch Qwen3's tokenizer into the hub's cache and return its folder. Raises ValueError as `fetch_all` does."""
+    return fetch_all([TOKENIZER], None, endpoint)[0].parent
+
+
+def _named(name: str, table: Mapping[str, HubFile], what: str) -> HubFile:
+    if name not in table:
+        raise ValueError(f"{what}: expected {', '.join(table)}, found {name!r}")
+    return table[name]
+
+
+def fetch_all(files: Iterable[HubFile], models: Path | None, endpoint: str | None = None) -> list[Path]:
+    """Fetch files into ComfyUI's `models` folder, or into the hub's cache; what is there already is only checked.
+
+    Every file is looked up, and the disks' space compared, before the first byte is fetched. Without a network,
+    files that are there are taken as they are. Raises ValueError where a file cannot be had, with the remedy.
+    """
+    items = [look_up(file, models, endpoint) for file in files]
+    check_space([item for item in items if isinstance(item, Item)])
+    return [fetch(item, models, endpoint) if isinstance(item, Item) else item for item in items]
+
+
+def look_up(file: HubFile, models: Path | None, endpoint: str | None) -> Item | Path:
+    """What the hub reports of a file; the path of the local one if the hub cannot be reached."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.file_download import repo_folder_name
+
+    try:
+        found = get_hf_file_metadata(hf_hub_url(file.repo, file.path, endpoint=endpoint))
+    except (HTTPError, OSError) as error:
+        local = try_to_load_from_cache(file.repo, file.path) if models is None else models / file.folder / file.name
+        if isinstance(error, HfHubHTTPError) or not isinstance(local, (str, Path)) or not Path(local).is_file():
+            raise _unreachable(file, models, endpoint, error) from None
+        check_format(Path(local), file)
+        return Path(local)
+    digest, size, commit = found.etag or "", found.size, found.commit_hash
+    if size is None or not commit or len(digest) not in (40, 64) or set(digest) - set("0123456789abcdef"):
+        raise ValueError(
+            f"{file}: the server at {_host(endpoint)} does not report commit, size and hash as the hub does, so the "
+            "file could not be checked; set HF_ENDPOINT to another server, or unset it"
+        )
+    if models is not None:
+        target = models / file.folder / file.name
+    elif isinstance(cached := try_to_load_from_cache(file.repo, file.path, revision=commit), str):
+        target = Path(cached).resolve()
+    else:
+        target = Path(HF_HUB_CACHE, repo_folder_name(repo_id=file.repo, repo_type="model"), "blobs", digest)
+    return Item(file, size, digest, commit, target)
+
+
+def check_space(items: Iterable[Item]) -> None:
+    """ValueError unless every disk has room for what is still to come."""
+    needed: dict[int, int] = {}
+    for item in items:
+        if item.target.is_file():
+            continue
+        folder = next(parent for parent in item.target.parents if parent.is_dir())
+        disk = folder.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + item.size - (item.part.stat().st_size if item.part.is_file() else 0)
+        if needed[disk] > (free := shutil.disk_usage(folder).free):
+            raise ValueError(
+                f"{folder}: expected {needed[disk] / GIB:.2f} GiB of free space, found {free / GIB:.2f}; free some, or "
+                "choose another disk with --comfyui or HF_HOME"
+            )
+
+
+def fetch(item: Item, models: Path | None, endpoint: str | None) -> Path:
+    """Receive, check and place one file, one process at a time. Raises ValueError where that fails."""
+    from filelock import FileLock, Timeout
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    item.target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(item.target.with_name(f".{item.target.name}.lock"), timeout=0)
+    try:
+        with lock:
+            try:
+                _fetch_locked(item, models, endpoint)
+            finally:
+                with contextlib.suppress(OSError):  # Windows deletes it itself
+                    os.unlink(lock.lock_file)
+    except Timeout:
+        raise ValueError(f"{item.target}: another process is downloading it; wait for that one to end") from None
+    if models is not None:
+        return item.target
+    try:
+        linked = Path(hf_hub_download(item.file.repo, item.file.path, endpoint=endpoint))
+    except (HTTPError, OSError) as error:
+        raise _unreachable(item.file, models, endpoint, error) from None
+    if not linked.is_symlink() and not item.target.samefile(linked):
+        item.target.unlink()  # where links are not allowed the hub has made a copy
+    return linked
+
+
+def _fetch_locked(item: Item, models: Path | None, endpoint: str | None) -> None:
+    if item.target.is_file():
+        try:
+            check_file(item.target, item)
+            return
+        except ValueError as error:
+            if models is not None:
+                raise ValueError(f"{error}; it is not replaced: move it away first") from None
+            item.target.unlink()  # the hub's cache is ours to repair
+    for stale in item.part.parent.glob(f".{item.target.name}.*.part"):
+        if stale != item.part:
+            stale.unlink()
+    receive(item, models, endpoint)
+    try:
+        check_file(item.part, item)
+    except ValueError as error:
+        item.part.unlink()
+        raise ValueError(f"{item.file}: the download is damaged and was deleted ({error}); run it again") from None
+    item.part.replace(item.target)
+
+
+def receive(item: Item, models: Path | None, endpoint: str | None) -> None:
+    """Append to the part of a file until it is whole; the part stays where this fails."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(item.file.repo, item.file.path, revision=item.commit, endpoint=endpoint)
+    with item.part.open("ab") as file:
+        if file.tell() > item.size:
+            file.truncate(0)
+            file.seek(0)
+        while (start := file.tell()) < item.size:
+            try:
+                http_get(
+                    url,
+                    file,
+                    resume_size=start,
+                    headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+                    expected_size=item.size,
+                    displayed_filename=item.file.name,
+                )
+            except (HTTPError, OSError) as error:
+                if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
+                    words = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+                    raise ValueError(f"{item.target}: {words}; run it again when that is solved, it goes on") from None
+                if isinstance(error, HfHubHTTPError):
+                    raise _unreachable(item.file, models, endpoint, error) from None
+                if file.tell() <= start:  # a connection that brings nothing at all, after http_get's own retries
+                    raise ValueError(
+                        f"{item.file}: the connection to {_host(endpoint)} broke after {start} of {item.size} bytes "
+                        f"({type(error).__name__}); they are kept, run it again to go on"
+                    ) from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_file(path: Path, item: Item) -> None:
+    """ValueError unless a file has the size and the hash that the hub reports, and a header that can be read."""
+    if (size := path.stat().st_size) != item.size:
+        raise ValueError(f"{path}: expected {item.size} bytes, found {size}")
+    git = len(item.digest) == 40
+    digest = hashlib.sha1(f"blob {size}\0".encode()) if git else hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != item.digest:
+        name = "git sha1" if git else "sha256"
+        raise ValueError(f"{path}: expected {name} {item.digest}, found {digest.hexdigest()}")
+    check_format(path, item.file)
+
+
+def check_format(path: Path, file: HubFile) -> None:
+    """ValueError unless a file is what its name in the repository says, as far as its header tells."""
+    if file.path.endswith(".safetensors"):
+        found = sum(tensor_bytes(dtype, shape) for dtype, shape in read_header(path).tensors.values())
+        if file.payload not in (None, found):
+            raise ValueError(f"{path}: expected {file.payload} bytes of tensors, found {found}; is it another model?")
+    elif file.path.endswith(".json"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON, found otherwise ({error})") from None
+    else:
+        with path.open("rb") as opened:
+            if (start := opened.read(4)) != b"GGUF":
+                raise ValueError(f"{path}: expected a GGUF file, found one that begins with {start!r}")
+
+
+def _host(endpoint: str | None) -> str:
+    from huggingface_hub.constants import ENDPOINT
+
+    return endpoint or ENDPOINT
+
+
+def _unreachable(file: HubFile, models: Path | None, endpoint: str | None, error: Exception) -> ValueError:
+    """One sentence for what went wrong between us and the hub."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    host = _host(endpoint)
+    by_hand = "" if models is None else f", or put the file into {models / file.folder} yourself"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, OfflineModeIsEnabled):
+        problem = f"it is not on this machine and HF_HUB_OFFLINE forbids the network; unset that{by_hand}"
+    elif isinstance(error, GatedRepoError) or status == 403:
+        problem = f"{host} gives it only to some; accept its terms at {host}/{file.repo} and set HF_TOKEN"
+    elif isinstance(error, RepositoryNotFoundError) or status == 401:
+        problem = f"{host} has no such repository, or hides it; check HF_ENDPOINT and HF_TOKEN"
+    elif isinstance(error, EntryNotFoundError):
+        problem = f"{host} has no such file (404); it may have moved, look at {host}/{file.repo}{by_hand}"
+    elif status is not None:
+        problem = f"{host} answered with error {status}; try again later"
+    else:
+        words = " ".join(str(error).split()) or type(error).__name__
+        problem = f"the connection to {host} failed ({words}); check the network and proxy{by_hand}"
+    return ValueError(f"{file}: {problem}")

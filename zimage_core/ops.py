@@ -1,0 +1,88 @@
+"""What lies between a block's linears: norms with modulation, gates, rotary positions, SwiGLU. Plain torch.
+
+`backends.fused` holds the same four functions as Triton kernels; a model is told once, at load, which of the two
+`Ops` to use (`ZImageTransformer.use`). Formulas: huggingface/diffusers `transformer_z_image.py@v0.42.1`.
+
+Legend: B batch, L tokens, D width, H heads, K head width, F feed-forward width. "1 or B" broadcasts over the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP16_MAX = 65504.0
+
+
+class Ops(NamedTuple):
+    """One implementation of the four functions that a block calls."""
+
+    norm_scale: Callable[..., Tensor]
+    norm_gate_add: Callable[..., Tensor]
+    norm_rope: Callable[..., tuple[Tensor, ...]]
+    swiglu: Callable[[Tensor], Tensor]
+
+
+def finite(x: Tensor) -> Tensor:
+    """fp16 overflows inside this model: saturate instead of carrying inf into the next norm."""
+    return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype is torch.float16 else x
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Root-mean-square norm over the last axis, in fp32 inside; the result has `dtype`."""
+    if x.dtype == weight.dtype == dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
+
+
+def norm_scale(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor:
+    """norm(x) * (1 + scale): x (B, L, D), scale (1 or B, 1, D) or None -> (B, L, D) in the weight's dtype."""
+    y = rms_norm(x, weight, eps, weight.dtype)
+    return y if scale is None else y * (1 + scale)
+
+
+def norm_gate_add(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor | None) -> Tensor:
+    """x + tanh(gate) * norm(h): x, h (B, L, D), gate (1 or B, 1, D) or None -> (B, L, D) in x's dtype."""
+    y = rms_norm(finite(h), weight, eps, x.dtype)
+    return x + (y if gate is None else gate.tanh() * y)
+
+
+def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """q and k normed per head and turned by their positions, and v as it is.
+
+    qkv (B, L, 3, H, K), cos, sin (1 or B, L, 1, K/2) fp32 -> three of (B, L, H, K). May overwrite qkv.
+    """
+    q, k, v = qkv.unbind(2)
+    q, k = (rope(rms_norm(y, w, eps, w.dtype), cos, sin) for y, w in ((q, norm_q), (k, norm_k)))
+    return q, k, v
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn adjacent pairs of x (B, L, H, K) by the angles (1 or B, L, 1, K/2), in fp32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """[values, gates] (..., 2F) -> values * silu(gates) (..., F)."""
+    value, gate = x.chunk(2, dim=-1)
+    return finite(value * F.silu(gate))
+
+
+TORCH = Ops(norm_scale, norm_gate_add, norm_rope, swiglu)
+
+
+def select(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
+    """The kernels where Triton runs, a 16-bit dtype is used, and the backend asked for is not plain torch."""
+    from .backends import triton
+
+    if backend in ("reference", "torch") or head_dim & (head_dim - 1) or triton.unavailable(device, dtype):
+        return TORCH
+    from .backends import fused
+
+    return Ops(fused.norm_scale, fused.norm_gate_add, fused.norm_rope, fused.swiglu)

@@ -1,0 +1,209 @@
+"""BF16 Z-Image transformer to the SVDQuant INT4 file, plain or calibrated, packed and streamed.
+
+Plain, each linear is quantized from its weight alone. Calibrated, from what the model really puts through it while
+it draws (`calibrate.py`), which takes longer and errs less. How one linear is quantized is in `solver.py`, what the
+file looks like in `svdq_file.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from . import calibrate
+from .checkpoint import _expected, _match, identify
+from .config import ZImageConfig
+from .keys import diffusers_svdq_module
+from .solver import svdq_calibrated, svdq_from_dense
+from .svdq import SVDQWeights
+from .svdq_file import StreamedFile, block_names, file_metadata, plan_header
+from .tensorfiles import TensorFiles, open_tensors
+from .transformer import Block, ZImageTransformer
+
+Progress = Callable[[int, int, str], None]
+
+
+def quantize_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    rank: int,
+    cap_feats: Sequence[torch.Tensor] | None = None,
+    size: int = 512,
+    skip_refiners: bool = False,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Write `dst`, a SVDQ INT4 file, from `src`, a BF16, FP16 or FP32 transformer (file or sharded folder).
+
+    rank: a multiple of 16 (32, 128 and 256 are usual). cap_feats: features (L, C) of the prompts to calibrate with
+    (see `calibration_captions`), drawn at size x size pixels; None quantizes from the weights alone. skip_refiners:
+    leave the refiners' linears in bf16. device: where the arithmetic runs; deterministic for a device.
+    progress(done, total, name) is called as the work goes on and once at the end, where done == total.
+
+    `dst` is replaced if it exists, and only at the end. A calibrated run that is interrupted leaves its finished
+    blocks beside it, as `dst`.partial and two small files; the same call goes on from there. Raises
+    FileNotFoundError, or ValueError where the source is no dense Z-Image transformer or holds NaN, or where the
+    destination cannot be written.
+    """
+    src, dst, device = Path(src), Path(dst), torch.device(device)
+    with open_tensors(src) as files:
+        info = identify(files)
+        if info.format != "dense":
+            raise ValueError(f"{src}: expected a BF16 model, found {info.format}; quantize its BF16 original")
+        if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
+            raise ValueError(f"{dst}: is the source itself; choose another destination")
+        header = plan_header(info.config, rank, skip_refiners)
+        metadata = file_metadata(info.config, rank, skip_refiners)
+        if cap_feats is not None:
+            metadata["quantized_by"] = json.dumps(_provenance(files, cap_feats, size))
+        source = _Source(files, info.config, device)
+        with StreamedFile(dst, header, metadata, resumable=cap_feats is not None) as out, torch.inference_mode():
+            _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
+
+
+def calibration_captions(
+    text_encoder: str | Path, prompts: Sequence[str] = calibrate.PROMPTS, *, device: str | torch.device = "cpu"
+) -> list[torch.Tensor]:
+    """Features (L, C) of the calibration prompts, from a text encoder that is read for this and dropped again."""
+    from .text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
+
+    encoder = load_text_encoder(text_encoder, device=device)
+    tokenizer = load_tokenizer(find_tokenizer(text_encoder))
+    return [features.cpu() for features in encode_prompts(encoder, tokenizer, prompts)]
+
+
+class _Source:
+    """The dense model's tensors by the model's own names."""
+
+    def __init__(self, files: TensorFiles, config: ZImageConfig, device: torch.device):
+        self.files = files
+        self.config = config
+        self.device = device
+        with torch.device("meta"):
+            model = ZImageTransformer(config)
+        self.keys = _match(files, _expected(model, rank=0))
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor on the device, put together from its parts. ValueError if it holds NaN or infinity."""
+        parts = []
+        for key in self.keys[name]:
+            parts.append(self.files.get(key).to(self.device))
+            if not parts[-1].isfinite().all():
+                raise ValueError(f"{self.files.path}: {key}: holds NaN or infinite values; get an undamaged file")
+        return torch.cat(parts)
+
+
+class _Job:
+    """One model on its way into one file."""
+
+    STEP_COST, LINEAR_COST = 1, 8  # of drawing with a block and of quantizing a linear, as the progress counts them
+
+    def __init__(
+        self, source: _Source, out: StreamedFile, rank: int, skip_refiners: bool, progress: Progress | None
+    ):
+        self.source = source
+        self.out = out
+        self.rank = rank
+        self.progress = progress
+        self.done = 0
+        self.total = 0
+        self.blocks = [b for b in block_names(source.config) if not (skip_refiners and "refiner" in b)]
+        self.linears = {f"{block}.{linear}" for block in self.blocks for linear in calibrate.LINEARS}
+
+    def run(self, cap_feats: Sequence[torch.Tensor] | None, size: int) -> None:
+        """Write every tensor of the file."""
+        self.total = len(self.linears) * self.LINEAR_COST
+        self._copy_plain()
+        if cap_feats is None:
+            for linear in sorted(self.linears):
+                self._write(linear, svdq_from_dense(self.source.get(f"{linear}.weight"), self.rank))
+        else:
+            self._calibrated(cap_feats, size)
+        self._advance(0, self.out.path.name)
+
+    def _copy_plain(self) -> None:
+        """Everything that stays in bf16."""
+        for name in self.source.keys:
+            module, _, leaf = name.rpartition(".")
+            if module in self.linears:
+                continue
+            tensor, stored = self.source.get(name).to(torch.bfloat16), diffusers_svdq_module(module)
+            if stored.endswith("to_qkv"):  # of a refiner that stays dense
+                for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                    self.out.write(f"{stored.removesuffix('qkv')}{part}.{leaf}", rows)
+                continue
+            stored = f"{stored}.{leaf}" if stored else leaf
+            self.out.write(stored, tensor.reshape(self.out.header[stored][1]))
+
+    def _calibrated(self, cap_feats: Sequence[torch.Tensor], size: int) -> None:
+        device = self.source.device
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        streamed = calibrate.Streamed(self.source.config, self.source.get, device, dtype)
+        cost = self.STEP_COST * len(self.blocks)
+        self.total += calibrate.STEPS * cost
+        if self.out.finished:
+            samples = calibrate.load_samples(self.out.notes)
+            self._advance(calibrate.STEPS * cost, "resumed")
+        else:
+            samples = calibrate.draw_samples(streamed, cap_feats, size, lambda: self._advance(cost, "drawing"))
+            calibrate.save_samples(samples, self.out.notes)
+        calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
+
+    def _visit(self, name: str, block: Block, chunks: list[calibrate.Chunk]) -> None:
+        """Quantize a block's linears in place, each for the inputs that it gets from those before it."""
+        if name not in self.blocks:
+            return
+        resumed = name in self.out.finished
+        for linear in calibrate.LINEARS:
+            module = block.get_submodule(linear)
+            if resumed:
+                weights = self._read(f"{name}.{linear}")
+                self._advance(self.LINEAR_COST, name)
+            else:
+                stats = calibrate.input_stats(block, linear, chunks)
+                weights = svdq_calibrated(module.weight, self.rank, stats)
+                self._write(f"{name}.{linear}", weights)
+            module.weight.copy_(weights.dequantize())
+        if not resumed:
+            self.out.finish(name)
+
+    def _write(self, linear: str, weights: SVDQWeights) -> None:
+        packed = weights.to_packed()
+        for leaf, tensor in (packed | {"smooth_factor_orig": packed["smooth_factor"]}).items():
+            self.out.write(f"{diffusers_svdq_module(linear)}.{leaf}", tensor)
+        self._advance(self.LINEAR_COST, linear)
+
+    def _read(self, linear: str) -> SVDQWeights:
+        prefix = diffusers_svdq_module(linear) + "."
+        leaves = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
+        packed = {leaf: self.out.read(prefix + leaf).to(self.source.device) for leaf in leaves}
+        return SVDQWeights.from_packed(packed)
+
+    def _advance(self, cost: int, name: str) -> None:
+        self.done += cost
+        if self.progress:
+            self.progress(self.done, self.total, name)
+
+
+def _provenance(files: TensorFiles, cap_feats: Sequence[torch.Tensor], size: int) -> dict[str, object]:
+    """How the file was made, which also tells whether a half-finished one was made the same way."""
+    source, captions = hashlib.sha256(), hashlib.sha256()
+    for name in sorted(files.keys()):
+        tensor = files.get(name).flatten()
+        source.update(f"{name} {len(tensor)} {tensor.dtype}".encode())
+        source.update(tensor[:: max(len(tensor) // 256, 1)].float().numpy().tobytes())
+    for features in cap_feats:
+        captions.update(features.float().cpu().numpy().tobytes())
+    return {
+        "tool": "zimage-int4",
+        "method": "smooth, svd, gptq; block by block",
+        "prompts": len(cap_feats),
+        "size": size,
+        "captions": captions.hexdigest()[:16],
+        "source": source.hexdigest()[:16],
+    }

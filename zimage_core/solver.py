@@ -1,0 +1,237 @@
+"""Quantizing one linear to SVDQuant INT4: smoothing, low-rank branch, 4-bit codes.
+
+A weight W (N, K) becomes `up @ down + q * s / smooth`. The plain version takes the branch from the SVD of the
+weight and rounds the rest to nearest. The calibrated version knows the layer's inputs: it searches the smoothing
+vector by the error of the outputs, fits branch and codes to each other by turns, chooses each group's scale by its
+weighted error, rounds by GPTQ, which lets every later channel make up for the rounding of the earlier ones, and
+fits the branch's upper half to what is left. Whatever is rounded (smoothing, branch, scales) is rounded before the
+next step is computed from it, so that the later step corrects it.
+
+Legend: M rows, N out, K in, R rank, G = K / 64 groups. "Smoothed" is W * smooth, whose input is x / smooth.
+Source: SVDQuant (arXiv 2411.05007), GPTQ (arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .layout import GROUP, pack_nibbles
+from .svdq import SVDQWeights
+
+MAX_CODE = 7  # quantizers emit -7..7
+OVERSAMPLING = 16  # directions beyond the rank that the subspace iteration carries along
+GRID = 10  # steps of the smoothing exponent between 0 and 1
+TURNS = 6  # of fitting codes to the branch and the branch to the codes
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # scales tried for a group, of the one that reaches its maximum
+DAMPING = 0.05  # of the second moments' mean diagonal, added to the diagonal
+PANEL = 128  # input channels that GPTQ rounds before it updates the others
+TINY = 1e-30  # keeps layers that see only zeros from dividing by it
+SAMPLE_ROWS = 2048  # input rows kept to measure the error of the outputs
+
+
+class InputStats:
+    """What the calibrated quantizer needs of a linear's inputs: second moments, ranges and a sample of rows.
+
+    The sample is kept out of the second moments, so that it tells whether what they led to holds for other inputs.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu"):
+        self.rows = torch.zeros(0, in_features, device=device)  # (M, K), an even random sample
+        self.absmax = torch.zeros(in_features, device=device)
+        self._gram = torch.zeros(in_features, in_features, device=device)
+        self._keys = torch.zeros(0)
+        self._seen = 0
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, x: Tensor) -> None:
+        """Take in the rows of x (M, K)."""
+        x = x.float()
+        self._gram.addmm_(x.T, x)
+        self.absmax = torch.maximum(self.absmax, x.abs().amax(0))
+        self._seen += len(x)
+        keys = torch.cat([self._keys, torch.rand(len(x), generator=self._generator)])
+        kept = keys.topk(min(SAMPLE_ROWS, -(-self._seen // 4))).indices.sort().values
+        old, new = kept[kept < len(self.rows)], kept[kept >= len(self.rows)] - len(self.rows)
+        self.rows = torch.cat([self.rows[old.to(x.device)], x[new.to(x.device)]])
+        self._keys = keys[kept]
+
+    def second_moments(self) -> Tensor:
+        """The mean of x^T x (K, K) over the rows that are not in the sample."""
+        return (self._gram - self.rows.T @ self.rows) / max(self._seen - len(self.rows), 1)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A quantized linear under work, everything in fp32 but already rounded to what the file holds."""
+
+    smooth: Tensor  # (K,)
+    up: Tensor  # (N, R)
+    down: Tensor  # (R, K), for the raw input
+    codes: Tensor  # (N, K)
+    scales: Tensor  # (N, G)
+
+    def branch(self) -> Tensor:
+        """Smoothed weight (N, K) of the low-rank branch."""
+        return self.up @ (self.down * self.smooth)
+
+    def residual(self) -> Tensor:
+        """Smoothed weight (N, K) of the codes."""
+        return self.codes * self.scales.repeat_interleave(GROUP, 1)
+
+    def weights(self) -> SVDQWeights:
+        up, down, smooth, scales = (t.to(torch.bfloat16) for t in (self.up, self.down, self.smooth, self.scales))
+        return SVDQWeights(pack_nibbles(self.codes.to(torch.int8)), scales, smooth, down, up)
+
+
+def svdq_from_dense(weight: Tensor, rank: int, smooth: Tensor | None = None) -> SVDQWeights:
+    """Quantize a dense weight (N, K) by truncated SVD and round-to-nearest; `smooth` (K,) divides the input.
+
+    Runs in fp32 on the weight's device; deterministic there.
+    """
+    weight = weight.float()
+    smooth = torch.ones_like(weight[0]) if smooth is None else _bf16(smooth)
+    return _plain(weight * smooth, smooth, *low_rank(weight * smooth, rank)).weights()
+
+
+def svdq_calibrated(weight: Tensor, rank: int, stats: InputStats) -> SVDQWeights:
+    """Quantize a dense weight (N, K) for the inputs that `stats` describes, on the weight's device."""
+    weight = weight.float()
+    outputs = stats.rows @ weight.T  # (M, N)
+    parts = _search_smooth(weight, rank, stats, outputs)
+    smooth, smoothed = parts.smooth, weight * parts.smooth
+    moments = stats.second_moments() / torch.outer(smooth, smooth)
+    importance = moments.diagonal()
+    for _ in range(TURNS):
+        down = parts.down * smooth
+        up, down = _branch(*low_rank(smoothed - parts.residual(), rank, start=down), smooth)
+        rest = smoothed - up @ (down * smooth)
+        scales = _best_scales(rest, importance)
+        parts = _Parts(smooth, up, down, _codes(rest, scales), scales)
+    candidates = [parts, replace(parts, codes=_gptq(smoothed - parts.branch(), parts.scales, moments))]
+    candidates += [replace(found, up=_fit_up(smoothed - found.residual(), found, moments)) for found in candidates]
+    return min(candidates, key=lambda found: output_error(found, stats.rows, outputs)).weights()
+
+
+def output_error(parts: _Parts, rows: Tensor, outputs: Tensor) -> float:
+    """Relative squared error over rows (M, K) whose right outputs are (M, N): W4A16's and W4A4's, added up."""
+    smoothed = _bf16(rows / parts.smooth)
+    residual = parts.residual().T
+    branch = outputs - (rows @ parts.down.T) @ parts.up.T
+    errors = ((branch - x @ residual).square().sum() for x in (smoothed, _fake_quantize(smoothed)))
+    return (sum(errors) / outputs.square().sum().clamp(min=TINY)).item()
+
+
+def _search_smooth(weight: Tensor, rank: int, stats: InputStats, outputs: Tensor) -> _Parts:
+    """The plain quantization whose smoothing gives the smallest error of the outputs."""
+    best, least, down = None, float("inf"), None
+    for smooth in _smooth_candidates(stats.absmax, weight.abs().amax(0)):
+        up, down = low_rank(weight * smooth, rank, start=down)
+        parts = _plain(weight * smooth, smooth, up, down)
+        error = output_error(parts, stats.rows, outputs)
+        if error < least:
+            best, least = parts, error
+    return best
+
+
+def _smooth_candidates(inputs: Tensor, weights: Tensor) -> Iterator[Tensor]:
+    """Ones, inputs^a and inputs^a / weights^(1 - a) over channels' ranges (K,), with a geometric mean of 1."""
+    inputs, weights = (t.clamp(min=1e-4 * t.amax().clamp(min=TINY)).log() for t in (inputs, weights))
+    alphas = [i / GRID for i in range(1, GRID)]
+    exponents = [0 * inputs, *(a * inputs for a in alphas), *(a * inputs - (1 - a) * weights for a in alphas)]
+    for exponent in exponents:
+        yield _bf16((exponent - exponent.mean()).exp())
+
+
+def _plain(smoothed: Tensor, smooth: Tensor, up: Tensor, down: Tensor) -> _Parts:
+    """Round a branch for the smoothed weight and then what it leaves, to nearest."""
+    up, down = _branch(up, down, smooth)
+    rest = smoothed - up @ (down * smooth)
+    scales = _bf16(rest.unflatten(1, (-1, GROUP)).abs().amax(-1) / MAX_CODE)
+    return _Parts(smooth, up, down, _codes(rest, scales), scales)
+
+
+def _branch(up: Tensor, down: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
+    """A branch of the smoothed weight as the file holds it: for the raw input, in bf16."""
+    return _bf16(up), _bf16(down / smooth)
+
+
+def low_rank(weight: Tensor, rank: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The best rank-R approximation of a weight (N, K), as up (N, R) and orthonormal down (R, K).
+
+    By subspace iteration from a fixed random start, which costs a fraction of an SVD and is as good for this; from
+    `start` (R, K), the answer for a similar weight, two rounds suffice.
+    """
+    width = min(rank + OVERSAMPLING, *weight.shape)
+    extra = width if start is None else width - len(start)
+    noise = torch.randn(weight.shape[1], extra, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    basis = noise if start is None else torch.cat([start.T, noise], 1)
+    for _ in range(8 if start is None else 2):
+        basis = torch.linalg.qr(weight.T @ torch.linalg.qr(weight @ basis).Q).Q  # (K, R + extra)
+    image = weight @ basis
+    vectors = torch.linalg.eigh(image.T @ image).eigenvectors[:, -rank:]
+    return image @ vectors, (basis @ vectors).T
+
+
+def _best_scales(rest: Tensor, importance: Tensor) -> Tensor:
+    """Scales (N, G) of the least squared rounding error of `rest` (N, K), channels weighted by importance (K,)."""
+    largest = rest.unflatten(1, (-1, GROUP)).abs().amax(-1) / MAX_CODE
+    weights = importance.clamp(min=0) + DAMPING * importance.mean().clamp(min=TINY)
+    best, least = largest, torch.full_like(largest, float("inf"))
+    for clip in CLIPS:
+        scales = _bf16(largest * clip)
+        errors = (rest - _codes(rest, scales) * scales.repeat_interleave(GROUP, 1)).square() * weights
+        errors = errors.unflatten(1, (-1, GROUP)).sum(-1)
+        best, least = torch.where(errors < least, scales, best), torch.minimum(errors, least)
+    return best
+
+
+def _gptq(rest: Tensor, scales: Tensor, moments: Tensor) -> Tensor:
+    """Codes (N, K) of `rest` (N, K) by given scales, rounded channel by channel, the most used ones first."""
+    moments = moments.double()
+    moments.diagonal().add_(DAMPING * moments.diagonal().mean().clamp(min=TINY))
+    order = moments.diagonal().argsort(descending=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
+    inverse = torch.linalg.cholesky(inverse, upper=True).float()  # (K, K)
+    rest, steps = rest[:, order], scales[:, order // GROUP]
+    codes = torch.zeros_like(rest)
+    for start in range(0, rest.shape[1], PANEL):
+        end = min(start + PANEL, rest.shape[1])
+        panel, errors = rest[:, start:end].clone(), torch.zeros_like(rest[:, start:end])
+        for i, at in enumerate(range(start, end)):
+            codes[:, at] = _round(panel[:, i], steps[:, at])
+            errors[:, i] = (panel[:, i] - codes[:, at] * steps[:, at]) / inverse[at, at]
+            panel[:, i:] -= torch.outer(errors[:, i], inverse[at, at:end])
+        rest[:, end:] -= errors @ inverse[start:end, end:]
+    return codes[:, order.argsort()]
+
+
+def _fit_up(rest: Tensor, parts: _Parts, moments: Tensor) -> Tensor:
+    """The branch's up (N, R) that, over its given down, fits `rest` (N, K) best for the inputs."""
+    down = (parts.down * parts.smooth).double()
+    seen = down @ moments.double()  # (R, K)
+    normal = seen @ down.T
+    normal.diagonal().add_(1e-4 * normal.diagonal().mean().clamp(min=TINY))
+    return _bf16(torch.linalg.solve(normal, seen @ rest.T.double()).T.float())
+
+
+def _codes(rest: Tensor, scales: Tensor) -> Tensor:
+    return _round(rest, scales.repeat_interleave(GROUP, 1))
+
+
+def _round(values: Tensor, steps: Tensor) -> Tensor:
+    return torch.where(steps > 0, values / steps, 0).round().clamp(-MAX_CODE, MAX_CODE)
+
+
+def _fake_quantize(x: Tensor) -> Tensor:
+    """Inputs (M, K) rounded to 4 bits in groups of 64, as the W4A4 kernels do."""
+    groups = x.unflatten(1, (-1, GROUP))
+    steps = groups.abs().amax(-1, keepdim=True) / MAX_CODE
+    return (torch.where(steps > 0, groups / steps, 0).round() * _bf16(steps)).flatten(1)
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()

@@ -1,0 +1,164 @@
+"""The SVDQuant linear: int4 codes in groups of 64, a smoothing vector and a low-rank branch, run by a backend.
+
+`SVDQWeights` holds one linear in plain row order (codes two to a byte); `SVDQLinear` is the module the models
+are built with. The arithmetic lives in the backends: y = (x / smooth) @ (q * s).T + (x @ down.T) @ up.T + bias,
+where the low-rank branch takes the raw x.
+
+Legend: M rows, N out, K in, R rank, G = K / 64 groups.
+Source: SVDQuant (arXiv:2411.05007); nunchaku/models/linear.py@92e4695 for the tensors of a stored linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import nn
+
+from . import layout
+from .adapters import Adapter, Terms
+from .backends import Backend
+
+
+@dataclass(frozen=True)
+class SVDQWeights:
+    """One quantized linear: dense weight = q * s / smooth + up @ down. ValueError if the shapes do not agree."""
+
+    qweight: torch.Tensor  # (N, K/2) uint8, layout.pack_nibbles
+    wscales: torch.Tensor  # (N, G)
+    smooth_factor: torch.Tensor  # (K,)
+    proj_down: torch.Tensor  # (R, K)
+    proj_up: torch.Tensor  # (N, R)
+    bias: torch.Tensor | None = None  # (N,)
+
+    def __post_init__(self) -> None:
+        n, k, r = self.out_features, self.in_features, self.rank
+        expected = {
+            "qweight": (n, k // 2),
+            "wscales": (n, k // layout.GROUP),
+            "smooth_factor": (k,),
+            "proj_down": (r, k),
+            "proj_up": (n, r),
+            "bias": (n,),
+        }
+        for name, tensor in self.tensors().items():
+            if tuple(tensor.shape) != expected[name]:
+                raise ValueError(f"{name}: expected {expected[name]}, found {tuple(tensor.shape)}")
+
+    @classmethod
+    def from_packed(cls, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> SVDQWeights:
+        """Unpack the stored tensors of one linear. ValueError names the key that is missing or misshapen."""
+        required = [field.name for field in fields(cls) if field.name != "bias"]
+        for name in required:
+            if prefix + name not in tensors:
+                raise ValueError(f"{prefix}{name}: expected an SVDQ INT4 linear, found no such tensor")
+        names = required + ["bias"] * (f"{prefix}bias" in tensors)
+        try:
+            return cls(**layout.unpack_linear({name: tensors[prefix + name] for name in names}))
+        except ValueError as error:
+            raise ValueError(f"{prefix}{error}") from None
+
+    def to_packed(self) -> dict[str, torch.Tensor]:
+        """The tensors as stored in a file, `smooth_factor_orig` aside."""
+        return layout.pack_linear(self.tensors())
+
+    @property
+    def out_features(self) -> int:
+        return self.qweight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return 2 * self.qweight.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.proj_down.shape[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name to tensor, without an absent bias."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> SVDQWeights:
+        """The same weights on a device, the 16-bit tensors in a dtype."""
+        moved = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in self.tensors().items()}
+        return replace(self, **moved)
+
+    def dequantize(self) -> torch.Tensor:
+        """The dense weight (N, K) in fp32: q * s / smooth + up @ down."""
+        n, k = self.out_features, self.in_features
+        grouped = layout.unpack_nibbles(self.qweight).view(n, -1, layout.GROUP) * self.wscales.float()[:, :, None]
+        return torch.addmm(grouped.view(n, k) / self.smooth_factor, self.proj_up.float(), self.proj_down.float())
+
+
+class SVDQLinear(nn.Module):
+    """A linear of SVDQ INT4 weights, x (..., K) -> (..., N); an optional user adapter runs beside it."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rank: int, device=None, dtype=None):
+        super().__init__()
+        self.in_features, self.out_features, self.rank, self.dtype = in_features, out_features, rank, dtype
+        self.backend: Backend | None = None
+        self._joined = False  # whether the low-rank branch holds an adapter behind its own rank
+        groups = in_features // layout.GROUP
+        self._hold(
+            qweight=torch.empty(out_features, in_features // 2, device=device, dtype=torch.uint8),
+            wscales=torch.empty(out_features, groups, device=device, dtype=dtype),
+            smooth_factor=torch.empty(in_features, device=device, dtype=dtype),
+            proj_down=torch.empty(rank, in_features, device=device, dtype=dtype),
+            proj_up=torch.empty(out_features, rank, device=device, dtype=dtype),
+            bias=torch.empty(out_features, device=device, dtype=dtype) if bias else None,
+        )
+        self.register_module("adapter", None)
+
+    def load(self, weights: SVDQWeights, backend: Backend) -> None:
+        """Hold the weights in the backend's form, where they are, in this module's dtype if it has one.
+
+        ValueError if they are not this linear's: other features, rank or bias."""
+        found = (weights.in_features, weights.out_features, weights.rank)
+        if found != (self.in_features, self.out_features, self.rank):
+            expected = (self.in_features, self.out_features, self.rank)
+            raise ValueError(f"SVDQ linear: expected (in, out, rank) {expected}, found {found}")
+        self.adapter, self._joined = None, False
+        self._buffers.clear()
+        self._hold(**backend.prepare(weights.to(dtype=self.dtype)))
+        self.backend = backend
+
+    def weights(self) -> SVDQWeights:
+        """The weights in plain form, restored from what the backend holds."""
+        found = self.backend.restore(self._buffers)
+        branch = {"proj_down": found["proj_down"][: self.rank], "proj_up": found["proj_up"][:, : self.rank]}
+        return SVDQWeights(**found | branch)
+
+    def set_adapter(self, terms: Terms | None) -> None:
+        """Carry these terms and no others; a pair alone joins the low-rank branch where the backend can take it."""
+        if self._joined:
+            self._hold(**self.backend.join(self._buffers, self.rank, None, None))
+        self._joined = False
+        if terms and terms.low_rank_only:
+            branch = self.backend.join(self._buffers, self.rank, terms.down, terms.up)
+            if branch is not None:
+                self._hold(**branch)
+                self._joined = True
+                terms = replace(terms, down=None, up=None)
+        self.adapter = Adapter(terms, self.out_features) if terms else None
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight (N, K) in fp32, without the adapter."""
+        return self.weights().dequantize()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y = self._linear(rows) if self.adapter is None else self.adapter(rows, self._linear, self._buffers.get("bias"))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _linear(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.backend.linear(rows, self._buffers)
+
+    def extra_repr(self) -> str:
+        held = f", backend={self.backend.name}, precision={self.backend.precision}" if self.backend else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{held}"
+
+    def _hold(self, **tensors: torch.Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
