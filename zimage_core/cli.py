@@ -1,4 +1,4 @@
-"""The `zimage` command: generate, download, quantize, inspect, doctor.
+"""The `zimage` command: generate, download, quantize, quantize-encoder, inspect, doctor.
 
 Results go to stdout, progress and complaints to stderr. Input that cannot be used ends in one line that names the
 remedy and exit code 2; this file's `main` is the only place that turns exceptions into exit codes.
@@ -87,6 +87,14 @@ def build_parser() -> Parser:
     p.add_argument("--text-encoder", help="Qwen3-4B folder or safetensors file")
     p.add_argument("--tokenizer", help="tokenizer.json or its folder (default: beside the text encoder)")
     p.add_argument("--vae", help="VAE file or folder")
+    p.add_argument(
+        "--lora",
+        type=lora_option,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA of any kind; may be given several times (strength 1 unless given, negative turns it round)",
+    )
     p.add_argument("--image", type=Path, help="picture to start from")
     p.add_argument("--strength", type=float, default=0.6, help="how far to go from --image, above 0 to 1 (default 0.6)")
     p.add_argument("--guidance", type=float, default=0.0, help="0 for Turbo (default), above 0 costs twice the time")
@@ -108,6 +116,13 @@ def build_parser() -> Parser:
     p.add_argument("--rank", type=int, default=256, help="of the low-rank branch, a multiple of 16 (default 256)")
     p.add_argument("--device", default="cpu", help="where to compute (default cpu)")
 
+    p = commands.add_parser("quantize-encoder", help="write a smaller text encoder file from a BF16 one")
+    p.set_defaults(run=quantize_encoder)
+    p.add_argument("src", type=Path, help="BF16 text encoder: safetensors file or folder, or GGUF file")
+    p.add_argument("dst", type=Path, help="safetensors file to write")
+    p.add_argument("--bits", type=int, choices=(8, 4), default=8, help="8 (quanto INT8, default) or 4 (NVFP4)")
+    p.add_argument("--device", default="cpu", help="where to compute (default cpu)")
+
     p = commands.add_parser("inspect", help="tell what a safetensors file is, from its header")
     p.set_defaults(run=inspect)
     p.add_argument("file", type=Path)
@@ -117,6 +132,15 @@ def build_parser() -> Parser:
     p.set_defaults(run=doctor)
     p.add_argument("--json", action="store_true", help="as one JSON object")
     return parser
+
+
+def lora_option(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH -> (file, strength); what follows the last colon counts only if it is a number."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (path, float(number)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _add_runtime(parser: Parser) -> None:
@@ -166,6 +190,7 @@ def generate(args: argparse.Namespace) -> int:
         backend=args.backend,
         precision=args.precision,
     )
+    pipeline.set_loras(args.lora)
     progress = Progress()
     try:
         pictures = pipeline(
@@ -197,6 +222,8 @@ def generate(args: argparse.Namespace) -> int:
         "backend": backend.name if backend else "dense",
         "precision": backend.precision if backend else None,
     }
+    if args.lora:
+        settings["loras"] = [[Path(path).name, strength] for path, strength in args.lora]
     if image is not None:
         settings |= {"image": args.image.name, "strength": args.strength}
     saved = []
@@ -284,6 +311,20 @@ def quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def quantize_encoder(args: argparse.Namespace) -> int:
+    """Write the smaller text encoder and print its path."""
+    from .quantize_encoder import quantize_encoder as write
+
+    progress = Progress()
+    progress.start("quantize-encoder", 1)
+    try:
+        write(args.src, args.dst, bits=args.bits, device=args.device, progress=progress.step)
+    finally:
+        progress.finish()
+    print(args.dst)
+    return 0
+
+
 def inspect(args: argparse.Namespace) -> int:
     """Print what a file or folder holds, from its header alone, and what would run it here."""
     facts = inspect_file(args.file)
@@ -321,6 +362,20 @@ def inspect_file(path: Path) -> dict:
         "gib_by_dtype": {name: _gib(count) for name, count in dtypes.items()},
         "metadata": {name: " ".join(value.split()) for name, value in files.metadata.items()},
     }
+    if kind == "a LoRA":
+        from .lora import inspect as inspect_lora
+
+        report = inspect_lora(path)
+        facts |= {
+            "modules": report.transformer,
+            "text_encoder_modules": report.text_encoder,
+            "by_format": dict(report.formats),
+            "keys_matched": len(report.matched),
+            "unmatched": list(report.unmatched),
+            "ignored": [f"{key} ({why})" for key, why in report.ignored.items()],
+            "costs": list(report.costs),
+            "warnings": list(report.warnings),
+        }
     if kind not in ("svdq-int4", "dense"):
         return facts
     info = identify(files)

@@ -17,6 +17,7 @@ import base64
 import binascii
 import json
 import re
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -385,8 +386,8 @@ class GGUFEncoder:
             raise ValueError(f"{path}: is a GGUF file, which needs the gguf package; pip install gguf") from None
         try:
             # Copy-on-write, because torch warns of read-only memory; nothing is written.
-            self.reader = gguf.GGUFReader(path, "c")
-        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            self.reader = _gguf_reader(gguf)(path, "c")
+        except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
             text = " ".join(str(error).split())
             raise ValueError(f"{path}: its GGUF data are damaged or cut off ({text}); download it again") from None
         if self.reader.byte_order == "S":
@@ -462,6 +463,26 @@ def open_encoder(path: str | Path) -> SafetensorsEncoder | GGUFEncoder:
             if file.read(4) == b"GGUF":
                 return GGUFEncoder(path)
     return SafetensorsEncoder(path)
+
+
+def _gguf_reader(gguf) -> type:
+    """A GGUFReader that passes over arrays: the vocabulary's 300,000 strings would take seconds and are not used."""
+
+    class Reader(gguf.GGUFReader):
+        def _get_field_parts(self, orig_offs, raw_type):
+            if gguf.GGUFValueType(raw_type) != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            data = memoryview(self.data)
+            kind, count = struct.unpack_from("<IQ", data, orig_offs)
+            kind, end = gguf.GGUFValueType(kind), orig_offs + 12
+            if kind == gguf.GGUFValueType.STRING:
+                for _ in range(count):
+                    end += 8 + struct.unpack_from("<Q", data, end)[0]
+            else:
+                end += count * self.gguf_scalar_to_np[kind]().nbytes
+            return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
+
+    return Reader
 
 
 def _gguf_name(name: str) -> str:

@@ -265,7 +265,7 @@ def _checked_plan(files) -> tuple[list[Source], Report]:
     sources, report = read_plan(str(files.path), shapes, files.metadata)
     for key in report.matched:
         dtype = files.tensors[key][0]
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not key.endswith(".alpha"):
             raise ValueError(f"{files.path}: {key}: expected BF16, F16 or F32, found {dtype}; get such a file")
     return sources, report
 
@@ -434,18 +434,17 @@ class Lora:
         """The changes that the model has modules for, each of which fits. ValueError names what does not.
 
         The encoder's last layers, which Z-Image does not run, may be in the file."""
-        modules = dict(model.named_modules())
         found = {}
         for target, deltas in self.deltas(model).items():
-            module = modules.get(target)
-            if module is None and not target.endswith("_token"):
+            module = _module(model, target)
+            if module is None:
                 if hasattr(model, "embed_tokens") and int(target.split(".")[1]) >= len(model.layers):
                     continue
                 raise ValueError(
                     f"{self.name}: {deltas[0].key}: expected a model with {target}, found none; {REMEDY} of this size"
                 )
             for delta in deltas:
-                self._check_fit(delta, target, model if module is None else module)
+                self._check_fit(delta, target, module)
             found[target] = tuple(deltas)
         return found
 
@@ -611,7 +610,10 @@ def apply(model: nn.Module, loras: Iterable[tuple[Lora, float]]) -> None:
     for lora, strength in wanted:
         if not math.isfinite(strength):
             raise ValueError(f"{lora.name}: expected a finite strength, found {strength}")
-        for target, deltas in lora.check(model).items():
+        found = lora.check(model)
+        for target in lora.deltas(model).keys() - found.keys():
+            logger.warning("%s: %s: ignored, Z-Image does not run this layer of the text encoder", lora.name, target)
+        for target, deltas in found.items():
             plan.setdefault(target, []).extend((delta, strength) for delta in deltas)
     old = getattr(model, "adapter_plan", {})
     changed = [target for target in {**old, **plan} if old.get(target) != plan.get(target)]
@@ -628,9 +630,17 @@ def apply(model: nn.Module, loras: Iterable[tuple[Lora, float]]) -> None:
         model.adapter_version = getattr(model, "adapter_version", 0) + bool(changed)
 
 
+def _module(model: nn.Module, target: str) -> nn.Module | None:
+    """The module that holds a target, None where the model has none; pad tokens are the model's own."""
+    try:
+        return model if target.endswith("_token") else model.get_submodule(target)
+    except AttributeError:
+        return None
+
+
 def _set(model: nn.Module, target: str, deltas: list[tuple[Delta, float]]) -> None:
     """Give one module these changes and no others."""
-    module, leaf = (model, target) if target.endswith("_token") else (model.get_submodule(target), "weight")
+    module, leaf = _module(model, target), target if target.endswith("_token") else "weight"
     if hasattr(module, "set_adapter"):
         module.set_adapter(compose(deltas, module, target, _dtype(model)) if deltas else None)
         return

@@ -1,15 +1,22 @@
 """Running a model whose blocks do not all fit on the device.
 
 A byte allowance becomes a number of whole blocks that stay on the device, spread evenly over the model; the
-others live on the host and are brought into one of two fixed device buffers for the time of their run, on CUDA
-from pinned memory on a second stream, the next one while the current one computes. Weights never change, so
-nothing travels back and results are bit-identical to a resident model.
+others live on the host and are brought into one of two fixed device slots for the time of their run, on CUDA from
+pinned memory on a second stream, the next one while the current one computes. All tensors of a block, adapters
+included, lie in one flat buffer, so that a block is one copy. Weights never change, so nothing travels back and
+results are bit-identical to a resident model. The model knows nothing of this: it is asked to run its blocks
+through `BlockStreamer.run_block`.
+
+The slots are allocated once and reused under events of our own, so that the caching allocator, which knows nothing
+of the second stream, never hands their memory to anyone while a copy is under way.
 
 The two-buffer scheme is that of CUDA C++ Best Practices Guide, "Asynchronous and Overlapping Transfers".
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,6 +27,8 @@ BUFFERS = 2
 
 Slot = tuple[dict, str, Tensor]
 """Where a module keeps a tensor: its `_parameters` or `_buffers`, the name in it, the tensor."""
+
+logger = logging.getLogger(__name__)
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:
@@ -35,67 +44,166 @@ def module_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for _, _, tensor in slots(module))
 
 
+def flat_bytes(module: nn.Module) -> int:
+    """Bytes of a module's tensors behind one another in a flat buffer."""
+    return sum(_aligned(tensor.numel() * tensor.element_size()) for _, _, tensor in slots(module))
+
+
+def fit(sizes: Sequence[int], buffer: int, allowance: float) -> set[int]:
+    """Which blocks of these sizes stay on the device within an allowance, beside the slots of `buffer` bytes.
+
+    All of them (then there are no slots), or as many as fit, evenly spread; none where not even the slots fit.
+    """
+    count = len(sizes)
+    if sum(sizes) <= allowance:
+        return set(range(count))
+    for resident in range(count - 1, 0, -1):
+        keep = {i for i in range(count) if (i + 1) * resident // count > i * resident // count}
+        if sum(sizes[i] for i in keep) + BUFFERS * buffer <= allowance:
+            return keep
+    return set()
+
+
 def _aligned(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
-def _put(holder: dict, name: str, tensor: Tensor) -> None:
-    is_parameter = isinstance(holder[name], nn.Parameter)
-    holder[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+def _pinned(count: int) -> Tensor:
+    """Page-locked bytes, or ordinary ones where the system has no more of those."""
+    try:
+        return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        logger.warning("offload: no page-locked host memory is left, streaming will be slower (%s)", error)
+        return torch.empty(count, dtype=torch.uint8)
 
 
 class HostBlock:
     """One block on the host: all its tensors are views of one flat (pinned) buffer."""
 
     def __init__(self, block: nn.Module, pin: bool):
-        self.entries = []  # (holder, name, offset, host view)
         found = list(slots(block))
-        self.bytes = sum(_aligned(t.numel() * t.element_size()) for _, _, t in found)
-        self.flat = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=pin)
-        offset = 0
+        self.bytes = flat_bytes(block)
+        self.pinned = pin
+        self.flat = _pinned(self.bytes) if pin else torch.empty(self.bytes, dtype=torch.uint8)
+        self.entries = []  # (holder, name, dtype, shape, stride, offset in elements, home)
+        typed, offset = Typed(self.flat), 0
         for holder, name, tensor in found:
-            view = self._view(self.flat, offset, tensor)
-            view.copy_(tensor)
-            _put(holder, name, view)
-            self.entries.append((holder, name, offset, holder[name]))
+            stride = torch.empty_like(tensor, device="meta").stride()  # that of the tensor, without holes
+            place = (tensor.dtype, tensor.shape, stride, offset // tensor.element_size())
+            home = typed.view(*place)
+            home.copy_(tensor)
+            if isinstance(tensor, nn.Parameter):
+                home = nn.Parameter(home, requires_grad=False)
+            holder[name] = home
+            self.entries.append((holder, name, *place, home))
             offset += _aligned(tensor.numel() * tensor.element_size())
 
-    @staticmethod
-    def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
-        return flat[offset : offset + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
-
     def current(self, block: nn.Module) -> bool:
-        """False where the block has got or lost tensors since (an adapter)."""
-        found = list(slots(block))
+        """False where the block's tensors are no longer in the buffer (an adapter came or went, the block moved)."""
+        found, start = list(slots(block)), self.flat.data_ptr()
         return len(found) == len(self.entries) and all(
-            t.data_ptr() == view.data_ptr() for (_, _, t), (_, _, _, view) in zip(found, self.entries, strict=True)
+            holder is entry[0]
+            and tensor.dtype is entry[2]
+            and tensor.shape == entry[3]
+            and (not tensor.numel() or tensor.data_ptr() == start + entry[5] * tensor.element_size())
+            for (holder, _, tensor), entry in zip(found, self.entries, strict=True)
         )
 
-    def point_to(self, flat: Tensor) -> None:
-        for holder, name, offset, view in self.entries:
-            _put(holder, name, self._view(flat, offset, view))
+    def point_to(self, typed: Typed) -> None:
+        for holder, name, dtype, shape, stride, offset, _ in self.entries:
+            holder[name] = typed.view(dtype, shape, stride, offset)
 
     def point_home(self) -> None:
-        for holder, name, _, view in self.entries:
-            holder[name] = view
+        for holder, name, *_, home in self.entries:
+            holder[name] = home
+
+
+class Typed:
+    """A flat buffer, to be looked at as tensors of any dtype."""
+
+    def __init__(self, flat: Tensor):
+        self.flat = flat
+        self._as: dict[torch.dtype, Tensor] = {}
+
+    def view(self, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+        if dtype not in self._as:
+            self._as[dtype] = self.flat.view(dtype)
+        return torch.as_strided(self._as[dtype], shape, stride, offset)
+
+
+class CopyAtOnce:
+    """Copies as plain torch does them, for devices without streams."""
+
+    def __init__(self, device: torch.device):
+        pass
+
+    def start(self, slot: int, target: Tensor, source: Tensor) -> None:
+        """Begin to fill a slot, not before its last use is over."""
+        target.copy_(source)
+
+    def wait(self, slot: int) -> None:
+        """Let what is computed from now on see what was last copied into a slot."""
+
+    def used(self, slot: int) -> None:
+        """Say that everything that reads a slot has been given to the device."""
+
+    def drain(self) -> None:
+        """Return when no copy is under way and nothing reads a slot any more."""
+
+
+class CopyOnStream(CopyAtOnce):
+    """Copies on a CUDA stream of their own, ordered against the computing stream by two events for each slot."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.copied = [torch.cuda.Event() for _ in range(BUFFERS)]
+        self.free = [torch.cuda.Event() for _ in range(BUFFERS)]
+        # What was computed in the slots' memory before it became theirs may not be over yet.
+        for slot in range(BUFFERS):
+            self.used(slot)
+
+    def start(self, slot: int, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.free[slot])
+            target.copy_(source, non_blocking=True)
+            self.copied[slot].record(self.stream)
+
+    def wait(self, slot: int) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.copied[slot])
+
+    def used(self, slot: int) -> None:
+        self.free[slot].record(torch.cuda.current_stream(self.device))
+
+    def drain(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+def copier(device: torch.device) -> CopyAtOnce:
+    """What copies to a device."""
+    return CopyOnStream(device) if device.type == "cuda" else CopyAtOnce(device)
 
 
 class BlockStreamer:
     """Places blocks on a device within a byte allowance and runs those that had to stay on the host.
 
-    Blocks are given in the order in which they run.
+    Blocks are given in the order in which they run; `model`, if given, is what they belong to, whose other parts
+    are then always on the device and count. Call `place` before each run: it takes up what has changed since.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]):
+    def __init__(self, blocks: Sequence[nn.Module], model: nn.Module | None = None, copies: Callable = copier):
         self.blocks = list(blocks)
         self.device = torch.device("cpu")
-        self.host: dict[int, HostBlock] = {}
-        self._buffers: list[Tensor] = []
-        self._stream: torch.cuda.Stream | None = None
-        self._copied: list[torch.cuda.Event] = []
-        self._used: list[torch.cuda.Event] = []
-        self._order: list[int] = []
-        self._in_buffer: dict[int, int] = {}  # block -> buffer that its copy was started into
+        self.host: dict[int, HostBlock] = {}  # the blocks that are streamed
+        self._model = model
+        self._index = {id(block): i for i, block in enumerate(self.blocks)}
+        self._make_copier = copies
+        self._copies: CopyAtOnce | None = None
+        self._homes: dict[int, HostBlock] = {}  # blocks whose tensors rest in a flat host buffer
+        self._buffers: list[Typed] = []
+        self._in_buffer: dict[int, int] = {}  # block -> slot that its copy was started into
+        self._next: dict[int, int] = {}  # streamed block -> the streamed one that ran after it
+        self._last: int | None = None
 
     @property
     def resident(self) -> int:
@@ -106,80 +214,129 @@ class BlockStreamer:
     def place(self, device: torch.device | str, allowance: float) -> int:
         """Put as many blocks on the device as the allowance (bytes) holds; returns the bytes now used there.
 
-        The two buffers count; with an allowance smaller than they are, no block is resident. Cheap where
-        nothing changes.
+        The two slots and the model's other parts count; with an allowance smaller than they are, no block is
+        resident. Cheap where nothing changes.
         """
         device = torch.device(device)
+        rest = self._place_rest(device)
         sizes = [module_bytes(block) for block in self.blocks]
-        buffer = max(map(_aligned, sizes), default=0) + ALIGNMENT * 64
-        count = len(self.blocks)
-        keep = set(range(count))
-        if sum(sizes) > allowance:
-            for resident in reversed(range(count)):
-                keep = {i for i in range(count) if (i + 1) * resident // count > i * resident // count}
-                if sum(sizes[i] for i in keep) + BUFFERS * buffer <= allowance:
-                    break
-        moved = device != self.device
-        self.device = device
+        buffer = max(map(flat_bytes, self.blocks), default=0)
+        keep = fit(sizes, buffer, allowance - rest)
+        self._last = None
+        self._in_buffer.clear()
+        if device != self.device or len(keep) == len(self.blocks) or self._size() != buffer:
+            self._drop_slots()
         pin = device.type == "cuda"
         for i, block in enumerate(self.blocks):
-            if i in keep:
-                self.host.pop(i, None)
-                block.to(device)
-            elif moved or i not in self.host or not self.host[i].current(block):
-                self.host[i] = HostBlock(block, pin)
-        self._order = sorted(self.host)
-        self._in_buffer.clear()
+            if i not in keep:
+                self._go_home(i, pin)
+        self.device = device
+        for i in keep:
+            self.blocks[i].to(device)
+            if i in self._homes and not self._homes[i].current(self.blocks[i]):
+                del self._homes[i]
+        self.host = {i: self._homes[i] for i in range(len(self.blocks)) if i not in keep}
+        order = sorted(self.host)
+        self._next = dict(zip(order, order[1:] + order[:1]))
         if not self.host:
-            self._buffers, self._copied, self._used, self._stream = [], [], [], None
-            return sum(sizes)
-        buffer = max(host.bytes for host in self.host.values())
-        if moved or not self._buffers or self._buffers[0].numel() != buffer:
-            self._buffers = [torch.empty(buffer, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
-            if pin:
-                self._stream = torch.cuda.Stream(device)
-                self._copied = [torch.cuda.Event() for _ in range(BUFFERS)]
-                self._used = [torch.cuda.Event() for _ in range(BUFFERS)]
-        return sum(sizes[i] for i in keep) + BUFFERS * buffer
+            return rest + sum(sizes)
+        if not self._buffers:
+            self._make_slots(buffer)
+        return rest + sum(sizes[i] for i in keep) + BUFFERS * buffer
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Send everything to the host; `place` brings it back."""
+        self._drop_slots()
+        for i in range(len(self.blocks)):
+            self._go_home(i, self.device.type == "cuda")
+        self._place_rest(torch.device("cpu"))
+        self.device, self.host = torch.device("cpu"), {}
+
+    def run_block(self, stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
+        """Run one of the blocks, in the form in which models ask their hooks to do it."""
+        return self.run(self._index[id(block)], functools.partial(block, x, *args))
 
     def run(self, index: int, compute: Callable[[], Tensor]) -> Tensor:
         """compute() with block `index` on the device; starts to bring the next one."""
         if not self.host:
             return compute()
-        position = next((p for p, i in enumerate(self._order) if i >= index), 0)
         if index not in self.host:
-            self._start(self._order[position])
+            if not self._in_buffer:
+                self._start(next((i for i in sorted(self.host) if i > index), min(self.host)))
             return compute()
+        self._take_up_changes(index)
+        if self._last is not None:
+            self._next[self._last] = index
+        self._last = index
         self._start(index)
-        buffer = self._in_buffer.pop(index)
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._copied[buffer])
-        self._start(self._order[(position + 1) % len(self._order)], busy=buffer)
-        self.host[index].point_to(self._buffers[buffer])
+        slot, home = self._in_buffer.pop(index), self.host[index]
+        self._copies.wait(slot)
+        if self._next[index] != index:
+            self._start(self._next[index], busy=slot)
+        home.point_to(self._buffers[slot])
         try:
             return compute()
         finally:
-            self.host[index].point_home()
-            if self._stream is not None:
-                self._used[buffer].record(torch.cuda.current_stream(self.device))
+            home.point_home()
+            self._copies.used(slot)
+
+    def _place_rest(self, device: torch.device) -> int:
+        """Move the model's other parts, and count their bytes."""
+        total, inside = 0, {id(part) for block in self.blocks for part in block.modules()}
+        for part in self._model.modules() if self._model else ():
+            if id(part) in inside:
+                continue
+            part._apply(lambda tensor: tensor.to(device), recurse=False)
+            held = (*part._parameters.values(), *part._buffers.values())
+            total += sum(t.numel() * t.element_size() for t in held if t is not None and t.device.type == device.type)
+        return total
+
+    def _go_home(self, index: int, pin: bool) -> None:
+        """Make the flat host buffer of a block, unless its tensors are there already."""
+        home = self._homes.get(index)
+        if home is None or home.pinned < pin or not home.current(self.blocks[index]):
+            self._homes[index] = HostBlock(self.blocks[index], pin)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _take_up_changes(self, index: int) -> None:
+        """Bring a block's buffer up to date if its tensors were replaced since `place`."""
+        block = self.blocks[index]
+        if self.host[index].current(block):
+            return
+        self._copies.drain()
+        self._in_buffer.pop(index, None)
+        self._go_home(index, self.host[index].pinned)
+        self.host[index] = self._homes[index]
+        if self.host[index].bytes > self._size():
+            self._drop_slots()
+            self._make_slots(self.host[index].bytes)
+
+    def _size(self) -> int:
+        return self._buffers[0].flat.numel() if self._buffers else 0
+
+    def _make_slots(self, size: int) -> None:
+        self._buffers = [Typed(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(BUFFERS)]
+        self._copies = self._make_copier(self.device)
+
+    def _drop_slots(self) -> None:
+        """Give the slots' memory back, not before the copies into it are over."""
+        if self._copies is not None:
+            self._copies.drain()
+        self._in_buffer.clear()
+        self._buffers, self._copies = [], None
 
     def _start(self, index: int, busy: int | None = None) -> None:
-        """Begin to copy a block into the buffer that is free, unless that has begun already."""
+        """Begin to copy a block into the slot that is free, unless that has begun already."""
         if index in self._in_buffer:
             return
         taken = {*self._in_buffer.values(), busy}
-        free = [b for b in range(BUFFERS) if b not in taken]
+        free = [slot for slot in range(BUFFERS) if slot not in taken]
         if not free:  # what was brought ahead is not what runs next: drop it
-            dropped = next(iter(self._in_buffer))
-            free = [self._in_buffer.pop(dropped)]
-        buffer, host = free[0], self.host[index]
-        self._in_buffer[index] = buffer
-        target = self._buffers[buffer][: host.bytes]
+            free = [self._in_buffer.pop(next(iter(self._in_buffer)))]
+        slot, home = free[0], self.host[index]
+        self._in_buffer[index] = slot
         with torch.inference_mode(False), torch.no_grad():
-            if self._stream is None:
-                target.copy_(host.flat)
-                return
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(self._used[buffer])
-                target.copy_(host.flat, non_blocking=True)
-                self._copied[buffer].record(self._stream)
+            self._copies.start(slot, self._buffers[slot].flat[: home.bytes], home.flat)

@@ -13,7 +13,7 @@ import operator
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checkpoint, sampler
+from . import checkpoint, lora, sampler
 from .text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
 from .vae import decode_image, load_vae
 
@@ -177,6 +177,7 @@ class Pipeline:
         self.vae: torch.nn.Module | None = None
         self.stages: list[Stage] = []
         self.seeds: list[int] | None = None
+        self.loras: list[tuple[lora.Lora, float]] = []
         self._tokenizer = None
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
         self._on_stage: OnStage | None = None
@@ -237,6 +238,16 @@ class Pipeline:
             )
         return self._decode(latents)
 
+    def set_loras(self, loras: Iterable[tuple[str | Path | lora.Lora, float]]) -> None:
+        """Draw with exactly these LoRAs from now on, (file or Lora, strength) each; the models are not read again.
+
+        Raises ValueError for files that cannot be read; a LoRA that does not fit the models is told when drawing.
+        """
+        chosen = [(x if isinstance(x, lora.Lora) else lora.load_lora(x), float(s)) for x, s in loras]
+        if any(found.text_encoder for found, _ in (*self.loras, *chosen)):
+            self._prompts.clear()  # they were encoded under other weights
+        self.loras = chosen
+
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
         """The size to draw, in pixels."""
         if image is not None:
@@ -277,6 +288,7 @@ class Pipeline:
                 if self._tokenizer is None:
                     self._tokenizer = load_tokenizer(self.files.tokenizer)
                 encoder = load_text_encoder(self.files.text_encoder, device=self.device, dtype=self.dtype)
+                lora.apply(encoder, self.loras)
             with self._stage("encode prompt"):
                 feats = encode_prompts(encoder, self._tokenizer, new)
                 known.update(zip(new, (f.cpu() for f in feats)))
@@ -301,7 +313,9 @@ class Pipeline:
                     backend=self.backend,
                     precision=self.precision,
                 )
-        return self.transformer.to(self.device)
+        self.transformer.to(self.device)
+        lora.apply(self.transformer, self.loras)
+        return self.transformer
 
     def _load_vae(self) -> torch.nn.Module:
         """The VAE, on the device: fp32 on the CPU and wherever the rest is not bf16, never fp16."""

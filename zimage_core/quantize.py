@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from . import calibrate
+from .adapters import Linear
 from .checkpoint import _expected, _match, identify
 from .config import ZImageConfig
 from .keys import diffusers_svdq_module
+from .lora import Bias, Delta, Lora, compose, load_lora
 from .solver import svdq_calibrated, svdq_from_dense
 from .svdq import SVDQWeights
 from .svdq_file import StreamedFile, block_names, file_metadata, plan_header
 from .tensorfiles import TensorFiles, open_tensors
 from .transformer import Block, ZImageTransformer
+
+FP8 = ("F8_E4M3", "F8_E5M2")
+FP8_SCALES = (".weight_scale", ".scale_weight")
+FP8_UNUSED = (".input_scale", ".scale_input", ".comfy_quant", "scaled_fp8")
 
 Progress = Callable[[int, int, str], None]
 
@@ -34,16 +42,18 @@ def quantize_checkpoint(
     rank: int,
     cap_feats: Sequence[torch.Tensor] | None = None,
     size: int = 512,
+    merge: Sequence[tuple[str | Path, float]] = (),
     skip_refiners: bool = False,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> None:
     """Write `dst`, a SVDQ INT4 file, from `src`, a BF16, FP16 or FP32 transformer (file or sharded folder).
 
-    rank: a multiple of 16 (32, 128 and 256 are usual). cap_feats: features (L, C) of the prompts to calibrate with
-    (see `calibration_captions`), drawn at size x size pixels; None quantizes from the weights alone. skip_refiners:
-    leave the refiners' linears in bf16. device: where the arithmetic runs; deterministic for a device.
-    progress(done, total, name) is called as the work goes on and once at the end, where done == total.
+    FP8 is taken too, with a warning. rank: a multiple of 16 (32, 128 and 256 are usual). cap_feats: features (L, C)
+    of the prompts to calibrate with (see `calibration_captions`), drawn at size x size pixels; None quantizes from
+    the weights alone. merge: LoRA files and their strengths, made part of the weights first. skip_refiners: leave the
+    refiners' linears in bf16. device: where the arithmetic runs; deterministic for a device. progress(done, total,
+    name) is called as the work goes on and once at the end, where done == total.
 
     `dst` is replaced if it exists, and only at the end. A calibrated run that is interrupted leaves its finished
     blocks beside it, as `dst`.partial and two small files; the same call goes on from there. Raises
@@ -51,7 +61,8 @@ def quantize_checkpoint(
     destination cannot be written.
     """
     src, dst, device = Path(src), Path(dst), torch.device(device)
-    with open_tensors(src) as files:
+    loras = [(load_lora(path), float(strength)) for path, strength in merge]
+    with _open_dense(src) as files:
         info = identify(files)
         if info.format != "dense":
             raise ValueError(f"{src}: expected a BF16 model, found {info.format}; quantize its BF16 original")
@@ -59,9 +70,9 @@ def quantize_checkpoint(
             raise ValueError(f"{dst}: is the source itself; choose another destination")
         header = plan_header(info.config, rank, skip_refiners)
         metadata = file_metadata(info.config, rank, skip_refiners)
-        if cap_feats is not None:
-            metadata["quantized_by"] = json.dumps(_provenance(files, cap_feats, size))
-        source = _Source(files, info.config, device)
+        source = _Source(files, info.config, loras, device)
+        if cap_feats is not None or merge:
+            metadata["quantized_by"] = json.dumps(_provenance(files, cap_feats, size, merge))
         with StreamedFile(dst, header, metadata, resumable=cap_feats is not None) as out, torch.inference_mode():
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
 
@@ -77,16 +88,58 @@ def calibration_captions(
     return [features.cpu() for features in encode_prompts(encoder, tokenizer, prompts)]
 
 
-class _Source:
-    """The dense model's tensors by the model's own names."""
+class _Fp8Files(TensorFiles):
+    """FP8 weights, with or without a scale, as the BF16 tensors that they stand for."""
 
-    def __init__(self, files: TensorFiles, config: ZImageConfig, device: torch.device):
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._fp8 = {key for key, (dtype, _) in self.tensors.items() if dtype in FP8 and key.endswith(".weight")}
+        self._scales = {key: shape for key, (_, shape) in self.tensors.items() if key.endswith(FP8_SCALES)}
+        self.tensors = {
+            key: ("BF16" if key in self._fp8 else dtype, shape)
+            for key, (dtype, shape) in self.tensors.items()
+            if not key.endswith((*FP8_SCALES, *FP8_UNUSED))
+        }
+
+    def get(self, name: str) -> torch.Tensor:
+        tensor = super().get(name)
+        if name not in self._fp8:
+            return tensor
+        tensor = tensor.float()
+        for scale in (name.removesuffix(".weight") + leaf for leaf in FP8_SCALES):
+            if math.prod(self._scales.get(scale, ())) != 1:
+                raise ValueError(f"{self.path}: {scale}: expected one number, found many; quantize the BF16 original")
+            if scale in self._scales:
+                tensor = tensor * super().get(scale).float()
+        return tensor.to(torch.bfloat16)
+
+
+def _open_dense(path: Path) -> TensorFiles:
+    files = open_tensors(path)
+    dtypes = {dtype for dtype, _ in files.tensors.values()}
+    if dtypes.isdisjoint(FP8) or "I8" in dtypes:
+        return files
+    warnings.warn(f"{path}: is FP8, so its weights get rounded twice; the BF16 file gives better ones", stacklevel=3)
+    return _Fp8Files(path)
+
+
+class _Source:
+    """The dense model's tensors by the model's own names, with the LoRAs made part of them."""
+
+    def __init__(
+        self, files: TensorFiles, config: ZImageConfig, loras: Sequence[tuple[Lora, float]], device: torch.device
+    ):
+        """ValueError if a tensor is missing or misshapen, or a LoRA does not fit."""
         self.files = files
         self.config = config
         self.device = device
         with torch.device("meta"):
-            model = ZImageTransformer(config)
+            model = ZImageTransformer(config, linear=Linear)
         self.keys = _match(files, _expected(model, rank=0))
+        self.changes: dict[str, list[tuple[Delta, float]]] = {}
+        for lora, strength in loras:
+            for target, deltas in lora.check(model).items():
+                self.changes.setdefault(target, []).extend((delta, strength) for delta in deltas)
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor on the device, put together from its parts. ValueError if it holds NaN or infinity."""
@@ -95,7 +148,30 @@ class _Source:
             parts.append(self.files.get(key).to(self.device))
             if not parts[-1].isfinite().all():
                 raise ValueError(f"{self.files.path}: {key}: holds NaN or infinite values; get an undamaged file")
-        return torch.cat(parts)
+        whole = torch.cat(parts)
+        module, _, leaf = name.rpartition(".")
+        changes = self.changes.get(module or name)
+        return self._merged(whole, module, leaf, changes) if changes else whole
+
+    def _merged(
+        self, tensor: torch.Tensor, module: str, leaf: str, changes: list[tuple[Delta, float]]
+    ) -> torch.Tensor:
+        """The tensor with the changes in it, in fp32."""
+        tensor = tensor.float()
+        shifts = [(delta, strength) for delta, strength in changes if isinstance(delta, Bias)]
+        if leaf == "bias":
+            return tensor + sum(strength * delta.get("diff_b", self.device) for delta, strength in shifts)
+        if tensor.ndim == 1 or not module:
+            return tensor + sum(s * delta.get("diff", self.device).view_as(tensor) for delta, s in changes)
+        if shifts and f"{module}.bias" not in self.keys:
+            raise ValueError(f"{module}: the LoRA adds a bias, which the INT4 file cannot hold; load it at run time")
+        linear = Linear(tensor.shape[1], tensor.shape[0], bias=False, device=self.device)
+        linear.weight = torch.nn.Parameter(tensor, requires_grad=False)
+        terms = compose([change for change in changes if change not in shifts], linear, module, torch.float32)
+        if terms.low_rank_only and not (terms.dense or terms.krons):
+            return torch.addmm(tensor, terms.up, terms.down)
+        linear.set_adapter(terms)  # what it makes of each input channel alone is the weight
+        return torch.cat([linear(rows) for rows in torch.eye(tensor.shape[1], device=self.device).split(1024)]).T
 
 
 class _Job:
@@ -190,20 +266,31 @@ class _Job:
             self.progress(self.done, self.total, name)
 
 
-def _provenance(files: TensorFiles, cap_feats: Sequence[torch.Tensor], size: int) -> dict[str, object]:
+def _provenance(
+    files: TensorFiles,
+    cap_feats: Sequence[torch.Tensor] | None,
+    size: int,
+    merge: Sequence[tuple[str | Path, float]],
+) -> dict[str, object]:
     """How the file was made, which also tells whether a half-finished one was made the same way."""
     source, captions = hashlib.sha256(), hashlib.sha256()
     for name in sorted(files.keys()):
         tensor = files.get(name).flatten()
         source.update(f"{name} {len(tensor)} {tensor.dtype}".encode())
         source.update(tensor[:: max(len(tensor) // 256, 1)].float().numpy().tobytes())
+    made: dict[str, object] = {"tool": "zimage-int4", "source": source.hexdigest()[:16]}
+    if merge:
+        made["merged"] = [
+            f"{Path(path).name}:{strength} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+            for path, strength in merge
+        ]
+    if cap_feats is None:
+        return made | {"method": "svd"}
     for features in cap_feats:
         captions.update(features.float().cpu().numpy().tobytes())
-    return {
-        "tool": "zimage-int4",
+    return made | {
         "method": "smooth, svd, gptq; block by block",
         "prompts": len(cap_feats),
         "size": size,
         "captions": captions.hexdigest()[:16],
-        "source": source.hexdigest()[:16],
     }

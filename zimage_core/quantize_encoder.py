@@ -26,24 +26,28 @@ from .text_encoder import TextEncoder, TextEncoderConfig, check_model, check_wei
 
 _LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 _HEAD = "lm_head.weight"
-_FP4_MAX, _FP8_MAX = 6.0, 448.0
-_FP4 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+_FP8_MAX, _FP8_MIN = 448.0, 2**-9
 # What the largest of 16 weights becomes: above or below 6, clipping it or not, the others may fit better.
-_PEAKS = (6.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.5, 7.0, 8.0)
+_PEAKS = (6.0, 4.0, 4.5, 5.0, 5.5, 6.5, 7.0)
 # Weight-only: ComfyUI is told not to round the activations too.
 _COMFY_QUANT = b'{"format": "nvfp4", "full_precision_matrix_mult": true}'
 _ROWS = 512  # at a time, for the search
 
 
 def quantize_encoder(
-    src: str | Path, dst: str | Path, *, bits: int = 8, progress: Callable[[int, int, str], None] | None = None
+    src: str | Path,
+    dst: str | Path,
+    *,
+    bits: int = 8,
+    device: str | torch.device = "cpu",
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> None:
     """Write `dst`, a safetensors file with 8-bit (quanto) or 4-bit (NVFP4) Linears, from a BF16, FP16 or FP32 encoder.
 
-    The source is a file or a transformers folder; one tensor at a time is in memory. progress(done, total, name) is
-    called before every tensor and once at the end. `dst` is replaced if it exists, and only at the end. Raises
-    FileNotFoundError, or ValueError where the source is no such encoder or holds NaN or infinity, where bits is
-    neither 8 nor 4, or where the destination cannot be written.
+    The source is a file or a transformers folder; one tensor at a time is in memory. device: where the arithmetic
+    runs. progress(done, total, name) is called before every tensor and once at the end. `dst` is replaced if it
+    exists, and only at the end. Raises FileNotFoundError, or ValueError where the source is no such encoder or holds
+    NaN or infinity, where bits is neither 8 nor 4, or where the destination cannot be written.
     """
     if bits not in (8, 4):
         raise ValueError(f"bits: expected 8 or 4, found {bits}; use 8")
@@ -71,7 +75,10 @@ def quantize_encoder(
                     raise ValueError(
                         f"{src}: {name}: expected finite weights, found NaN or infinity; download it again"
                     )
-                parts = form(name, tensor.float()) if _LINEAR.fullmatch(name) else {name: tensor.to(torch.bfloat16)}
+                if _LINEAR.fullmatch(name):
+                    parts = form(name, tensor.to(device).float())
+                else:
+                    parts = {name: tensor.to(torch.bfloat16)}
                 for key, part in parts.items():
                     out.write(f"model.{key}", part)
         if progress:
@@ -90,24 +97,28 @@ def nvfp4_rows(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Each block's scale is the one of several that leaves the least squared error.
     """
-    levels = torch.tensor(_FP4)
-    between = (levels[1:] + levels[:-1]) / 2
     groups = weight.unflatten(1, (-1, 16))  # (n, S, 16)
-    size, peak = groups.abs(), groups.abs().amax(-1, keepdim=True)
+    sizes = groups.abs()
+    peak = sizes.amax(-1, keepdim=True)
     least = torch.full_like(peak, torch.inf)
-    codes = torch.zeros_like(groups, dtype=torch.uint8)
-    scales = torch.zeros_like(peak, dtype=torch.float8_e4m3fn)
+    scales = torch.zeros_like(peak)
     for target in _PEAKS:
-        found = (peak / target / scale).clamp(2**-9, _FP8_MAX).to(torch.float8_e4m3fn)
-        step = found.float() * scale
-        index = torch.bucketize(size / step, between)
-        error = (levels[index] * step - size).square().sum(-1, keepdim=True)
-        better = error < least
-        least = torch.where(better, error, least)
-        codes = torch.where(better, index.to(torch.uint8), codes)
-        scales = torch.where(better, found.view(torch.uint8), scales.view(torch.uint8)).view(torch.float8_e4m3fn)
-    codes = (codes | torch.signbit(groups).to(torch.uint8) << 3).flatten(1)
-    return codes[:, ::2] << 4 | codes[:, 1::2], scales.squeeze(-1)
+        found = (peak / target / scale).clamp(_FP8_MIN, _FP8_MAX).to(torch.float8_e4m3fn).float()
+        step = found * scale
+        error = (_to_fp4(sizes / step).mul_(step) - sizes).square_().sum(-1, keepdim=True)
+        scales = torch.where(error < least, found, scales)
+        least = torch.minimum(error, least)
+    values = _to_fp4(sizes / (scales * scale))
+    # 0, 0.5, 1, 1.5 | 2, 3 | 4, 6 are numbered 0 .. 7: two per octave from 2 on.
+    index = torch.where(values < 2, 2 * values, torch.where(values < 4, values + 2, values / 2 + 4))
+    codes = (index.to(torch.uint8) | torch.signbit(groups).to(torch.uint8) << 3).flatten(1)
+    return codes[:, ::2] << 4 | codes[:, 1::2], scales.squeeze(-1).to(torch.float8_e4m3fn)
+
+
+def _to_fp4(x: Tensor) -> Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 to numbers that are not negative."""
+    spacing = torch.where(x < 2, 0.5, torch.where(x < 4, 1.0, 2.0))
+    return (x / spacing).round_().mul_(spacing).clamp_(max=6)
 
 
 def _check_source(file: SafetensorsEncoder | GGUFEncoder, dst: Path) -> TextEncoderConfig:

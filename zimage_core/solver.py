@@ -13,7 +13,6 @@ Source: SVDQuant (arXiv 2411.05007), GPTQ (arXiv 2210.17323).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,8 +23,9 @@ from .svdq import SVDQWeights
 
 MAX_CODE = 7  # quantizers emit -7..7
 OVERSAMPLING = 16  # directions beyond the rank that the subspace iteration carries along
-GRID = 10  # steps of the smoothing exponent between 0 and 1
-TURNS = 6  # of fitting codes to the branch and the branch to the codes
+COARSE_ALPHAS = (0.25, 0.5, 0.75)  # smoothing exponents that are tried at first
+FINE_STEPS = (0.125, 0.0625)
+TURNS = 8  # of fitting codes to the branch and the branch to the codes
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # scales tried for a group, of the one that reaches its maximum
 DAMPING = 0.05  # of the second moments' mean diagonal, added to the diagonal
 PANEL = 128  # input channels that GPTQ rounds before it updates the others
@@ -65,7 +65,7 @@ class InputStats:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """A quantized linear under work, everything in fp32 but already rounded to what the file holds."""
 
     smooth: Tensor  # (K,)
@@ -94,7 +94,7 @@ def svdq_from_dense(weight: Tensor, rank: int, smooth: Tensor | None = None) -> 
     """
     weight = weight.float()
     smooth = torch.ones_like(weight[0]) if smooth is None else _bf16(smooth)
-    return _plain(weight * smooth, smooth, *low_rank(weight * smooth, rank)).weights()
+    return round_plainly(weight * smooth, smooth, *low_rank(weight * smooth, rank)).weights()
 
 
 def svdq_calibrated(weight: Tensor, rank: int, stats: InputStats) -> SVDQWeights:
@@ -110,48 +110,61 @@ def svdq_calibrated(weight: Tensor, rank: int, stats: InputStats) -> SVDQWeights
         up, down = _branch(*low_rank(smoothed - parts.residual(), rank, start=down), smooth)
         rest = smoothed - up @ (down * smooth)
         scales = _best_scales(rest, importance)
-        parts = _Parts(smooth, up, down, _codes(rest, scales), scales)
-    candidates = [parts, replace(parts, codes=_gptq(smoothed - parts.branch(), parts.scales, moments))]
+        parts = Parts(smooth, up, down, _codes(rest, scales), scales)
+    candidates = [parts, replace(parts, codes=gptq(smoothed - parts.branch(), parts.scales, moments))]
     candidates += [replace(found, up=_fit_up(smoothed - found.residual(), found, moments)) for found in candidates]
-    return min(candidates, key=lambda found: output_error(found, stats.rows, outputs)).weights()
+    return min(candidates, key=lambda found: _both_errors(found, stats.rows, outputs)).weights()
 
 
-def output_error(parts: _Parts, rows: Tensor, outputs: Tensor) -> float:
-    """Relative squared error over rows (M, K) whose right outputs are (M, N): W4A16's and W4A4's, added up."""
+def squared_error(parts: Parts, rows: Tensor, outputs: Tensor, bits: int) -> Tensor:
+    """Of the outputs for rows (M, K), which should be (M, N), relative to their square; bits: of the inputs, or 16."""
     smoothed = _bf16(rows / parts.smooth)
-    residual = parts.residual().T
-    branch = outputs - (rows @ parts.down.T) @ parts.up.T
-    errors = ((branch - x @ residual).square().sum() for x in (smoothed, _fake_quantize(smoothed)))
-    return (sum(errors) / outputs.square().sum().clamp(min=TINY)).item()
+    smoothed = smoothed if bits == 16 else quantize_inputs(smoothed, bits)
+    found = smoothed @ parts.residual().T + (rows @ parts.down.T) @ parts.up.T
+    return (outputs - found).square().sum() / outputs.square().sum().clamp(min=TINY)
 
 
-def _search_smooth(weight: Tensor, rank: int, stats: InputStats, outputs: Tensor) -> _Parts:
-    """The plain quantization whose smoothing gives the smallest error of the outputs."""
-    best, least, down = None, float("inf"), None
-    for smooth in _smooth_candidates(stats.absmax, weight.abs().amax(0)):
+def _both_errors(parts: Parts, rows: Tensor, outputs: Tensor) -> float:
+    """What the calibrated quantizer makes small: the errors with plain inputs and with 4-bit inputs, added up."""
+    return sum(squared_error(parts, rows, outputs, bits) for bits in (16, 4)).item()
+
+
+def _search_smooth(weight: Tensor, rank: int, stats: InputStats, outputs: Tensor) -> Parts:
+    """The plain quantization whose smoothing gives the smallest error of the outputs.
+
+    Tried are 1, inputs^a and inputs^a / weights^(1 - a) over the channels' ranges (K,), first for few a, then for
+    those next to the best, with steps that halve.
+    """
+    inputs, weights = (
+        t.clamp(min=1e-4 * t.amax().clamp(min=TINY)).log() for t in (stats.absmax, weight.abs().amax(0))
+    )
+    down, tried = None, {}
+
+    def attempt(alpha: float, beta: float) -> None:
+        nonlocal down
+        exponent = alpha * inputs - beta * weights
+        smooth = _bf16((exponent - exponent.mean()).exp())
         up, down = low_rank(weight * smooth, rank, start=down)
-        parts = _plain(weight * smooth, smooth, up, down)
-        error = output_error(parts, stats.rows, outputs)
-        if error < least:
-            best, least = parts, error
-    return best
+        parts = round_plainly(weight * smooth, smooth, up, down)
+        tried[alpha, beta] = (_both_errors(parts, stats.rows, outputs), parts)
+
+    attempt(0, 0)
+    for alpha in COARSE_ALPHAS:
+        attempt(alpha, 0)
+        attempt(alpha, 1 - alpha)
+    for step in FINE_STEPS:
+        alpha, beta = min(tried, key=lambda key: tried[key][0])
+        for near in (alpha - step, alpha + step):
+            attempt(near, 1 - near if beta else 0)
+    return min(tried.values(), key=lambda found: found[0])[1]
 
 
-def _smooth_candidates(inputs: Tensor, weights: Tensor) -> Iterator[Tensor]:
-    """Ones, inputs^a and inputs^a / weights^(1 - a) over channels' ranges (K,), with a geometric mean of 1."""
-    inputs, weights = (t.clamp(min=1e-4 * t.amax().clamp(min=TINY)).log() for t in (inputs, weights))
-    alphas = [i / GRID for i in range(1, GRID)]
-    exponents = [0 * inputs, *(a * inputs for a in alphas), *(a * inputs - (1 - a) * weights for a in alphas)]
-    for exponent in exponents:
-        yield _bf16((exponent - exponent.mean()).exp())
-
-
-def _plain(smoothed: Tensor, smooth: Tensor, up: Tensor, down: Tensor) -> _Parts:
+def round_plainly(smoothed: Tensor, smooth: Tensor, up: Tensor, down: Tensor) -> Parts:
     """Round a branch for the smoothed weight and then what it leaves, to nearest."""
     up, down = _branch(up, down, smooth)
     rest = smoothed - up @ (down * smooth)
     scales = _bf16(rest.unflatten(1, (-1, GROUP)).abs().amax(-1) / MAX_CODE)
-    return _Parts(smooth, up, down, _codes(rest, scales), scales)
+    return Parts(smooth, up, down, _codes(rest, scales), scales)
 
 
 def _branch(up: Tensor, down: Tensor, smooth: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +183,7 @@ def low_rank(weight: Tensor, rank: int, start: Tensor | None = None) -> tuple[Te
     noise = torch.randn(weight.shape[1], extra, generator=torch.Generator().manual_seed(0)).to(weight.device)
     basis = noise if start is None else torch.cat([start.T, noise], 1)
     for _ in range(8 if start is None else 2):
-        basis = torch.linalg.qr(weight.T @ torch.linalg.qr(weight @ basis).Q).Q  # (K, R + extra)
+        basis = torch.linalg.qr(weight.T @ (weight @ basis)).Q  # (K, R + extra)
     image = weight @ basis
     vectors = torch.linalg.eigh(image.T @ image).eigenvectors[:, -rank:]
     return image @ vectors, (basis @ vectors).T
@@ -189,10 +202,10 @@ def _best_scales(rest: Tensor, importance: Tensor) -> Tensor:
     return best
 
 
-def _gptq(rest: Tensor, scales: Tensor, moments: Tensor) -> Tensor:
+def gptq(rest: Tensor, scales: Tensor, moments: Tensor, damping: float = DAMPING) -> Tensor:
     """Codes (N, K) of `rest` (N, K) by given scales, rounded channel by channel, the most used ones first."""
     moments = moments.double()
-    moments.diagonal().add_(DAMPING * moments.diagonal().mean().clamp(min=TINY))
+    moments.diagonal().add_(damping * moments.diagonal().mean().clamp(min=TINY))
     order = moments.diagonal().argsort(descending=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
     inverse = torch.linalg.cholesky(inverse, upper=True).float()  # (K, K)
@@ -209,7 +222,7 @@ def _gptq(rest: Tensor, scales: Tensor, moments: Tensor) -> Tensor:
     return codes[:, order.argsort()]
 
 
-def _fit_up(rest: Tensor, parts: _Parts, moments: Tensor) -> Tensor:
+def _fit_up(rest: Tensor, parts: Parts, moments: Tensor) -> Tensor:
     """The branch's up (N, R) that, over its given down, fits `rest` (N, K) best for the inputs."""
     down = (parts.down * parts.smooth).double()
     seen = down @ moments.double()  # (R, K)
@@ -226,10 +239,10 @@ def _round(values: Tensor, steps: Tensor) -> Tensor:
     return torch.where(steps > 0, values / steps, 0).round().clamp(-MAX_CODE, MAX_CODE)
 
 
-def _fake_quantize(x: Tensor) -> Tensor:
-    """Inputs (M, K) rounded to 4 bits in groups of 64, as the W4A4 kernels do."""
-    groups = x.unflatten(1, (-1, GROUP))
-    steps = groups.abs().amax(-1, keepdim=True) / MAX_CODE
+def quantize_inputs(x: Tensor, bits: int) -> Tensor:
+    """Inputs (M, K) rounded to so many bits in groups of 64 and back, as W4A4 and W4A8 kernels do."""
+    groups, largest = x.unflatten(1, (-1, GROUP)), 2 ** (bits - 1) - 1
+    steps = groups.abs().amax(-1, keepdim=True) / largest
     return (torch.where(steps > 0, groups / steps, 0).round() * _bf16(steps)).flatten(1)
 
 

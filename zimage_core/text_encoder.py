@@ -62,10 +62,10 @@ class TextEncoderConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             if value <= 0:
-                raise ValueError(f"text encoder: expected {name} above 0, found {value}")
+                raise ValueError(f"expected {name} above 0, found {value}")
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise ValueError(
-                f"text encoder: expected heads divisible by key/value heads and an even head width, found "
+                f"expected heads divisible by key/value heads and an even head width, found "
                 f"{self.num_heads}, {self.num_kv_heads} and {self.head_dim}"
             )
 
@@ -185,7 +185,7 @@ class TextEncoder(nn.Module):
             attention_mask = attention_mask.bool()
             if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
                 raise ValueError("attention_mask: expected padding on the right, found a token after padding")
-        x = self.embed_tokens(input_ids).to(self.device)
+        x = self.embed_tokens(input_ids).to(self.device, self.dtype)
         cos, sin = (t.to(x.dtype) for t in rotary_table(input_ids.shape[1], self.config, x.device))
         for layer in self.layers:
             x = layer(x, cos, sin)
@@ -214,7 +214,8 @@ def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
     ):
         if not isinstance(data.get(name), int):
             raise ValueError(f"{where}: {name}: expected an integer, found {data.get(name)!r}; {ENCODER_REMEDY}")
-    return TextEncoderConfig(
+    return _checked_config(
+        where,
         vocab_size=data["vocab_size"],
         hidden_size=data["hidden_size"],
         intermediate_size=data["intermediate_size"],
@@ -238,7 +239,8 @@ def config_from_shapes(weights: Mapping[str, Stored], where: str) -> TextEncoder
 
     vocab_size, hidden_size = rows("embed_tokens.weight")
     (head_dim,) = rows("layers.0.self_attn.q_norm.weight", axes=1)
-    return TextEncoderConfig(
+    return _checked_config(
+        where,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=rows("layers.0.mlp.gate_proj.weight")[0],
@@ -247,6 +249,13 @@ def config_from_shapes(weights: Mapping[str, Stored], where: str) -> TextEncoder
         num_kv_heads=rows("layers.0.self_attn.k_proj.weight")[0] // head_dim,
         head_dim=head_dim,
     )
+
+
+def _checked_config(where: str, **sizes) -> TextEncoderConfig:
+    try:
+        return TextEncoderConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; {ENCODER_REMEDY}") from None
 
 
 def load_text_encoder(path, *, device="cpu", dtype: torch.dtype | None = None) -> TextEncoder:

@@ -197,7 +197,7 @@ Q = "model.layers.1.self_attn.q_proj"
         (plus("visual.blocks.0.norm1.weight"), ["vision-language"]),
         (plus(f"{Q}.comfy_quant"), [f"{Q}.comfy_quant", "expected a JSON object"]),
         (plus(f"{Q}.weight_scale"), [f"{Q}.weight", "expected FP8 because of its .weight_scale, found F32"]),
-        (plus(f"{Q}.weight_scale_2"), ["found NVFP4 without ComfyUI's description"]),
+        (plus(f"{Q}.weight_scale_2"), ["because of its .weight_scale_2, found F32"]),
         (plus(f"{Q}.weight._data"), ["found several forms of it"]),
         (plus(f"{Q}.weight._data._data"), ["found quanto INT4"]),
         (plus(f"{Q}.weight_scale_inv"), ["found FP8 scaled in blocks"]),

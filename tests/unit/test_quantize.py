@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from zimage_core.config import ZImageConfig
 from zimage_core.keys import diffusers_svdq_module
 from zimage_core.quantize import quantize_checkpoint
 from zimage_core.solver import low_rank, svdq_from_dense
+from zimage_core.svdq import SVDQWeights
 from zimage_core.svdq_file import StreamedFile, diffusers_config, file_metadata, plan_header
 from zimage_core.tensorfiles import read_header
 from zimage_core.transformer import ZImageTransformer
@@ -152,6 +154,48 @@ def test_name_styles_shards_and_repetition_give_the_same_file(dense, source, tmp
     assert len(digests) == 1
 
 
+def test_lora_is_merged_before_quantizing(dense, source, tmp_path):
+    generator = torch.Generator().manual_seed(8)
+    pair = {"lora_A": torch.randn(4, 384, generator=generator), "lora_B": torch.randn(384, 4, generator=generator) / 50}
+    name = "diffusion_model.layers.0.attention.to_k"
+    save_file({f"{name}.{leaf}.weight": tensor for leaf, tensor in pair.items()}, tmp_path / "lora.safetensors")
+    merged = dict(dense)
+    key = "layers.0.attention.to_qkv.weight"
+    q, k, v = merged[key].float().chunk(3)
+    merged[key] = torch.cat([q, k + 0.5 * pair["lora_B"] @ pair["lora_A"], v])
+    save_file(diffusers_names(merged), tmp_path / "merged", {"config": json.dumps(diffusers_config(CONFIG))})
+
+    quantize_checkpoint(source, tmp_path / "a", rank=16, merge=[(tmp_path / "lora.safetensors", 0.5)])
+    quantize_checkpoint(tmp_path / "merged", tmp_path / "b", rank=16)
+    a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+    prefix = "layers.0.attention.to_qkv"
+    weights = [SVDQWeights.from_packed(file, prefix + ".").dequantize() for file in (a, b)]
+    assert torch.dist(*weights) < 0.02 * weights[0].norm()
+    same = [name for name in a if not name.startswith(prefix)]
+    assert all(torch.equal(a[name], b[name]) for name in same)
+    assert "lora.safetensors:0.5" in read_header(tmp_path / "a").metadata["quantized_by"]
+
+
+def test_fp8_source_is_read_with_a_warning(dense, source, tmp_path):
+    fp8 = {}
+    for key, tensor in diffusers_names(dense).items():
+        if tensor.ndim == 2 and "refiner" in key and key.endswith(".weight"):
+            scale = tensor.abs().amax().float() / 448
+            fp8[key] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            fp8[key.removesuffix("weight") + "scale_weight"] = scale
+        else:
+            fp8[key] = tensor
+    fp8["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(fp8, tmp_path / "fp8", {"config": json.dumps(diffusers_config(CONFIG))})
+    with pytest.warns(UserWarning, match="is FP8"):
+        quantize_checkpoint(tmp_path / "fp8", tmp_path / "a", rank=128)
+    quantize_checkpoint(source, tmp_path / "b", rank=128)
+    a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+    prefix = "noise_refiner.0.feed_forward.net.2."
+    weights = [SVDQWeights.from_packed(file, prefix).dequantize() for file in (a, b)]
+    assert torch.dist(*weights) < 0.15 * weights[0].norm()
+
+
 def test_progress_counts_to_the_end(source, tmp_path):
     calls = []
     quantize_checkpoint(source, tmp_path / "q", rank=16, progress=lambda *call: calls.append(call))
@@ -174,28 +218,29 @@ def test_nothing_is_left_when_interrupted(source, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def outliers(dense, tmp_path_factory) -> Path:
-    """A source whose inputs have a few strong channels, as real ones do."""
-    generator = torch.Generator().manual_seed(5)
-    state = dict(dense)
+def outliers(tmp_path_factory) -> Path:
+    """A source of two blocks whose inputs have a few strong channels, as real ones do."""
+    config = replace(CONFIG, n_layers=2, n_refiner_layers=0)
+    torch.manual_seed(4)
+    state = ZImageTransformer(config).to(torch.bfloat16).state_dict()
     for name in (n for n in state if n.endswith(("attention_norm1.weight", "ffn_norm1.weight"))):
-        state[name] = state[name] * (2 * torch.rand(384, generator=generator)).exp().to(torch.bfloat16)
-        state[name][torch.randperm(384, generator=generator)[:6]] *= 12
+        state[name] *= (2 * torch.rand(384)).exp()
+        state[name][torch.randperm(384)[:6]] *= 12
     path = tmp_path_factory.mktemp("outliers") / "dense.safetensors"
-    save_file(diffusers_names(state), path, {"config": json.dumps(diffusers_config(CONFIG))})
+    save_file(diffusers_names(state), path, {"config": json.dumps(diffusers_config(config))})
     return path
 
 
 @pytest.fixture(scope="module")
 def captions() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(6)
-    return [torch.randn(tokens, CONFIG.cap_feat_dim, generator=generator) for tokens in (20, 40, 12)]
+    return [torch.randn(tokens, CONFIG.cap_feat_dim, generator=generator) for tokens in (20, 40)]
 
 
 @pytest.fixture(scope="module")
 def calibrated(outliers, captions, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("calibrated") / "q.safetensors"
-    quantize_checkpoint(outliers, path, rank=32, cap_feats=captions, size=128)
+    quantize_checkpoint(outliers, path, rank=32, cap_feats=captions, size=96)
     return path
 
 
@@ -221,36 +266,46 @@ def test_calibrated_file_has_the_same_header_and_says_how_it_was_made(outliers, 
     plain, ours = read_header(tmp_path / "plain"), read_header(calibrated)
     assert ours.tensors == plain.tensors
     made = json.loads(ours.metadata.pop("quantized_by"))
-    assert (made["tool"], made["prompts"], made["size"]) == ("zimage-int4", 3, 128)
+    assert (made["tool"], made["prompts"], made["size"]) == ("zimage-int4", 2, 96)
     assert ours.metadata == plain.metadata
 
 
 def test_interrupted_calibration_goes_on_from_the_last_finished_block(outliers, captions, calibrated, tmp_path):
     def interrupt(done: int, total: int, name: str) -> None:
-        if name == "layers.0.attention.to_qkv":
+        if name == "layers.1.attention.to_qkv":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=128, progress=interrupt)
+        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=interrupt)
     assert sorted(os.listdir(tmp_path)) == ["q.partial", "q.partial.finished", "q.partial.notes"]
     names = []
     quantize_checkpoint(
-        outliers, tmp_path / "q", rank=32, cap_feats=captions, size=128, progress=lambda *call: names.append(call[2])
+        outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=lambda *call: names.append(call[2])
     )
     assert "resumed" in names and "drawing" not in names
     assert os.listdir(tmp_path) == ["q"]
     assert digest(tmp_path / "q") == digest(calibrated)
 
 
-def test_leftovers_of_other_settings_are_not_used(outliers, captions, calibrated, tmp_path):
-    def interrupt(done: int, total: int, name: str) -> None:
-        if name == "layers.0.attention.to_qkv":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions[:1], size=64, progress=interrupt)
-    quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=128)
-    assert digest(tmp_path / "q") == digest(calibrated)
+def test_leftovers_serve_the_same_job_only(tmp_path):
+    header = {"b.x": ("BF16", (2, 3)), "c.x": ("BF16", (2, 3))}
+    tensor = torch.randn(2, 3).to(torch.bfloat16)
+    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "f", header, {"a": "1"}, resumable=True) as out:
+        out.write("b.x", tensor)
+        out.finish("b")
+        raise RuntimeError
+    with StreamedFile(tmp_path / "f", header, {"a": "1"}, resumable=True) as out:
+        assert out.finished == ["b"]
+        assert torch.equal(out.read("b.x"), tensor)
+        out.write("c.x", tensor)
+    assert torch.equal(load_file(tmp_path / "f")["b.x"], tensor)
+    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "g", header, {"a": "1"}, resumable=True) as out:
+        out.finish("b")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "g", header, {"a": "2"}, resumable=True) as out:
+        assert out.finished == []
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["f"]
 
 
 def test_bad_input_is_refused_in_a_sentence(dense, source, tmp_path):

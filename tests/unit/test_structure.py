@@ -41,9 +41,10 @@ MAY_IMPORT = {
     "lora": {"adapters", "checkpoint", "keys", "svdq", "tensorfiles"},
     "offload": {"svdq"},
     "solver": {"layout", "svdq"},
+    "compare": set(),
     "calibrate": {"config", "sampler", "solver", "transformer"},
     "quantize": {
-        *("calibrate", "checkpoint", "config", "keys", "layout", "lora", "solver", "svdq", "svdq_file"),
+        *("adapters", "calibrate", "checkpoint", "config", "keys", "lora", "solver", "svdq", "svdq_file"),
         *("tensorfiles", "text_encoder", "transformer"),
     },
     "quantize_encoder": {"encoder_formats", "svdq_file", "tensorfiles", "text_encoder"},
@@ -53,7 +54,7 @@ MAY_IMPORT = {
         *("checkpoint", "demo", "hub", "lora", "offload", "sampler", "text_encoder", "transformer", "vae"),
     },
     "cli": {
-        *("", "backends", "checkpoint", "demo", "hub", "lora", "offload", "pipeline", "quantize"),
+        *("", "backends", "checkpoint", "compare", "demo", "hub", "lora", "offload", "pipeline", "quantize"),
         *("quantize_encoder", "tensorfiles"),
     },
     "__main__": {"cli"},

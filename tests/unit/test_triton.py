@@ -44,7 +44,7 @@ def test_kernels_compile_for(sm):
         rows = {"x": half, "smooth_factor": half, "codes": byte, "row_scale": "*fp32", "k": "i32"}
         compiled(kernels.quantize_rows, sm, rows, {"LIMIT": 448.0, "BLOCK_K": block_k}, {"num_warps": 16})
     weight |= {"channel_scale": "*fp32", "weight": byte, "k": "i32"}
-    compiled(kernels.requantize, sm, weight, {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_C": 64}, {})
+    compiled(kernels.requantize, sm, weight, {"TO_CODE": 1.0, "BLOCK_N": 64, "BLOCK_C": 64}, {})
     rescale = {"products": "*i32", "row_scale": "*fp32", "channel_scale": "*fp32", "y": half, "n": "i32"}
     compiled(kernels.rescale_add, sm, rescale, {"TO_CODE": 448 / 127, "BLOCK": 1024}, {})
 

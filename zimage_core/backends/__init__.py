@@ -31,9 +31,9 @@ import torch
 
 # What is tried, in this order; a backend's `unavailable` knows the compute capabilities it takes. First what is
 # fastest among those whose error is no larger than w4a4's: nunchaku (sm_75 to sm_89; its authors' figures), 8-bit
-# activations (fp8 measured on sm_90, int8 by the rates of the tensor cores), dense 16-bit. As nothing is unavailable
-# to the reference's w4a16, what follows it is taken only when it is asked for: kitchen is unmeasured where there are
-# INT4 tensor cores and 18 times slower than bf16 where there are none (sm_90).
+# activations where they are fp8 (measured on sm_90), dense 16-bit. As nothing is unavailable to the reference's w4a16,
+# what follows it is taken only when it is asked for: int8 activations have not been measured to beat w4a16; kitchen is
+# unmeasured where there are INT4 tensor cores and 18 times slower than bf16 where there are none (sm_90).
 ORDER = (
     ("nunchaku", "w4a4"),
     ("triton", "w4a8"),
@@ -42,6 +42,7 @@ ORDER = (
     ("kitchen", "w4a4"),
     ("reference", "w4a4"),
 )
+FP8_CAPABILITY = 89  # from here on 8-bit activations are fp8
 BACKENDS = ("nunchaku", "triton", "kitchen", "reference")
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
 
@@ -91,6 +92,8 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
             continue
         module = load(candidate)
         refusal = module.unavailable(device, dtype)
+        if refusal is None and (precision, level) == ("auto", "w4a8") and (capability(device) or 0) < FP8_CAPABILITY:
+            continue
         if refusal is None:
             reason = f"{candidate} {level} on {describe(device)}"
             if passed:

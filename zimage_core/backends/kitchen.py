@@ -61,6 +61,16 @@ def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+def join(
+    prepared: Mapping[str, torch.Tensor], rank: int, down: torch.Tensor | None, up: torch.Tensor | None, precision: str
+) -> dict[str, torch.Tensor]:
+    """The low-rank branch with an adapter behind its first `rank`, or with none."""
+    own_down, own_up = prepared["proj_down"][:, :rank], prepared["proj_up"][:, :rank]
+    if down is None:
+        return {"proj_down": own_down.contiguous(), "proj_up": own_up.contiguous()}
+    return {"proj_down": torch.cat((own_down, down.T), 1), "proj_up": torch.cat((own_up, up), 1)}
+
+
 def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
     """x (M, K) -> (M, N)."""
     import comfy_kitchen

@@ -59,6 +59,17 @@ def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return layout.unpack_linear({name: prepared[name] for name in names if prepared.get(name) is not None})
 
 
+def join(
+    prepared: Mapping[str, torch.Tensor], rank: int, down: torch.Tensor | None, up: torch.Tensor | None, precision: str
+) -> dict[str, torch.Tensor]:
+    """The low-rank branch with an adapter behind its first `rank`, or with none."""
+    own_down = layout.unpack_proj_down(prepared["proj_down"])[:rank]
+    own_up = layout.unpack_proj_up(prepared["proj_up"])[:, :rank]
+    if down is not None:
+        own_down, own_up = torch.cat((own_down, down)), torch.cat((own_up, up), 1)
+    return {"proj_down": layout.pack_proj_down(own_down), "proj_up": layout.pack_proj_up(own_up)}
+
+
 def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
     """x (M, K) -> (M, N)."""
     from nunchaku.ops.gemm import svdq_gemm_w4a4_cuda

@@ -1,17 +1,18 @@
 """The Triton backend: weights dequantized at every call into a buffer that the allocator reuses, then one GEMM.
 
 w4a16: one kernel writes q * s / smooth + up @ down in 16 bits, cuBLAS multiplies. As GEMMs of its own the low-rank
-branch costs 0.09 to 0.20 of a bf16 linear; inside the kernel it hides behind the writing of the weight.
+branch costs 0.09 to 0.20 of a bf16 linear; inside the kernel it is to hide behind the writing of the weight.
 
 w4a8: activations x / smooth in 8 bits with a scale per row, weights in 8 bits with a scale per output channel, fp8
 (e4m3) from sm_89 on and int8 before. The low-rank branch stays in 16 bits: inside the fp8 weight it would be
 rounded too, and the error would grow from 0.34 to 0.52 of w4a4's (random layers, equal norms of both branches).
 
-Floors on an H200 (4.0 TB/s, bf16 790 TFLOP/s, fp8 and int8 twice that), the four linears of a block at 4224 rows,
-rank 256, against 1.31 ms for the bf16 GEMMs by that rate (2.05 measured):
-    w4a16 dequantize   61 MB codes + 246 MB written = 0.08 ms; up @ down 63 GFLOP = 0.08 ms
-    w4a8 requantize    61 MB + 123 MB = 0.05 ms; rows to fp8 184 + 92 MB = 0.07 ms
-    w4a8 low rank      133 GFLOP = 0.17 ms, of which reading and writing y (4 x 167 MB) takes 0.17 ms
+Floors on an H200 (4.0 TB/s, bf16 790 TFLOP/s) for the four linears of a block at 4224 rows, rank 256, beside the
+GEMMs (bf16 1495 GFLOP, 1.89 ms by that rate, 2.05 measured; fp8 1.25 measured). Computed, not yet measured:
+    w4a16  dequantize    94 MB read, 354 MB written: 0.11 ms; up @ down 91 GFLOP: 0.12 ms     1.06 to 1.11 in all
+    w4a8   requantize    94 MB read, 177 MB written: 0.07 ms
+           rows to fp8   184 MB read, 92 MB written: 0.07 ms
+           low rank      133 GFLOP: 0.17 ms; y read and written again, 670 MB: 0.17 ms        0.76 to 0.84 in all
 
 Legend: M rows, N out, K in, R rank.
 """
@@ -23,10 +24,11 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from . import capability, guard, reference
-from .reference import restore
+from .. import layout
+from . import capability, guard
+from .reference import join, restore
 
-__all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "linear"]
+__all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "linear"]
 PRECISIONS = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
 
@@ -49,9 +51,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
     """SVDQWeights -> the same tensors; for w4a8 also `channel_scale` (N,) fp32, a row's largest weight / 448."""
-    prepared = reference.prepare(weights, precision)
+    prepared = weights.tensors()
     if precision == "w4a8":
-        largest = reference.dequantize_codes(weights.qweight, weights.wscales.float()).abs().amax(1)
+        codes = layout.unpack_nibbles(weights.qweight).view(len(weights.qweight), -1, layout.GROUP)
+        largest = (codes.abs_().amax(2) * weights.wscales.float().abs()).amax(1)
         prepared["channel_scale"] = largest.clamp_(min=1e-12) / LIMITS[torch.float8_e4m3fn]
     return prepared
 
@@ -87,6 +90,11 @@ def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
     return {"R": r, "BLOCK_N": 128, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 3}
 
 
+def eight_bit(device: torch.device) -> torch.dtype:
+    """fp8 where the tensor cores have it, else int8."""
+    return torch.float8_e4m3fn if (capability(device) or 0) >= 89 else torch.int8
+
+
 def quantize_rows(
     x: torch.Tensor, smooth_factor: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,8 +117,8 @@ def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torc
     qweight = prepared["qweight"]
     n, half = qweight.shape
     weight = torch.empty(n, 2 * half, dtype=dtype, device=qweight.device)
-    triton_kernels.requantize[n // 32, half // 64](
-        qweight, prepared["wscales"], prepared["channel_scale"], weight, 2 * half, _to_code(dtype), 32, 64
+    triton_kernels.requantize[n // 64, half // 64](
+        qweight, prepared["wscales"], prepared["channel_scale"], weight, 2 * half, _to_code(dtype), 64, 64
     )
     return weight
 
@@ -120,7 +128,7 @@ def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 
 def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    dtype = torch.float8_e4m3fn if (capability(x.device) or 75) >= 89 else torch.int8
+    dtype = eight_bit(x.device)
     codes, row_scale = quantize_rows(x, prepared["smooth_factor"], dtype)
     weight, channel_scale = requantize(prepared, dtype), prepared["channel_scale"]
     rank, up, bias = x @ prepared["proj_down"].T, prepared["proj_up"].T, prepared.get("bias")

@@ -1,0 +1,290 @@
+"""How much INT4 costs in quality: single layers against deepcompressor's recipe, and the demo model's pictures.
+
+    python benchmarks/quality.py layers [--width 3840] [--rank 32]
+    python benchmarks/quality.py demo --source BF16.safetensors [--ranks 16 32 64 128] [--captions 40] [--plot FILE.png]
+
+`layers` quantizes random layers for white inputs and for inputs as transformers have them (correlated, with outlier
+channels and loud tokens) and measures the outputs' relative error on inputs that calibration never saw. The rival
+"deepcompressor" is the published recipe of mit-han-lab/deepcompressor@69f3473 (examples/diffusion/configs/svdquant):
+39 smoothing candidates by W4A4 output error with SVD and round-to-nearest, then up to 100 rounds of SVD of what
+rounding left, stopped at the first that is worse; "+ gptq" is its gptq.yaml on top.
+
+`demo` quantizes the demo's BF16 transformer, plain and calibrated, and compares with BF16 for the same noise: error of
+the predicted flow, PSNR of the last latents, PSNR and SSIM of the picture, and whether it shows what was asked.
+Each prints a table for people and ends with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zimage_core.layout import unpack_nibbles
+from zimage_core.solver import (
+    InputStats,
+    Parts,
+    gptq,
+    low_rank,
+    round_plainly,
+    squared_error,
+    svdq_calibrated,
+    svdq_from_dense,
+)
+from zimage_core.svdq import SVDQWeights
+
+ROOT = Path(__file__).resolve().parents[1]
+PRECISIONS = {"w4a16": 16, "w4a8": 8, "w4a4": 4}
+CALIBRATION_ROWS, TEST_ROWS, SEARCH_ROWS = 8192, 1024, 1024
+
+
+def random_layer(width: int, outliers: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """A weight (width, width) and inputs (rows, width), for calibration and test together."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    strengths = torch.linspace(1, 0.05, 64)
+    structure = (normal(width, 64) * strengths) @ normal(64, width) / math.sqrt(64 * width)
+    weight = (normal(width, width) / math.sqrt(width) + structure / 2) * (0.2 * normal(width, 1)).exp()
+    inputs = normal(CALIBRATION_ROWS + TEST_ROWS, width)
+    if not outliers:
+        return weight, inputs
+    spectrum = torch.arange(1, width + 1) ** -0.5
+    inputs = (inputs * spectrum) @ torch.linalg.qr(normal(width, width)).Q.T
+    channels = (0.5 * normal(width)).exp()
+    channels[torch.randperm(width, generator=generator)[: width // 100]] *= 20
+    return weight, inputs / inputs.std() * channels * (0.3 * normal(len(inputs), 1)).exp()
+
+
+def deepcompressor(weight: Tensor, rank: int, stats: InputStats, rounding: bool) -> Parts:
+    """Its published steps; `rounding` adds its GPTQ."""
+    rows = stats.rows[:SEARCH_ROWS]
+    outputs = rows @ weight.T
+    tried: list[tuple[float, Parts]] = []
+    x, w = stats.absmax.clamp(min=1e-5), weight.abs().amax(0).clamp(min=1e-5)
+    alphas = [i / 20 for i in range(1, 20)]
+    for alpha, beta in [(0, 0), *((a, 0) for a in alphas), *((a, 1 - a) for a in alphas)]:
+        smooth = (x**alpha / w**beta).to(torch.bfloat16).float()
+        parts = round_plainly(weight * smooth, smooth, *low_rank(weight * smooth, rank))
+        tried.append((squared_error(parts, rows, outputs, 4).item(), parts))
+    best = min(tried, key=lambda found: found[0])[1]
+    smooth, parts, least = best.smooth, best, math.inf
+    for _ in range(100):
+        error = squared_error(parts, rows, outputs, 4).item()
+        if error > least:
+            break
+        best, least = parts, error
+        parts = round_plainly(weight * smooth, smooth, *low_rank(weight * smooth - parts.residual(), rank))
+    if not rounding:
+        return best
+    moments = stats.second_moments() / torch.outer(smooth, smooth)
+    return replace(best, codes=gptq(weight * smooth - best.branch(), best.scales, moments, damping=0.01))
+
+
+def as_parts(weights: SVDQWeights) -> Parts:
+    """What a file's linear says, to be measured like the others."""
+    w, codes = weights, unpack_nibbles(weights.qweight)
+    return Parts(*(t.float() for t in (w.smooth_factor, w.proj_up, w.proj_down, codes, w.wscales)))
+
+
+METHODS: dict[str, Callable[[Tensor, int, InputStats], Parts]] = {
+    "svd + nearest": lambda weight, rank, stats: as_parts(svdq_from_dense(weight, rank)),
+    "deepcompressor": lambda weight, rank, stats: deepcompressor(weight, rank, stats, rounding=False),
+    "deepcompressor + gptq": lambda weight, rank, stats: deepcompressor(weight, rank, stats, rounding=True),
+    "calibrated (ours)": lambda weight, rank, stats: as_parts(svdq_calibrated(weight, rank, stats)),
+}
+
+
+def measure_layers(width: int, rank: int, seeds: int) -> list[dict]:
+    """Relative output error of every method on both kinds of inputs, mean over seeds."""
+    rows = []
+    for kind in ("white", "outliers"):
+        found: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+        for seed in range(seeds):
+            weight, inputs = random_layer(width, kind == "outliers", seed)
+            stats = InputStats(width)
+            for chunk in inputs[:CALIBRATION_ROWS].split(1024):
+                stats.add(chunk)
+            test = inputs[CALIBRATION_ROWS:]
+            outputs = test @ weight.T
+            for method, quantize in METHODS.items():
+                start = time.perf_counter()
+                parts = quantize(weight, rank, stats)
+                seconds = time.perf_counter() - start
+                errors = [squared_error(parts, test, outputs, bits).sqrt().item() for bits in PRECISIONS.values()]
+                found[method].append([*errors, seconds])
+        for method, runs in found.items():
+            means = [sum(column) / len(runs) for column in zip(*runs, strict=True)]
+            rows.append({"inputs": kind, "method": method, **dict(zip((*PRECISIONS, "seconds"), means, strict=True))})
+    return rows
+
+
+def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int) -> list[dict]:
+    """Error of flow, latents, picture and prompt for every rank, way and precision that this machine runs."""
+    sys.path.insert(0, str(ROOT / "demo_training"))
+    import measure
+    import numpy as np
+    import scenes
+
+    from zimage_core.compare import psnr, ssim
+    from zimage_core.demo import demo_files
+    from zimage_core.quantize import calibration_captions, quantize_checkpoint
+
+    others = {name: path for name, path in demo_files().items() if name != "model"}
+    asked = scenes.held_out_captions(captions + calibration)
+    shown, kept = asked[:captions], asked[captions:]
+    cap_feats = calibration_captions(others["text_encoder"], [caption for caption, _ in kept])
+    right = draw(source, others, [caption for caption, _ in shown])
+    rows = []
+
+    def add(rank: int | str, way: str, precision: str, path: Path, size: int) -> None:
+        drawn = draw(path, others, [caption for caption, _ in shown], precision, right["steps"])
+        pairs = list(zip(right["pictures"], drawn["pictures"], strict=True))
+        scenes_drawn = zip(drawn["pictures"], shown, strict=True)
+        facts = [measure.check(np.asarray(picture), scene) for picture, (_, scene) in scenes_drawn]
+        similar = [min(psnr(a, b), 99.0) for a, b in pairs]
+        latents = (drawn["latents"] - right["latents"]).square().mean() / right["latents"].var()
+        rows.append(
+            {
+                "rank": rank, "way": way, "precision": precision, "MB": size / 1e6,
+                "flow error": drawn["flow error"], "latent PSNR": -10 * math.log10(max(latents.item(), 1e-10)),
+                "PSNR": sum(similar) / len(similar), "SSIM": sum(ssim(a, b) for a, b in pairs) / len(pairs),
+                **{fact: sum(found[fact] for found in facts) / len(facts) for fact in facts[0]},
+            }
+        )  # fmt: skip
+        print(table([rows[-1]]).splitlines()[-1], flush=True)
+
+    add("-", "bf16", "bf16", source, source.stat().st_size)
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in ranks:
+            for way in ("plain", "calibrated"):
+                path = Path(folder) / f"{way}-{rank}.safetensors"
+                feats = cap_feats if way == "calibrated" else None
+                quantize_checkpoint(source, path, rank=rank, cap_feats=feats, size=128)
+                for precision in runnable():
+                    add(rank, way, precision, path, path.stat().st_size)
+    return rows
+
+
+def runnable() -> list[str]:
+    """The precisions that this machine computes in fp32."""
+    from zimage_core.backends import select
+
+    found = []
+    for precision in PRECISIONS:
+        try:
+            select("auto", precision, device="cpu", dtype=torch.float32)
+            found.append(precision)
+        except ValueError as error:
+            print(f"{precision}: not measured, {str(error).splitlines()[0]}")
+    return found
+
+
+@torch.inference_mode()
+def draw(model: Path, others: dict[str, Path], captions: list[str], precision: str = "auto", steps=None) -> dict:
+    """Pictures and last latents of the captions from seeds 0, 1, ...; and, given another model's steps, the relative
+    error of the flow at its latents, which a picture's drift does not blur."""
+    from PIL import Image
+
+    from zimage_core.checkpoint import load_transformer
+    from zimage_core.sampler import draw_noise, get_sigmas, predict_flow
+    from zimage_core.text_encoder import encode_prompts, load_text_encoder, load_tokenizer
+    from zimage_core.vae import decode_image, load_vae
+
+    encoder = load_text_encoder(others["text_encoder"], dtype=torch.float32)
+    feats = encode_prompts(encoder, load_tokenizer(others["tokenizer"]), captions)
+    transformer = load_transformer(model, device="cpu", dtype=torch.float32, precision=precision)
+    vae = load_vae(others["vae"], device="cpu")
+    sigmas = get_sigmas(8)
+    seen, latents, errors = [], [], []
+    for i, caption in enumerate(feats):
+        cond = transformer.prepare([caption], 128, 128)
+        x, path = draw_noise(i, 1, 128, 128), []
+        for step in range(8):
+            flow = predict_flow(transformer, x, sigmas[step], cond)
+            path.append((x, flow))
+            if steps:
+                theirs, true = steps[i][step]
+                off = predict_flow(transformer, theirs, sigmas[step], cond) - true
+                errors.append((off.norm() / true.norm()).item())
+            x = x + (sigmas[step + 1] - sigmas[step]) * flow
+        seen.append(path)
+        latents.append(x)
+    pixels = [(decode_image(vae, x)[0] * 255).round().to(torch.uint8).numpy() for x in latents]
+    return {
+        "pictures": [Image.fromarray(picture) for picture in pixels],
+        "latents": torch.cat(latents),
+        "steps": seen,
+        "flow error": sum(errors) / max(len(errors), 1),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table."""
+
+    def cell(value: object) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.1f}" if abs(value) > 1 else f"{value:.4f}"
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """PSNR of the pictures over the rank, a line for each way and precision."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    quantized = [row for row in rows if row["way"] != "bf16"]
+    for precision in dict.fromkeys(row["precision"] for row in quantized):
+        for way, style in (("plain", "--"), ("calibrated", "-")):
+            line = [row for row in quantized if (row["precision"], row["way"]) == (precision, way)]
+            x, y = ([row[key] for row in line] for key in ("rank", "PSNR"))
+            axes.plot(x, y, style, marker="o", label=f"{precision} {way}")
+    axes.set(xscale="log", xlabel="rank", ylabel="PSNR to BF16, dB", title="Demo model, INT4 against BF16")
+    axes.set_xticks(ticks := sorted({row["rank"] for row in quantized}), [str(tick) for tick in ticks])
+    axes.legend()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    layers = commands.add_parser("layers")
+    layers.add_argument("--width", type=int, default=3840)
+    layers.add_argument("--rank", type=int, default=32)
+    layers.add_argument("--seeds", type=int, default=1)
+    demo = commands.add_parser("demo")
+    demo.add_argument("--source", type=Path, required=True, help="the demo's BF16 transformer")
+    demo.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128])
+    demo.add_argument("--captions", type=int, default=40)
+    demo.add_argument("--calibration", type=int, default=16, help="prompts to calibrate with, other ones")
+    demo.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "layers":
+        rows = measure_layers(arguments.width, arguments.rank, arguments.seeds)
+    else:
+        rows = measure_demo(arguments.source, arguments.ranks, arguments.captions, arguments.calibration)
+        if arguments.plot:
+            plot(rows, arguments.plot)
+    print(table(rows))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The bundled demo model: it follows its captions, and diffusers and transformers draw the same with its files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from zimage_core import load_pipeline
+from zimage_core.demo import demo_files
+from zimage_core.sampler import draw_noise
+from zimage_core.svdq import SVDQWeights
+
+TRAINING = Path(__file__).parents[2] / "demo_training"
+FUSED = {"attention.to_qkv": ("to_q", "to_k", "to_v"), "feed_forward.net.0.proj": ("w3", "w1")}
+CAPTIONS = 8  # of the held-out ones that demo_training/measure.py asks for
+
+
+def by_path(name: str):
+    spec = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def training():
+    """The modules scenes and measure of demo_training."""
+    sys.modules.pop("scenes", None)
+    yield by_path("scenes"), by_path("measure")
+    for name in ("scenes", "measure"):
+        sys.modules.pop(name, None)
+
+
+def metadata(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["config"])
+
+
+def dense_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The INT4 transformer's tensors in fp32 under the names of diffusers' model."""
+    packed, dense = load_file(path), {}
+    for key in [key for key in packed if key.endswith(".qweight")]:
+        module = key.removesuffix(".qweight")
+        weight = SVDQWeights.from_packed(packed, module + ".").dequantize()
+        for leaf in ("qweight", "wscales", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up"):
+            packed.pop(f"{module}.{leaf}", None)
+        name = module.replace("feed_forward.net.2", "feed_forward.w2")
+        fused = next((fused for fused in FUSED if name.endswith(fused)), None)
+        if fused is None:
+            dense[f"{name}.weight"] = weight
+            continue
+        for part, rows in zip(FUSED[fused], weight.chunk(len(FUSED[fused]))):
+            dense[f"{name.removesuffix(fused)}{fused.split('.')[0]}.{part}.weight"] = rows
+    return dense | {name: tensor.float() for name, tensor in packed.items()}
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline():
+    """diffusers' ZImagePipeline around the demo's files, in fp32."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    files = demo_files()
+
+    config = {k: v for k, v in metadata(files["model"]).items() if not k.startswith("_")}
+    transformer = diffusers.ZImageTransformer2DModel(**config)
+    transformer.load_state_dict(dense_tensors(files["model"]), strict=True)
+    config = {k: v for k, v in metadata(files["vae"]).items() if not k.startswith("_")}
+    vae = diffusers.AutoencoderKL(**config)
+    vae.load_state_dict(load_file(files["vae"]), strict=True)
+    encoder = transformers.Qwen3ForCausalLM.from_pretrained(files["text_encoder"], dtype=torch.float32).model
+    pipeline = diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae.float(),
+        text_encoder=encoder,
+        tokenizer=transformers.AutoTokenizer.from_pretrained(files["tokenizer"]),
+        transformer=transformer.float(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("prompt", "height", "width"),
+    [
+        ("A red circle in the top left corner on a blue background", 128, 128),
+        ("small white star, left, black background", 128, 192),
+    ],
+)
+def test_diffusers_draws_the_same_picture(diffusers_pipeline, prompt, height, width):
+    ours = load_pipeline(device="cpu", dtype=torch.float32, backend="reference", precision="w4a16")
+    picture = np.asarray(ours(prompt, height=height, width=width, generator=7)[0]).astype(int)
+    theirs = diffusers_pipeline(
+        prompt,
+        height=height,
+        width=width,
+        sigmas=[s / 8 for s in range(8, 0, -1)],
+        guidance_scale=0.0,
+        latents=draw_noise(7, 1, height, width),
+        output_type="np",
+    ).images[0]
+    assert np.abs(picture - theirs * 255).max() <= 2
+
+
+def test_it_follows_held_out_captions(training):
+    scenes, measure = training
+    asked = scenes.held_out_captions(CAPTIONS)
+    pictures = load_pipeline(device="cpu")([caption for caption, _ in asked], generator=0)
+    results = [measure.check(np.asarray(p), scene) for p, (_, scene) in zip(pictures, asked)]
+    for fact in measure.LIMITS:
+        assert sum(r[fact] for r in results) >= CAPTIONS - 1, fact
+
+
+def test_the_reader_of_pictures_reads_what_was_drawn(training):
+    scenes, measure = training
+    rng = scenes.random.Random(1)
+    for _, scene in scenes.held_out_captions(20, seed=1):
+        assert all(measure.check(scenes.draw(scene, 128, 160, rng), scene).values()), scene
+
+
+def test_it_is_the_codes_that_draw(training, tmp_path):
+    """With the 4-bit codes of one layer set to zero, its captions are no longer followed."""
+    scenes, measure = training
+    files = demo_files()
+    tensors = load_file(files["model"])
+    for key in tensors:
+        if key.startswith("layers.1.") and key.endswith(".qweight"):
+            tensors[key] = torch.zeros_like(tensors[key])
+    with safe_open(files["model"], "pt") as file:
+        save_file(tensors, tmp_path / "ruined.safetensors", file.metadata())
+    ruined = load_pipeline(
+        tmp_path / "ruined.safetensors", files["text_encoder"], files["vae"], tokenizer=files["tokenizer"], device="cpu"
+    )
+    asked = scenes.held_out_captions(CAPTIONS)
+    pictures = ruined([caption for caption, _ in asked], height=128, width=128, generator=0)
+    results = [measure.check(np.asarray(p), scene) for p, (_, scene) in zip(pictures, asked)]
+    assert sum(all(r[fact] for fact in measure.LIMITS) for r in results) <= CAPTIONS // 2

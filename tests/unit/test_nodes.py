@@ -1,0 +1,356 @@
+"""The nodes without ComfyUI: registration, texts, lists, checks of inputs, example workflows.
+
+ComfyUI's modules are stand-ins: `folder_paths` lists real folders, the rest are empty classes to inherit from.
+What needs a real ComfyUI is in tests/host.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
+IDS = (
+    "ZImageINT4ModelLoader",
+    "ZImageTextEncoderLoader",
+    "ZImagePromptEncode",
+    "ZImageSampler",
+    "ZImageLoraLoader",
+    "ZImageVAELoader",
+    "ZImageVAEDecode",
+)
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+REAL_FILES = {
+    "svdq-int4_r256-z-image-turbo.safetensors",
+    "qwen_3_4b.safetensors",
+    "ae.safetensors",
+    "zimage_lora.safetensors",
+}
+
+
+def load_by_path(path: Path, name: str):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+workflows = load_by_path(ROOT / "tests" / "host" / "workflows.py", "zimage_workflow_checks")
+
+
+class FolderPaths(types.ModuleType):
+    """`folder_paths` over real folders."""
+
+    def __init__(self, root: Path):
+        super().__init__("folder_paths")
+        names = ("diffusion_models", "text_encoders", "loras", "vae")
+        self.folder_names_and_paths = {name: ([str(root / name)], {".safetensors", ".sft", ".pt"}) for name in names}
+        for name in names:
+            (root / name).mkdir()
+
+    def get_folder_paths(self, name):
+        return self.folder_names_and_paths[name][0]
+
+    def get_filename_list(self, name):
+        roots, extensions = self.folder_names_and_paths[name]
+        found = [p for root in map(Path, roots) for p in root.rglob("*") if p.suffix in extensions]
+        return sorted(str(p.relative_to(roots[0])) for p in found)
+
+    def get_full_path(self, name, file):
+        return next((str(p) for p in (Path(r) / file for r in self.get_folder_paths(name)) if p.is_file()), None)
+
+
+def empty(name: str, **attributes) -> types.ModuleType:
+    module = types.ModuleType(name)
+    vars(module).update(attributes)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """The pack, loaded by path with stand-ins; `pack.models` is the models folder."""
+    root = tmp_path_factory.mktemp("models")
+    classes = {
+        "model_base": {"Lumina2": type("Lumina2", (), {})},
+        "model_patcher": {"ModelPatcher": type("ModelPatcher", (), {})},
+        "supported_models": {"ZImage": type("ZImage", (), {})},
+        "sd": {"CLIP": object, "VAE": object},
+    }
+    names = ["conds", "ldm.common_dit", "ldm.modules.attention", "model_management", "patcher_extension", "sample"]
+    names += ["samplers", "utils", "ldm", "ldm.modules", *classes]
+    stand_ins = {f"comfy.{n}": empty(f"comfy.{n}", **classes.get(n, {})) for n in names}
+    stand_ins |= {"comfy": empty("comfy"), "folder_paths": FolderPaths(root)}
+    for name, module in stand_ins.items():
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(stand_ins[parent], child, module)
+    before = {name: sys.modules.get(name) for name in stand_ins}
+    sys.modules.update(stand_ins)
+    module = load_by_path(ROOT / "__init__.py", "zimage_unit_pack")
+    assert module.NODE_CLASS_MAPPINGS
+    module.models = root
+    yield module
+    for name, old in before.items():
+        sys.modules.pop(name)
+        if old is not None:
+            sys.modules[name] = old
+    for name in [n for n in sys.modules if n.startswith("zimage_unit_pack")]:
+        del sys.modules[name]
+
+
+def object_info(pack) -> dict:
+    """The pack's nodes as `/object_info` shows them."""
+    return {
+        name: {"input": node.INPUT_TYPES(), "output": list(node.RETURN_TYPES)}
+        for name, node in pack.NODE_CLASS_MAPPINGS.items()
+    }
+
+
+def header_file(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict | None = None) -> str:
+    """A safetensors file of zeros; returns its name."""
+    sizes = {"BF16": 2, "F16": 2, "F32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+    entries, end = ({"__metadata__": metadata} if metadata else {}), 0
+    for name, (dtype, shape) in tensors.items():
+        size = sizes[dtype]
+        for n in shape:
+            size *= n
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(end))
+    return path.name
+
+
+# ---- registration and texts -----------------------------------------------------------------------------------
+
+
+def test_ids_are_for_ever(pack):
+    assert tuple(pack.NODE_CLASS_MAPPINGS) == IDS
+    assert set(pack.NODE_DISPLAY_NAME_MAPPINGS) == set(IDS)
+    assert len(set(pack.NODE_DISPLAY_NAME_MAPPINGS.values())) == len(IDS)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_texts_for_users(pack, name):
+    node = pack.NODE_CLASS_MAPPINGS[name]
+    assert len(node.DESCRIPTION) > 40 and node.DESCRIPTION.endswith(".")
+    assert len(node.SEARCH_ALIASES) >= 4 and "zimage" in node.SEARCH_ALIASES
+    assert node.CATEGORY.split("/")[0] == "Z-Image INT4"
+    assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_NAMES) == len(node.RETURN_TYPES)
+    inputs = node.INPUT_TYPES()
+    for input_name, definition in {**inputs["required"], **inputs.get("optional", {})}.items():
+        assert len(definition[1]["tooltip"]) > 15, input_name
+    parameters = inspect.signature(getattr(node, node.FUNCTION)).parameters
+    assert list(parameters)[0] == "self"
+    given = {*inputs["required"], *inputs.get("optional", {}), *inputs.get("hidden", {})}
+    assert set(parameters) - {"self"} == given
+    for optional in (*inputs.get("optional", {}), *inputs.get("hidden", {})):
+        assert parameters[optional].default is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_help_pages(pack, name):
+    docs = ROOT / pack.WEB_DIRECTORY / "docs"
+    page = (docs / f"{name}.md").read_text(encoding="utf-8")
+    inputs = pack.NODE_CLASS_MAPPINGS[name].INPUT_TYPES()
+    for input_name in (*inputs["required"], *inputs.get("optional", {})):
+        assert f"**{input_name}**" in page
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+    assert pictures
+    for picture in pictures:
+        assert (docs / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_error_toast_knows_every_node(pack):
+    script = (ROOT / pack.WEB_DIRECTORY / "js" / "errors.js").read_text(encoding="utf-8")
+    assert set(re.findall(r'"(ZImage\w+)"', script)) == set(IDS)
+
+
+# ---- import ---------------------------------------------------------------------------------------------------
+
+
+def in_new_process(code: str) -> subprocess.CompletedProcess:
+    """Run code after loading the repository's root by path as module `p`, as ComfyUI's scanner and pytest do."""
+    load = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('p', {str(ROOT / '__init__.py')!r})\n"
+        "p = importlib.util.module_from_spec(spec); sys.modules['p'] = p; spec.loader.exec_module(p)\n"
+    )
+    return subprocess.run([sys.executable, "-c", load + code], capture_output=True, text=True, cwd="/", check=True)
+
+
+def test_import_without_comfyui_is_an_attribute_error_with_its_cause():
+    code = (
+        "print(p.WEB_DIRECTORY, hasattr(p, 'NODE_CLASS_MAPPINGS'), hasattr(p, 'comfy_entrypoint'))\n"
+        "try: p.NODE_CLASS_MAPPINGS\n"
+        "except AttributeError as error: print(error)"
+    )
+    run = in_new_process(code)
+    first, second = run.stdout.splitlines()
+    assert first == "./nodes/web False False" and re.search(
+        "cannot be imported: No module named '(comfy|folder_)", second
+    )
+    assert "ModuleNotFoundError" in run.stderr and "cannot be imported" in run.stderr
+
+
+def test_import_is_light():
+    heavy = "print(sorted({n.split('.')[0] for n in sys.modules} & {'torch', 'numpy', 'zimage_core', 'transformers'}))"
+    assert in_new_process(heavy).stdout.strip() == "[]"
+
+
+# ---- lists and checks -----------------------------------------------------------------------------------------
+
+
+def combo(pack, node: str, name: str) -> list:
+    return pack.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["required"][name][0]
+
+
+def test_demo_comes_first_where_no_file_is_there(pack):
+    demo = sys.modules["zimage_unit_pack.nodes.host"].DEMO
+    lists = (
+        ("ZImageINT4ModelLoader", "model_name", "diffusion_models"),
+        ("ZImageTextEncoderLoader", "encoder_name", "text_encoders"),
+        ("ZImageVAELoader", "vae_name", "vae"),
+    )
+    for node, name, folder in lists:
+        assert combo(pack, node, name) == [demo]
+        file = pack.models / folder / "a.safetensors"
+        file.touch()
+        (pack.models / folder / "pickle.pt").touch()
+        assert combo(pack, node, name) == ["a.safetensors", demo]
+        file.unlink()
+    folder = pack.models / "text_encoders" / "Qwen3"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    (pack.models / "text_encoders" / "q8.gguf").touch()
+    assert combo(pack, "ZImageTextEncoderLoader", "encoder_name") == ["Qwen3", "q8.gguf", demo]
+    (folder / "config.json").unlink()
+    (pack.models / "text_encoders" / "q8.gguf").unlink()
+
+
+def test_missing_models_folder_is_no_error(pack, monkeypatch):
+    host = sys.modules["zimage_unit_pack.nodes.host"]
+    monkeypatch.delitem(host.folder_paths.folder_names_and_paths, "diffusion_models")
+    assert combo(pack, "ZImageINT4ModelLoader", "model_name") == [host.DEMO]
+    with pytest.raises(ValueError, match="models/diffusion_models.*bundled demo"):
+        host.find("diffusion_models", "x.safetensors", "model")
+
+
+def check(pack, node: str, name: str):
+    return pack.NODE_CLASS_MAPPINGS[node].VALIDATE_INPUTS(name)
+
+
+def test_good_files_pass(pack):
+    (pack.models / "diffusion_models" / TINY.name).symlink_to(TINY)
+    assert check(pack, "ZImageINT4ModelLoader", TINY.name) is True
+    assert check(pack, "ZImageINT4ModelLoader", None) is True  # linked: checked when it runs
+    pairs = {"lora_down.weight": ("F32", (4, 384)), "lora_up.weight": ("F32", (384, 4))}
+    tensors = {f"diffusion_model.layers.0.attention.to_q.{leaf}": what for leaf, what in pairs.items()}
+    name = header_file(pack.models / "loras" / "good.safetensors", tensors)
+    assert check(pack, "ZImageLoraLoader", name) is True
+
+
+@pytest.mark.parametrize(
+    "node, folder, tensors, says",
+    [
+        (IDS[0], "diffusion_models", {"layers.0.attention.to_q.lora_A.weight": ("BF16", (4, 384))}, "LoRA"),
+        (
+            IDS[0],
+            "diffusion_models",
+            {"model.diffusion_model.input_blocks.0.0.weight": ("F16", (320, 4, 3, 3))},
+            "Stab",
+        ),
+        (IDS[0], "diffusion_models", {"model.layers.0.self_attn.q_proj.weight": ("BF16", (64, 64))}, "text encoder"),
+        (
+            IDS[0],
+            "diffusion_models",
+            {
+                "layers.0.attention.to_out.0.qweight": ("I8", (128, 64)),
+                "layers.0.attention.to_out.0.wscales": ("F8_E4M3", (8, 128)),
+                "layers.0.attention.to_out.0.wcscales": ("BF16", (128,)),
+            },
+            "FP4",
+        ),
+        (IDS[1], "text_encoders", {"encoder.block.0.layer.0.SelfAttention.q.weight": ("F16", (64, 64))}, "Qwen3"),
+        (IDS[5], "vae", {"decoder.conv_in.weight": ("F16", (512, 4, 3, 3))}, "4 latent channels"),
+        (IDS[5], "vae", {"layers.0.attention.to_q.lora_A.weight": ("BF16", (4, 384))}, "LoRA"),
+        (IDS[4], "loras", {"layers.0.attention.to_q.weight": ("BF16", (384, 384))}, "LoRA"),
+        (IDS[4], "loras", {"double_blocks.0.img_attn.qkv.lora_A.weight": ("BF16", (4, 64))}, "Flux"),
+    ],
+)
+def test_wrong_files_get_a_sentence(pack, node, folder, tensors, says):
+    name = header_file(pack.models / folder / "wrong.safetensors", tensors)
+    answer = check(pack, node, name)
+    assert isinstance(answer, str) and says in answer and name in answer, answer
+    assert len(answer) < 500
+
+
+@pytest.mark.parametrize(
+    "node, folder", [(IDS[0], "diffusion_models"), (IDS[1], "text_encoders"), (IDS[4], "loras"), (IDS[5], "vae")]
+)
+def test_truncated_pickled_and_missing_files(pack, node, folder):
+    cut = pack.models / folder / "cut.safetensors"
+    cut.write_bytes(TINY.read_bytes()[:100_000])
+    assert "truncated" in check(pack, node, cut.name)
+    cut.write_bytes(b"PK\x03\x04" + bytes(100))
+    assert "pickle" in check(pack, node, cut.name).lower()
+    cut.unlink()
+    assert "is not in" in check(pack, node, "gone.safetensors")
+
+
+@pytest.mark.parametrize("size, good", [((1024, 1024), True), ((16, 4096), True), ((1000, 1024), False)])
+def test_sizes(pack, size, good):
+    answer = pack.NODE_CLASS_MAPPINGS["ZImageSampler"].VALIDATE_INPUTS(*size)
+    assert answer is True if good else "multiple of 16" in answer and "try 992" in answer
+
+
+def test_sizes_out_of_range_or_linked(pack):
+    validate = pack.NODE_CLASS_MAPPINGS["ZImageSampler"].VALIDATE_INPUTS
+    assert "try 16" in validate(0, 64) and "height" in validate(64, 8192) and validate(None, 64) is True
+
+
+# ---- example workflows ----------------------------------------------------------------------------------------
+
+
+def test_there_are_five_workflows():
+    assert len(WORKFLOWS) == 5
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_workflow_matches_the_nodes(pack, path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    api = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    assert workflows.check_pair(graph, api, object_info(pack), REAL_FILES) == []
+    assert any(node["type"] in IDS for node in graph["nodes"])
+    assert any(node["type"] == "MarkdownNote" for node in graph["nodes"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_workflow_has_a_thumbnail(path):
+    from PIL import Image
+
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert picture.format == "JPEG" and min(picture.size) >= 128
+
+
+def test_files_that_must_be_fetched_have_links():
+    for path in WORKFLOWS:
+        graph = json.loads(path.read_text(encoding="utf-8"))
+        notes = "\n".join(str(n["widgets_values"]) for n in graph["nodes"] if n["type"] == "MarkdownNote")
+        for node in graph["nodes"]:
+            for value in node.get("widgets_values") or ():
+                if value in REAL_FILES - {"zimage_lora.safetensors"}:
+                    models = {m["name"]: m for m in node["properties"]["models"]}
+                    assert models[value]["url"].startswith("https://huggingface.co/")
+                    assert models[value]["url"] in notes and f"**{models[value]['directory']}**" in notes

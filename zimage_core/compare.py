@@ -1,0 +1,132 @@
+"""The same pictures from several models, side by side, with how far each is from the first model's.
+
+PSNR and SSIM tell how little a picture changed, not how good it is: a picture can differ in every leaf and be as
+good. The sheet is for the eye, the numbers are for sorting.
+
+Source: SSIM after Wang et al. 2004 (11 x 11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03), mean over channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .pipeline import Pipeline
+
+WINDOW, SIGMA = 11, 1.5
+MARGIN, LINE = 8, 18  # pixels
+
+
+@dataclass(frozen=True)
+class Score:
+    """How near a model's picture of a seed is to the first model's: PSNR in dB (inf if equal), SSIM up to 1."""
+
+    label: str
+    seed: int
+    psnr: float
+    ssim: float
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two RGB pictures of one size. ValueError if the sizes differ."""
+    x, y = _pixels(a, b)
+    error = (x - y).square().mean().item()
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def ssim(a: Image.Image, b: Image.Image) -> float:
+    """Structural similarity of two RGB pictures of one size, at least 11 x 11. ValueError if the sizes differ."""
+    x, y = _pixels(a, b)
+    axis = torch.arange(WINDOW) - WINDOW // 2
+    window = torch.exp(-axis.square() / (2 * SIGMA**2))
+    window = torch.outer(window, window) / window.sum() ** 2
+
+    def blur(z: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(z[:, None], window[None, None])
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y, cov = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    top = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
+    return (top / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean().item()
+
+
+def compare(
+    prompt: str,
+    pipelines: Mapping[str, Pipeline],
+    seeds: Sequence[int],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int = 8,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[Image.Image, list[Score]]:
+    """Draw the prompt for every seed with every pipeline (label -> `load_pipeline(...)`); the first is the measure.
+
+    Returns the sheet, a row for each seed and a column for each model, and the scores of the other models.
+    progress(done, total, label) after each picture. ValueError for fewer than two models or no seed.
+    """
+    if len(pipelines) < 2 or not seeds:
+        raise ValueError(f"compare: expected two models or more and a seed, found {len(pipelines)} and {len(seeds)}")
+    pictures: dict[str, list[Image.Image]] = {}
+    total = len(pipelines) * len(seeds)
+    for label, pipeline in pipelines.items():
+        pictures[label] = []
+        for seed in seeds:
+            pictures[label] += pipeline(prompt, height, width, num_inference_steps=steps, generator=seed)
+            if progress:
+                progress(sum(map(len, pictures.values())), total, label)
+    first, *others = pictures
+    scores = [
+        Score(label, seed, psnr(right, picture), ssim(right, picture))
+        for label in others
+        for seed, right, picture in zip(seeds, pictures[first], pictures[label], strict=True)
+    ]
+    found = {(score.label, score.seed): f"PSNR {score.psnr:.1f} dB, SSIM {score.ssim:.3f}" for score in scores}
+    captions = [[found.get((label, seed), f"seed {seed}") for label in pictures] for seed in seeds]
+    return sheet(list(pictures), list(zip(*pictures.values(), strict=True)), captions), scores
+
+
+def sheet(
+    labels: Sequence[str], rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]]
+) -> Image.Image:
+    """Rows of pictures of one size on white, a label above each column and a caption under each picture."""
+    from PIL import Image, ImageDraw
+
+    width, height = rows[0][0].size
+    cell_w, cell_h = max(width, 170) + MARGIN, height + LINE + MARGIN
+    canvas = Image.new("RGB", (MARGIN + cell_w * len(labels), MARGIN + LINE + cell_h * len(rows)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, label in enumerate(labels):
+        x = MARGIN + column * cell_w
+        pen.text((x, MARGIN), _fitted(pen, label, cell_w - MARGIN), fill="black")
+        for row, pictures in enumerate(rows):
+            y = MARGIN + LINE + row * cell_h
+            canvas.paste(pictures[column], (x, y))
+            pen.text((x, y + height + 2), captions[row][column], fill="black")
+    return canvas
+
+
+def _fitted(pen, text: str, width: int) -> str:
+    """The end of a text, which tells file names apart, as far as it fits."""
+    if pen.textlength(text) <= width:
+        return text
+    while text and pen.textlength("..." + text) > width:
+        text = text[1:]
+    return "..." + text
+
+
+def _pixels(a: Image.Image, b: Image.Image) -> list[torch.Tensor]:
+    """Two pictures as (3, H, W) fp32 in 0..1."""
+    if a.size != b.size:
+        raise ValueError(f"pictures: expected one size, found {a.size} and {b.size}; draw both at the same size")
+    raw = (torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8) for picture in (a, b))
+    return [pixels.view(a.height, a.width, 3).permute(2, 0, 1) / 255 for pixels in raw]

@@ -1,0 +1,427 @@
+"""What a picture will take of the device's memory, told before work starts, and what is streamed to keep a budget.
+
+Text encoder, transformer and VAE are on the device one after the other, so a budget must hold the largest of three
+stages: weights that stay, two slots for streamed blocks, activations, a backend's buffers. The activations are
+counted from the code: the tensors alive at the widest moments of a block, in bytes per token or pixel. A test runs
+the models under a counter of live storages and holds these formulas against it.
+
+Legend: D width, F feed-forward width, H heads, K head width of a model (K in, N out, R rank of a linear); e bytes of
+its dtype, s of the residual stream (4 where the dtype is fp16). All sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+from .offload import BUFFERS, fit
+from .vae import AUTO_PIXELS, TILES
+
+GIB = 2**30
+CHUNK = 2**24  # elements that backends.reference unpacks at once
+KEPT_DENSE = 2**20  # elements up to which backends.reference keeps a weight's dense form
+ENCODER_CHUNK = 2**22  # weights that encoder_formats dequantizes at once
+TOKENS_MULTIPLE = 32
+GROUP = 64
+UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
+
+# Form of an encoder's weight -> bytes per weight and per row, and the fp32 copies and the like of a chunk of weights
+# while it is dequantized, in bytes per weight.
+FORMS = {
+    "int8": (1.0, 4, 8),
+    "float8_e4m3fn": (1.0, 4, 8),
+    "float8_e5m2": (1.0, 4, 8),
+    "nvfp4": (0.5625, 4, 11),
+    "Q8_0": (34 / 32, 0, 10),
+    "Q4_K": (144 / 256, 0, 14),
+    "Q5_K": (176 / 256, 0, 16),
+    "Q6_K": (210 / 256, 0, 14),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model: what is always on the device, each block, and the largest block as a slot needs it."""
+
+    rest: int
+    blocks: tuple[int, ...] = ()
+    slot: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.rest + sum(self.blocks)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage takes beside its weights: buffers of the backend's, and everything that grows with the picture."""
+
+    workspace: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.workspace + self.activations
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model's time on the device. on_device: its weights there, slots included; other: what else lies there."""
+
+    name: str
+    weights: int
+    on_device: int
+    blocks: int
+    resident: int
+    activations: int
+    workspace: int
+    other: int
+    note: str = ""
+
+    @property
+    def peak(self) -> int:
+        return self.on_device + self.activations + self.workspace + self.other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be on the device when; `budget` and `usable` are None where there is no limit.
+
+    Allowances are bytes of weights, as `offload.BlockStreamer.place` takes them; tiling is that of `vae.VAE.decode`.
+    together: whether the transformer may stay while the VAE works.
+    """
+
+    title: str
+    stages: tuple[Stage, ...]
+    budget: int | None
+    usable: int | None
+    encoder_allowance: float
+    transformer_allowance: float
+    tiling: str | int
+    together: bool
+
+    @property
+    def peak(self) -> int:
+        return max(stage.peak for stage in self.stages)
+
+    def table(self) -> str:
+        """The plan for people, a few lines."""
+        limit = "no limit" if self.budget is None else f"budget {self.budget / GIB:.2f} GiB"
+        rows = [("GiB", "weights", "on device", "activations", "buffers", "peak", "")]
+        for stage in self.stages:
+            parts = (stage.weights, stage.on_device, stage.activations, stage.workspace + stage.other, stage.peak)
+            streamed = stage.blocks - stage.resident
+            note = f"{streamed} of {stage.blocks} blocks streamed" if streamed else stage.note
+            rows.append((stage.name, *(f"{part / GIB:.2f}" for part in parts), note))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [f"{self.title}, {limit}, predicted peak {self.peak / GIB:.2f} GiB"]
+        for name, *numbers, note in rows:
+            cells = [n.rjust(w) for n, w in zip(numbers, widths[1:])]
+            lines.append("  ".join((f"  {name:<{widths[0]}}", *cells, note)).rstrip())
+        return "\n".join(lines)
+
+    def facts(self) -> dict:
+        """The plan for `--json`, in GiB."""
+        stages = []
+        for stage in self.stages:
+            found = asdict(stage) | {"peak": stage.peak}
+            sizes = ("weights", "on_device", "activations", "workspace", "other", "peak")
+            stages.append({k: round(v / GIB, 4) if k in sizes else v for k, v in found.items()})
+        budget = None if self.budget is None else round(self.budget / GIB, 4)
+        return {"budget_gib": budget, "peak_gib": round(self.peak / GIB, 4), "stages": stages}
+
+
+def parse_budget(text: str | int | float | None) -> int | str | None:
+    """ "4GiB", "4096 MiB", "4GB", a number of GiB -> bytes; "auto" and None stay. ValueError for anything else."""
+    if text is None or text == "auto":
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if match is None or match[2] not in UNITS or not float(match[1]):
+        raise ValueError(f"vram budget: expected auto or a size such as 4GiB or 3500MiB, found {text!r}")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def reserve(budget: int) -> int:
+    """What of a budget the plan leaves free, for the allocator's rounding and the libraries' small workspaces."""
+    return budget // 32 + 32 * 2**20
+
+
+# ---- weights --------------------------------------------------------------------------------------------------
+
+
+def aligned(count: float) -> int:
+    return -(-int(count) // 256) * 256
+
+
+def transformer_weights(config, rank: int, quantized_refiners: bool, e: int, arithmetic: str) -> Weights:
+    """Bytes of a transformer from its header; rank 0 for a dense one. arithmetic: "dense", "triton w4a8", ..."""
+    d, f = config.dim, config.ffn_dim
+    adaln = min(d, 256)
+
+    def linear(k: int, n: int, quantized: bool) -> list[int]:
+        if not quantized:
+            return [n * k * e]
+        sizes = [n * k // 2, *(e * size for size in (n * (k // GROUP), k, rank * k, n * rank))]
+        return sizes + ([4 * n] if arithmetic.startswith("triton w4a8") else [])
+
+    def block(quantized: bool, modulated: bool) -> tuple[int, int]:
+        sizes = [d * e] * 4 + [config.head_dim * e] * 2
+        for k, n in ((d, 3 * d), (d, d), (d, 2 * f), (f, d)):
+            sizes += linear(k, n, quantized)
+        if modulated:
+            sizes += [4 * d * adaln * e, 4 * d * e]
+        return sum(sizes), sum(map(aligned, sizes))
+
+    kinds = [(bool(rank) and quantized_refiners, modulated) for modulated in (False, True)]
+    kinds = [kind for kind in kinds for _ in range(config.n_refiner_layers)] + [(bool(rank), True)] * config.n_layers
+    found = [block(*kind) for kind in kinds]
+    patch, c = config.patch_dim, config.cap_feat_dim
+    rest = d * patch + d + 256 * 1024 + 1024 + 1024 * adaln + adaln  # x_embedder, t_embedder
+    rest += c + d * c + d + 2 * d + patch * d + patch + d * adaln + d  # cap_embedder, pad tokens, final layer
+    return Weights(rest * e, tuple(size for size, _ in found), max((size for _, size in found), default=0))
+
+
+def encoder_weights(stored: Mapping[str, tuple[str, tuple[int, ...]]], layers: int, e: int) -> Weights:
+    """Bytes of an encoder's first `layers` layers from (form, shape) of each weight; its token table stays outside."""
+    blocks = [[] for _ in range(layers)]
+    for name, (form, shape) in stored.items():
+        match = re.match(r"layers\.(\d+)\.", name)
+        if match and int(match[1]) < layers:
+            count = 1
+            for side in shape:
+                count *= side
+            each, per_row, _ = FORMS.get(form, (e, 0, 0))
+            blocks[int(match[1])].append(int(count * each) + (per_row * shape[0] if len(shape) > 1 else 0))
+    slot = max((sum(map(aligned, block)) for block in blocks), default=0)
+    return Weights(0, tuple(map(sum, blocks)), slot)
+
+
+def vae_weights(config, e: int) -> Weights:
+    """Bytes of a VAE."""
+    total = 0
+
+    def conv(k: int, n: int, edge: int = 3) -> int:
+        return n * k * edge * edge + n
+
+    def resnet(k: int, n: int) -> int:
+        return 2 * k + conv(k, n) + 2 * n + conv(n, n) + (conv(k, n, 1) if k != n else 0)
+
+    channels = config.block_out_channels
+    for order, more, ends in (
+        (channels, 0, (3, 2 * config.latent_channels)),
+        (channels[::-1], 1, (config.latent_channels, 3)),
+    ):
+        middle = channels[-1]
+        total += conv(ends[0], order[0]) + 2 * order[-1] + conv(order[-1], ends[1])
+        total += 2 * resnet(middle, middle) + 2 * middle + 4 * conv(middle, middle, 1)
+        for i, n in enumerate(order):
+            k = order[max(i - 1, 0)]
+            total += resnet(k, n) + (config.layers_per_block - 1 + more) * resnet(n, n)
+            total += conv(n, n) if i < len(order) - 1 else 0
+    return Weights(total * e)
+
+
+# ---- activations ----------------------------------------------------------------------------------------------
+
+
+def linear_need(arithmetic: str, k: int, n: int, rank: int, rows: int, e: int) -> tuple[int, int]:
+    """(buffer, activations) that a linear takes beside its input and its output, at its widest moment."""
+    if arithmetic == "dense":
+        return 0, 0
+    if arithmetic == "triton w4a16":
+        return n * k * e, 0
+    if arithmetic == "triton w4a8":
+        return n * k, rows * (k + 4 + rank * e)
+    if arithmetic == "triton w4a8 int8":
+        return n * k, rows * (2 * k + 4 + rank * e + 4 * n)
+    if arithmetic == "reference w4a16":
+        if n * k <= KEPT_DENSE:
+            return 0, 0
+        return n * k * e, rows * max(k * e, (rank + n) * e)
+    if arithmetic == "reference w4a4":
+        return 0, max(rows * 12 * k, rows * (k * (e + 1) + 4 * rank) + 20 * min(CHUNK, rows * n))
+    return 0, rows * (k // 2 + k // 32 + 4 * rank)  # kitchen, nunchaku: codes, scales, the low-rank product
+
+
+def transformer_need(config, rows: int, rank: int, arithmetic: str, fused: bool, e: int, fp16: bool = False) -> Need:
+    """What a block takes for `rows` tokens (of all pictures): the widest of its moments.
+
+    fused: whether norms, rotary positions and SwiGLU run as Triton kernels (`backends.fused`).
+    """
+    d, f, s = config.dim, config.ffn_dim, 4 if fp16 else e
+    moments: list[tuple[int, int]] = []
+
+    def moment(per_row: float, linear: tuple[int, int] = (0, 0)) -> None:
+        moments.append((linear[0], round(rows * per_row) + linear[1]))
+
+    def need(k: int, n: int) -> tuple[int, int]:
+        return linear_need(arithmetic, k, n, rank, rows, e)
+
+    inside = (s + e) * d  # x and its norm
+    moment(inside + 3 * d * e, need(d, 3 * d))
+    turned = 0
+    if not fused:
+        moment(inside + 5 * d * e + 12 * d)  # q done, k normed, its turned halves in fp32
+        turned = 2 * d * e
+    moment(inside + 5 * d * e + turned + 4 * config.n_heads, need(d, d))
+    moment((2 * s + e) * d + (0 if fused else 2 * d * max(s, e)))
+    ahead = (2 * s + 2 * e) * d  # the block's input, x, the attention's result, the norm of x
+    moment(ahead + (0 if fused else d * e))
+    moment(ahead + 2 * f * e, need(d, 2 * f))
+    moment(ahead + (3 if fused else 4) * f * e)
+    moment(ahead + (f + d) * e, need(f, d))
+    workspace, activations = max(moments, key=sum)
+    return Need(workspace, activations)
+
+
+def conditioning_bytes(config, image_tokens: int, captions: Sequence[int], e: int, fp16: bool = False) -> int:
+    """Bytes of a `Conditioning`: refined caption tokens and the rotary angles of all tokens."""
+    longest = max(map(padded, captions))
+    context = len(captions) * longest * config.dim * (4 if fp16 else e)
+    return context + len(captions) * (image_tokens + longest) * config.head_dim * 4
+
+
+def padded(tokens: int) -> int:
+    """Tokens with their padding."""
+    return -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+
+
+def encoder_need(config, tokens: int, forms: Sequence[str], e: int) -> Need:
+    """What a layer takes for one prompt, and a weight while it is dequantized."""
+    c, f = config.hidden_size, config.intermediate_size
+    q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    mlp = 3 * c * e + 3 * f * e
+    norm = 2 * c * e + 12 * c
+    attention = 2 * c * e + (4 * q + k) * e + q * 10
+    stored = [form for form in forms if form in FORMS]
+    workspace = f * c * e + max((min(ENCODER_CHUNK, f * c) * FORMS[form][2] for form in stored), default=-f * c * e)
+    return Need(workspace, tokens * max(mlp, norm, attention))
+
+
+def vae_values(config, encode: bool = False) -> float:
+    """Values (in the VAE's dtype) per pixel of the picture that are alive at the widest moment of the decoder.
+
+    Each moment: the input of the level, that of its layer, and within a resnet or a change of size the tensors that
+    it makes; a level's size is a share of the picture's pixels.
+    """
+    channels = config.block_out_channels if encode else config.block_out_channels[::-1]
+    count, moments = len(channels), []
+    resnets = config.layers_per_block + (not encode)
+    for level, n in enumerate(channels):
+        share = 4.0 ** (-level if encode else level + 1 - count)
+        first = channels[max(level - 1, 0)]
+        for i in range(resnets):
+            k = first if i == 0 else n
+            held = (first if i else 0) + k
+            moments.append((held + k + n) * share)
+            moments.append((held + (3 * n if k != n or not i else 2 * n)) * share)
+            moments.append((held + 3 * n) * share)
+        if level < count - 1:
+            moments.append((first + n + (n + n / 4 if encode else 8 * n)) * share)
+    moments.append((channels[-1] * 2 + 3) * (4.0 ** (1 - count) if encode else 1))
+    return max(moments)
+
+
+def vae_need(config, height: int, width: int, pictures: int, e: int, tile: int | None) -> Need:
+    """What decoding takes, whole or in tiles of `tile` cells, and the finished pictures in fp32."""
+    area, values = height * width, vae_values(config)
+    done = 12 * area  # a picture in fp32
+    if tile is None:
+        working = round(values * area * e)
+    else:
+        edge = tile * config.downscale
+        piece = min(edge, height) * min(edge, width)
+        working = round((values * e + 12) * piece) + 16 * area
+    return Need(0, max(working + (pictures - 1) * done, 3 * pictures * done))
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model for the plan: its weights, and what it takes beside them."""
+
+    weights: Weights
+    need: Need
+    other: int = 0
+
+
+def make_plan(
+    *,
+    title: str,
+    encoder: Part | None,
+    transformer: Part,
+    vae: Weights,
+    vae_config,
+    height: int,
+    width: int,
+    pictures: int,
+    vae_itemsize: int,
+    budget: int | None,
+    libraries: int = 0,
+) -> Plan:
+    """Share a budget out; `libraries` is what cuBLAS and the like hold for good, encoder None for known prompts.
+
+    Raises ValueError where the budget does not hold a stage even with every block streamed.
+    """
+    usable = None if budget is None else budget - reserve(budget)
+    stages, allowances = [], []
+    for name, part in (("text encoder", encoder), ("transformer", transformer)):
+        if part is None:
+            allowances.append(float("inf"))
+            continue
+        fixed = part.need.total + part.other + libraries
+        allowance = float("inf") if usable is None else usable - fixed
+        weights = part.weights
+        keep = fit(weights.blocks, weights.slot, allowance - weights.rest)
+        on_device = weights.rest + sum(weights.blocks[i] for i in keep)
+        if len(keep) < len(weights.blocks):
+            on_device += BUFFERS * weights.slot
+        if on_device > allowance:
+            raise _too_small(name, fixed + on_device, budget, title)
+        allowances.append(allowance)
+        stages.append(
+            Stage(
+                name,
+                weights.total,
+                on_device,
+                len(weights.blocks),
+                len(keep),
+                part.need.activations,
+                part.need.workspace,
+                part.other + libraries,
+            )
+        )
+    beside = stages[-1].on_device if stages[-1].resident == stages[-1].blocks else 0
+    tiling, need, together = _decode(
+        vae, vae_config, height, width, pictures, vae_itemsize, usable, libraries, beside, title, budget
+    )
+    note = "" if tiling == "off" else f"in tiles of {tiling} cells"
+    other = libraries + (beside if together else 0)
+    stages.append(Stage("VAE", vae.total, vae.total, 0, 0, need.activations, 0, other, note))
+    return Plan(title, tuple(stages), budget, usable, *allowances, tiling, together)
+
+
+def _decode(vae, config, height, width, pictures, e, usable, libraries, beside, title, budget):
+    """(tiling, need, together) of the VAE's stage: whole and beside the transformer if the budget holds it."""
+    cells = max(height, width) // config.downscale
+    tiles = [tile for tile in TILES if tile < cells]
+    sizes = [*tiles] if tiles and height * width > AUTO_PIXELS else [None, *tiles]
+    for size, _ in pairwise((*sizes, None)):
+        need = vae_need(config, height, width, pictures, e, size)
+        peak = vae.total + need.total + libraries
+        if usable is None or peak <= usable:
+            together = usable is None or peak + beside <= usable
+            return size or "off", need, bool(beside) and together
+    raise _too_small("VAE", peak, budget, title)
+
+
+def _too_small(name: str, needed: int, budget: int, title: str) -> ValueError:
+    least = next(b for b in range(2**26, 2**50, 2**26) if b - reserve(b) >= needed)
+    return ValueError(
+        f"vram budget {budget / GIB:.2f} GiB: the {name} needs {needed / GIB:.2f} GiB for {title} even when all that "
+        f"can be streamed is; give at least {least / GIB:.2f} GiB, or draw smaller or fewer pictures at a time"
+    )
