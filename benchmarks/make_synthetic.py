@@ -4,11 +4,13 @@ Real names, dtypes, shapes and metadata; random codes; scales, branches and modu
 activations near 1 through all blocks. The same seed gives the same file.
 
     python benchmarks/make_synthetic.py OUT.safetensors [--rank 256]
+    python benchmarks/make_synthetic.py OUT.safetensors --dense   # BF16, 12.3 GB, to time the quantizer on
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -16,7 +18,15 @@ from pathlib import Path
 import torch
 
 from zimage_core.config import ZImageConfig
-from zimage_core.svdq_file import StreamedFile, file_metadata, plan_header
+from zimage_core.svdq_file import (
+    Header,
+    StreamedFile,
+    block_names,
+    diffusers_config,
+    file_metadata,
+    plan_header,
+    quantized_linears,
+)
 
 CODE_STD = 14.4**0.5  # of codes drawn evenly from -7..7 with 0 twice as likely
 
@@ -48,11 +58,25 @@ def draw(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generat
     return noise.to(torch.bfloat16)
 
 
-def write_synthetic(path: Path, config: ZImageConfig, rank: int, seed: int = 0) -> int:
-    """Write the file and return its size in bytes."""
-    header = plan_header(config, rank)
+def dense_header(config: ZImageConfig) -> Header:
+    """The BF16 transformer's tensors: what the INT4 file holds, with whole weights for the quantized linears."""
+    linears = tuple(f".{linear}." for linear in quantized_linears(config))
+    header = {name: e for name, e in plan_header(config, 16).items() if not any(part in name for part in linears)}
+    for block in block_names(config):
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            header[f"{block}.attention.{part}.weight"] = ("BF16", (config.dim, config.dim))
+        for part in ("w1", "w3"):
+            header[f"{block}.feed_forward.{part}.weight"] = ("BF16", (config.ffn_dim, config.dim))
+        header[f"{block}.feed_forward.w2.weight"] = ("BF16", (config.dim, config.ffn_dim))
+    return header
+
+
+def write_synthetic(path: Path, config: ZImageConfig, rank: int | None, seed: int = 0) -> int:
+    """Write the file, BF16 where rank is None, and return its size in bytes."""
+    header = plan_header(config, rank) if rank else dense_header(config)
+    metadata = file_metadata(config, rank) if rank else {"config": json.dumps(diffusers_config(config))}
     generator = torch.Generator().manual_seed(seed)
-    with StreamedFile(path, header, file_metadata(config, rank)) as out:
+    with StreamedFile(path, header, metadata) as out:
         for name, (dtype, shape) in header.items():
             out.write(name, draw(name, dtype, shape, generator))
     return out.size
@@ -62,10 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--dense", action="store_true", help="write the BF16 transformer instead")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     start = time.perf_counter()
-    size = write_synthetic(arguments.out, ZImageConfig(), arguments.rank, arguments.seed)
+    size = write_synthetic(arguments.out, ZImageConfig(), None if arguments.dense else arguments.rank, arguments.seed)
     print(f"{arguments.out}: {size / 2**30:.2f} GiB in {time.perf_counter() - start:.0f} s")
 
 

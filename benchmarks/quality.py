@@ -21,8 +21,7 @@ import json
 import math
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,29 +66,35 @@ def random_layer(width: int, outliers: bool, seed: int) -> tuple[Tensor, Tensor]
     return weight, inputs / inputs.std() * channels * (0.3 * normal(len(inputs), 1)).exp()
 
 
-def deepcompressor(weight: Tensor, rank: int, stats: InputStats, rounding: bool) -> Parts:
-    """Its published steps; `rounding` adds its GPTQ."""
+def deepcompressor(weight: Tensor, rank: int, stats: InputStats) -> Parts:
+    """Its published steps, without GPTQ."""
     rows = stats.rows[:SEARCH_ROWS]
     outputs = rows @ weight.T
-    tried: list[tuple[float, Parts]] = []
+    best, least, down = None, math.inf, None
     x, w = stats.absmax.clamp(min=1e-5), weight.abs().amax(0).clamp(min=1e-5)
     alphas = [i / 20 for i in range(1, 20)]
     for alpha, beta in [(0, 0), *((a, 0) for a in alphas), *((a, 1 - a) for a in alphas)]:
         smooth = (x**alpha / w**beta).to(torch.bfloat16).float()
-        parts = round_plainly(weight * smooth, smooth, *low_rank(weight * smooth, rank))
-        tried.append((squared_error(parts, rows, outputs, 4).item(), parts))
-    best = min(tried, key=lambda found: found[0])[1]
-    smooth, parts, least = best.smooth, best, math.inf
+        up, down = low_rank(weight * smooth, rank, start=down)
+        parts = round_plainly(weight * smooth, smooth, up, down)
+        error = squared_error(parts, rows, outputs, 4).item()
+        if error < least:
+            best, least = parts, error
+    smooth, parts = best.smooth, best
     for _ in range(100):
+        up, down = low_rank(weight * smooth - parts.residual(), rank, start=parts.down * smooth)
+        parts = round_plainly(weight * smooth, smooth, up, down)
         error = squared_error(parts, rows, outputs, 4).item()
         if error > least:
             break
         best, least = parts, error
-        parts = round_plainly(weight * smooth, smooth, *low_rank(weight * smooth - parts.residual(), rank))
-    if not rounding:
-        return best
-    moments = stats.second_moments() / torch.outer(smooth, smooth)
-    return replace(best, codes=gptq(weight * smooth - best.branch(), best.scales, moments, damping=0.01))
+    return best
+
+
+def with_gptq(parts: Parts, weight: Tensor, stats: InputStats) -> Parts:
+    """deepcompressor's GPTQ, which only rounds anew."""
+    moments = stats.second_moments() / torch.outer(parts.smooth, parts.smooth)
+    return replace(parts, codes=gptq(weight * parts.smooth - parts.branch(), parts.scales, moments, damping=0.01))
 
 
 def as_parts(weights: SVDQWeights) -> Parts:
@@ -98,19 +103,19 @@ def as_parts(weights: SVDQWeights) -> Parts:
     return Parts(*(t.float() for t in (w.smooth_factor, w.proj_up, w.proj_down, codes, w.wscales)))
 
 
-METHODS: dict[str, Callable[[Tensor, int, InputStats], Parts]] = {
-    "svd + nearest": lambda weight, rank, stats: as_parts(svdq_from_dense(weight, rank)),
-    "deepcompressor": lambda weight, rank, stats: deepcompressor(weight, rank, stats, rounding=False),
-    "deepcompressor + gptq": lambda weight, rank, stats: deepcompressor(weight, rank, stats, rounding=True),
-    "calibrated (ours)": lambda weight, rank, stats: as_parts(svdq_calibrated(weight, rank, stats)),
-}
+def quantized(weight: Tensor, rank: int, stats: InputStats) -> Iterator[tuple[str, Parts]]:
+    """Every method's answer."""
+    yield "svd + nearest", as_parts(svdq_from_dense(weight, rank))
+    yield "deepcompressor", (parts := deepcompressor(weight, rank, stats))
+    yield "deepcompressor + gptq", with_gptq(parts, weight, stats)
+    yield "calibrated (ours)", as_parts(svdq_calibrated(weight, rank, stats))
 
 
 def measure_layers(width: int, rank: int, seeds: int) -> list[dict]:
     """Relative output error of every method on both kinds of inputs, mean over seeds."""
     rows = []
     for kind in ("white", "outliers"):
-        found: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+        found: dict[str, list[list[float]]] = {}
         for seed in range(seeds):
             weight, inputs = random_layer(width, kind == "outliers", seed)
             stats = InputStats(width)
@@ -118,15 +123,13 @@ def measure_layers(width: int, rank: int, seeds: int) -> list[dict]:
                 stats.add(chunk)
             test = inputs[CALIBRATION_ROWS:]
             outputs = test @ weight.T
-            for method, quantize in METHODS.items():
-                start = time.perf_counter()
-                parts = quantize(weight, rank, stats)
-                seconds = time.perf_counter() - start
+            for method, parts in quantized(weight, rank, stats):
                 errors = [squared_error(parts, test, outputs, bits).sqrt().item() for bits in PRECISIONS.values()]
-                found[method].append([*errors, seconds])
+                found.setdefault(method, []).append(errors)
         for method, runs in found.items():
             means = [sum(column) / len(runs) for column in zip(*runs, strict=True)]
-            rows.append({"inputs": kind, "method": method, **dict(zip((*PRECISIONS, "seconds"), means, strict=True))})
+            errors = dict(zip(PRECISIONS, means, strict=True))
+            rows.append({"width": width, "rank": rank, "inputs": kind, "method": method, **errors})
     return rows
 
 
@@ -165,14 +168,15 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
         )  # fmt: skip
         print(table([rows[-1]]).splitlines()[-1], flush=True)
 
-    add("-", "bf16", "bf16", source, source.stat().st_size)
+    precisions = runnable()
+    add("-", "bf16", "auto", source, source.stat().st_size)
     with tempfile.TemporaryDirectory() as folder:
         for rank in ranks:
             for way in ("plain", "calibrated"):
                 path = Path(folder) / f"{way}-{rank}.safetensors"
                 feats = cap_feats if way == "calibrated" else None
                 quantize_checkpoint(source, path, rank=rank, cap_feats=feats, size=128)
-                for precision in runnable():
+                for precision in precisions:
                     add(rank, way, precision, path, path.stat().st_size)
     return rows
 
@@ -187,7 +191,7 @@ def runnable() -> list[str]:
             select("auto", precision, device="cpu", dtype=torch.float32)
             found.append(precision)
         except ValueError as error:
-            print(f"{precision}: not measured, {str(error).splitlines()[0]}")
+            print(f"{precision}: not measured here: {error}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The `zimage` command: generate, download, quantize, quantize-encoder, inspect, doctor.
+"""The `zimage` command: generate, download, quantize, quantize-encoder, inspect, doctor, bench.
 
 Results go to stdout, progress and complaints to stderr. Input that cannot be used ends in one line that names the
 remedy and exit code 2; this file's `main` is the only place that turns exceptions into exit codes.
@@ -98,7 +98,13 @@ def build_parser() -> Parser:
     p.add_argument("--image", type=Path, help="picture to start from")
     p.add_argument("--strength", type=float, default=0.6, help="how far to go from --image, above 0 to 1 (default 0.6)")
     p.add_argument("--guidance", type=float, default=0.0, help="0 for Turbo (default), above 0 costs twice the time")
-    p.add_argument("--json", action="store_true", help="end with a line of timings and peak memory per stage")
+    p.add_argument(
+        "--vram-budget",
+        default="auto",
+        metavar="SIZE",
+        help="GPU memory to use, 4GiB say; what does not fit is streamed from the host (default auto: what is free)",
+    )
+    p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
     _add_runtime(p)
     p.add_argument("--backend", default="auto", help="auto, reference, or one that `zimage doctor` lists")
     p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4")
@@ -131,6 +137,12 @@ def build_parser() -> Parser:
     p = commands.add_parser("doctor", help="tell what this machine can run, and why not")
     p.set_defaults(run=doctor)
     p.add_argument("--json", action="store_true", help="as one JSON object")
+
+    p = commands.add_parser("bench", help="time linears and a step on this machine, to be pasted into an issue")
+    p.set_defaults(run=bench)
+    p.add_argument("--model", help="transformer file (default: random weights, of the demo's size on a CPU)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if torch sees one)")
+    p.add_argument("--size", type=int, help="pixels of an edge (default 1024, 256 on a CPU)")
     return parser
 
 
@@ -189,7 +201,9 @@ def generate(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         backend=args.backend,
         precision=args.precision,
+        vram_budget=args.vram_budget,
     )
+    pipeline.hold_budget()
     pipeline.set_loras(args.lora)
     progress = Progress()
     try:
@@ -246,7 +260,8 @@ def generate(args: argparse.Namespace) -> int:
             for stage in pipeline.stages
         ]
         seconds = round(time.perf_counter() - started, 4)
-        print(json.dumps({"images": saved, "prompt": args.prompt, **settings, "seconds": seconds, "stages": stages}))
+        facts = {"images": saved, "prompt": args.prompt, **settings, "seconds": seconds, "stages": stages}
+        print(json.dumps(facts | {"plan": pipeline.plan.facts()}))
     return 0
 
 
@@ -418,6 +433,14 @@ def doctor(args: argparse.Namespace) -> int:
     else:
         print_facts(facts)
     return 0 if facts["torch"] else 1
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Print tables of timings, and as the last line the same as JSON."""
+    from .bench import bench
+
+    bench(args.model, args.device, args.size)
+    return 0
 
 
 def diagnose() -> dict:

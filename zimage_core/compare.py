@@ -61,7 +61,7 @@ def ssim(a: Image.Image, b: Image.Image) -> float:
 
 def compare(
     prompt: str,
-    pipelines: Mapping[str, Pipeline],
+    models: Mapping[str, Callable[[], Pipeline]],
     seeds: Sequence[int],
     *,
     height: int | None = None,
@@ -69,21 +69,24 @@ def compare(
     steps: int = 8,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Image.Image, list[Score]]:
-    """Draw the prompt for every seed with every pipeline (label -> `load_pipeline(...)`); the first is the measure.
+    """Draw the prompt for every seed with every model; the first is the measure of the others.
 
-    Returns the sheet, a row for each seed and a column for each model, and the scores of the other models.
+    models: label -> what loads its pipeline, which is dropped before the next one is loaded. Returns the sheet, a
+    row for each seed and a column for each model, and the scores of the other models.
     progress(done, total, label) after each picture. ValueError for fewer than two models or no seed.
     """
-    if len(pipelines) < 2 or not seeds:
-        raise ValueError(f"compare: expected two models or more and a seed, found {len(pipelines)} and {len(seeds)}")
+    if len(models) < 2 or not seeds:
+        raise ValueError(f"compare: expected two models or more and a seed, found {len(models)} and {len(seeds)}")
     pictures: dict[str, list[Image.Image]] = {}
-    total = len(pipelines) * len(seeds)
-    for label, pipeline in pipelines.items():
+    total = len(models) * len(seeds)
+    for label, load in models.items():
+        pipeline = load()
         pictures[label] = []
         for seed in seeds:
             pictures[label] += pipeline(prompt, height, width, num_inference_steps=steps, generator=seed)
             if progress:
                 progress(sum(map(len, pictures.values())), total, label)
+        del pipeline
     first, *others = pictures
     scores = [
         Score(label, seed, psnr(right, picture), ssim(right, picture))

@@ -14,6 +14,9 @@ having had any. A delta D acts as strength * (merged(W) - W), linear in the stre
 s = alpha / rank where the file has alpha, else 1. DoRA divides by the norm of the changed weight, as the paper, PEFT
 and LyCORIS do. Norms and pad tokens, which are no linears, take diff only and hold the sum.
 
+Cost of plain LoRAs inside the low-rank branches of the INT4 linears, in FLOPs of the blocks' linears at 16 bits:
+rank 32 everywhere (96 on fused qkv, 64 on w3_w1) 2.1 %, four of them 8.4 %; twice that where the linears run in 8 bits.
+
 Legend: N out, K in, r rank, W (N, K) a linear's weight.
 Sources: LoRA arXiv:2106.09685, DoRA arXiv:2402.09353; KohakuBlueleaf/LyCORIS `lycoris/functional@4.1.3` for LoHa, LoKr
 and diagonal OFT; huggingface/peft `tuners@v0.21.2`; huggingface/diffusers `loaders/lora_base.py@v0.42.1` for metadata.
@@ -39,6 +42,7 @@ from .adapters import Rows, Terms
 from .keys import FUSED_PARTS, lora_leaf, lora_refused, lora_target
 from .tensorfiles import open_tensors
 
+EPSILON = torch.finfo(torch.float32).eps
 RANK_MULTIPLE = 16  # kernels take low-rank branches in such steps; zeros fill up
 OTHER_MODELS = (
     (r"double_blocks|single_blocks|single_transformer_blocks", "Flux"),
@@ -281,7 +285,6 @@ class Delta:
     tensors: Mapping[str, Tensor]
     scale: float = 1.0
     part: str | None = None
-    rows: Rows | None = None  # instead of part
     magnitude: Tensor | None = None
     gains: weakref.WeakKeyDictionary = field(default_factory=weakref.WeakKeyDictionary, repr=False)
 
@@ -407,15 +410,6 @@ class Lora:
         return cls.from_tensors(tensors, name)
 
     @classmethod
-    def from_pair(
-        cls, module: str, down: Tensor, up: Tensor, *, part: str | None = None, rows: Rows | None = None
-    ) -> Lora:
-        """One pair for one module of the transformer, for a part of it or for rows (start, stop)."""
-        delta = LoRA(module, {"down": down, "up": up}, part=part, rows=rows)
-        report = Report(module, (module,), (), {}, {"LoRA": 1}, 1, 0)
-        return cls(module, {module: (delta,)}, {}, report)
-
-    @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], name: str = "LoRA", metadata: Mapping | None = None) -> Lora:
         """From tensors named as in a file of any style. ValueError like `load_lora`."""
         metadata = metadata or {}
@@ -533,9 +527,8 @@ def load_lora(path: str | Path) -> Lora:
         sources, report = _checked_plan(files)
         config = PeftConfig.read(files.metadata, str(path), text)
         lora = _build(str(path), sources, report, lambda key: files.get(key).clone(), config)
-    for line in lora.report.warnings:
-        logger.warning("%s", line)
-    logger.info("%s", lora.summary())
+    level = logging.WARNING if lora.report.unmatched or lora.report.warnings else logging.INFO
+    logger.log(level, "%s", lora.summary())
     return lora
 
 
@@ -557,7 +550,7 @@ def _build(name: str, sources: list[Source], report: Report, get: Callable[[str]
             continue
         deltas = spaces[source.space].setdefault(source.target, [])
         up_bias = tensors.pop("up_bias", None)
-        deltas.append(KINDS[source.format](source.module, tensors, scale, source.part, None, magnitude))
+        deltas.append(KINDS[source.format](source.module, tensors, scale, source.part, magnitude))
         if up_bias is not None:
             deltas.append(Bias(source.module, {"diff_b": up_bias * scale}, part=source.part))
     if len(ignored) > len(report.ignored):
@@ -585,8 +578,6 @@ def _scale(source: Source, tensors: Mapping[str, Tensor], alpha: float | None, c
 
 def span(delta: Delta, target: str, out_features: int) -> Rows:
     """The rows of the model's linear that a change is for."""
-    if delta.rows is not None:
-        return delta.rows
     for module, parts in FUSED_PARTS.items():
         if delta.part is not None and target.endswith(module):
             size = out_features // len(parts)
@@ -716,7 +707,8 @@ def dora_gain(delta: Delta, linear: nn.Module, rows: Rows) -> tuple[Tensor, bool
     if kept is None:
         weight = linear.dense_weight()[rows[0] : rows[1]]
         merged = weight + delta.matrix(weight.device)
-        kept = delta.magnitude.to(weight.device).float().flatten() / merged.norm(dim=1 if on_output else 0)
+        norm = merged.norm(dim=1 if on_output else 0).clamp_min(EPSILON)
+        kept = delta.magnitude.to(weight.device).float().flatten() / norm
         delta.gains[linear] = kept
     return kept.to(_device(linear)), on_output
 

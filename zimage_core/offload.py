@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,25 @@ def module_bytes(module: nn.Module) -> int:
 def flat_bytes(module: nn.Module) -> int:
     """Bytes of a module's tensors behind one another in a flat buffer."""
     return sum(_aligned(tensor.numel() * tensor.element_size()) for _, _, tensor in slots(module))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model: what is always on the device, each block, and the largest block as a slot needs it."""
+
+    rest: int
+    blocks: tuple[int, ...] = ()
+    slot: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.rest + sum(self.blocks)
+
+
+def weights(blocks: Sequence[nn.Module], model: nn.Module) -> Weights:
+    """The bytes of a model as it is now."""
+    sizes = tuple(map(module_bytes, blocks))
+    return Weights(module_bytes(model) - sum(sizes), sizes, max(map(flat_bytes, blocks), default=0))
 
 
 def fit(sizes: Sequence[int], buffer: int, allowance: float) -> set[int]:
@@ -195,6 +215,7 @@ class BlockStreamer:
         self.blocks = list(blocks)
         self.device = torch.device("cpu")
         self.host: dict[int, HostBlock] = {}  # the blocks that are streamed
+        self.used = 0  # bytes on the device
         self._model = model
         self._index = {id(block): i for i, block in enumerate(self.blocks)}
         self._make_copier = copies
@@ -227,9 +248,8 @@ class BlockStreamer:
         if device != self.device or len(keep) == len(self.blocks) or self._size() != buffer:
             self._drop_slots()
         pin = device.type == "cuda"
-        for i, block in enumerate(self.blocks):
-            if i not in keep:
-                self._go_home(i, pin)
+        for i in set(range(len(self.blocks))) - keep:
+            self._go_home(i, pin)
         self.device = device
         for i in keep:
             self.blocks[i].to(device)
@@ -238,11 +258,10 @@ class BlockStreamer:
         self.host = {i: self._homes[i] for i in range(len(self.blocks)) if i not in keep}
         order = sorted(self.host)
         self._next = dict(zip(order, order[1:] + order[:1]))
-        if not self.host:
-            return rest + sum(sizes)
-        if not self._buffers:
+        if self.host and not self._buffers:
             self._make_slots(buffer)
-        return rest + sum(sizes[i] for i in keep) + BUFFERS * buffer
+        self.used = rest + sum(sizes[i] for i in keep) + BUFFERS * self._size()
+        return self.used
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -252,7 +271,7 @@ class BlockStreamer:
         for i in range(len(self.blocks)):
             self._go_home(i, self.device.type == "cuda")
         self._place_rest(torch.device("cpu"))
-        self.device, self.host = torch.device("cpu"), {}
+        self.device, self.host, self.used = torch.device("cpu"), {}, 0
 
     def run_block(self, stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
         """Run one of the blocks, in the form in which models ask their hooks to do it."""

@@ -1,7 +1,8 @@
 """From a prompt to pictures: which files are read, when each model is on the device, and the order of the stages.
 
 prompt -> token ids -> cap_feats -> (encoder leaves) -> Conditioning -> latents -> (B, H, W, 3) -> pictures.
-The models come up one after the other; every stage's seconds and peak memory are kept in `Pipeline.stages`.
+The models come up one after the other, within a budget as `plan` shares it out before work starts (`Pipeline.plan`);
+every stage's seconds and peak memory are kept in `Pipeline.stages`.
 
 Source of the interface: huggingface/diffusers `pipelines/z_image@v0.42.1`.
 """
@@ -9,9 +10,12 @@ Source of the interface: huggingface/diffusers `pipelines/z_image@v0.42.1`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import operator
 import secrets
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,9 +25,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checkpoint, lora, sampler
-from .text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
-from .vae import decode_image, load_vae
+from . import backends, checkpoint, lora, ops, sampler
+from . import plan as planning
+from .offload import BlockStreamer, module_bytes
+from .offload import weights as weights_of
+from .text_encoder import check_text_encoder, encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
+from .transformer import PIXELS_PER_CELL, Conditioning, Hooks
+from .vae import decode_image, load_vae, out_of_memory, read_vae_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +41,8 @@ PIXELS_MULTIPLE = 16
 REAL_SIZE, DEMO_SIZE = 1024, 128  # pixels, where no size is asked for
 CACHED_PROMPTS = 32
 SEEDS = 2**64
-DECODE_VALUES_PER_PIXEL = 768  # held at once by the VAE's decoder; see AUTO_PIXELS there
+
+logger = logging.getLogger(__name__)
 
 OnStage = Callable[[str, int], None]
 OnStep = Callable[[int, int, Tensor], "bool | None"]
@@ -152,35 +161,51 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     precision: str = "auto",
+    vram_budget: str | float | None = "auto",
 ) -> Pipeline:
     """A pipeline over checked files; the models themselves are read when the first picture needs them.
 
-    Without a model it draws with the bundled demo. Raises ValueError for missing files, a transformer that cannot be
-    read and a device or dtype that cannot be used.
+    Without a model it draws with the bundled demo. vram_budget ("4GiB", or a number of GiB) limits what is on the
+    device at once: what does not fit is streamed from the host, with the same results; "auto" is what is free there,
+    None everything. Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or
+    budget that cannot be used.
     """
     files = find_files(model, text_encoder, vae, tokenizer)
     checkpoint.identify(files.model)
+    budget = planning.parse_budget(vram_budget)
     device = choose_device(device)
-    return Pipeline(files, device, choose_dtype(dtype, device), backend, precision)
+    return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget)
 
 
 class Pipeline:
-    """Draws pictures from prompts; `stages` and `seeds` tell about the last call."""
+    """Draws pictures from prompts; `plan`, `stages` and `seeds` tell about the last call."""
 
-    def __init__(self, files: ModelFiles, device: torch.device, dtype: torch.dtype, backend: str, precision: str):
+    def __init__(
+        self,
+        files: ModelFiles,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+        precision: str,
+        vram_budget: int | str | None = "auto",
+    ):
         self.files = files
         self.device = device
         self.dtype = dtype
         self.backend = backend
         self.precision = precision
+        self.vram_budget = vram_budget  # bytes, "auto" or None
         self.transformer: torch.nn.Module | None = None
         self.vae: torch.nn.Module | None = None
+        self.plan: planning.Plan | None = None
         self.stages: list[Stage] = []
         self.seeds: list[int] | None = None
         self.loras: list[tuple[lora.Lora, float]] = []
         self._tokenizer = None
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
         self._on_stage: OnStage | None = None
+        self._streamer: BlockStreamer | None = None
+        self._too_much: int | None = None  # pixels from which memory ran out with blocks resident
 
     @torch.no_grad()
     def __call__(
@@ -217,26 +242,68 @@ class Pipeline:
         batch = len(prompts) * num_images_per_prompt
         latents = self._noise(generator, batch, height, width)
 
+        guided = guidance_scale > 0
+        texts = prompts + [negative_prompt or ""] * guided
+        self.plan = self._make_plan(texts, len(prompts), guided, height, width, batch)
+        logger.info(self.plan.table())
         self._on_stage = on_stage
         self.stages = []
-        guided = guidance_scale > 0
-        feats = self._encode(prompts + [negative_prompt or ""] * guided)
+        feats = self._encode(texts)
         if image is not None:
             clean = self._encode_image(image, height, width)
             latents = (1 - sigmas[0]) * clean + sigmas[0] * latents
 
-        model = self._load_transformer()
+        captions = feats[: len(prompts)]
+        if len(prompts) > 1:
+            captions = [caption for caption in captions for _ in range(num_images_per_prompt)]
+        model = self._load_transformer(batch * height * width)
         with self._stage("sample", len(sigmas) - 1):
-            captions = feats[: len(prompts)]
-            if len(prompts) > 1:
-                captions = [caption for caption in captions for _ in range(num_images_per_prompt)]
-            cond = model.prepare(captions, height, width)
-            negative = model.prepare(feats[-1:], height, width) if guided else None
-            latents = latents.to(self.device)
-            latents = sampler.denoise(
-                model, latents, sigmas, cond, negative=negative, guidance=guidance_scale, on_step=on_step
-            )
+
+            def sample() -> Tensor:
+                hooks = Hooks(run_block=self._streamer.run_block)
+                cond = model.prepare(captions, height, width, hooks)
+                negative = model.prepare(feats[-1:], height, width, hooks) if guided else None
+                return self._denoise(latents, sigmas, cond, negative, guidance_scale, on_step, hooks)
+
+            latents = self._with_less(sample, batch * height * width)
         return self._decode(latents)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        sigmas: Tensor,
+        cond: Conditioning,
+        negative: Conditioning | None,
+        guidance: float,
+        on_step: OnStep | None,
+        hooks: Hooks,
+    ) -> Tensor:
+        """Latents (B, 16, H/8, W/8) on the device after all steps."""
+        model = functools.partial(self.transformer, hooks=hooks)
+        return sampler.denoise(
+            model, latents.to(self.device), sigmas, cond, negative=negative, guidance=guidance, on_step=on_step
+        )
+
+    def _with_less(self, sample: Callable[[], Tensor], pixels: int) -> Tensor:
+        """sample(), and once more with every block streamed where memory runs out."""
+        try:
+            return sample()
+        except RuntimeError as error:
+            if not out_of_memory(error) or not self._streamer.resident:
+                raise
+        # Outside the handler: only now are the failed attempt's tensors free.
+        logger.warning("out of memory while sampling; trying again with every block of the transformer streamed")
+        self._too_much = pixels
+        self._streamer.leave()
+        self._empty_cache()
+        self._streamer.place(self.device, 0)
+        return sample()
+
+    def hold_budget(self) -> None:
+        """Have torch refuse this process more of the GPU than the budget, so that no mistake here can break it."""
+        if isinstance(self.vram_budget, int) and self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.vram_budget / total), self.device)
 
     def set_loras(self, loras: Iterable[tuple[str | Path | lora.Lora, float]]) -> None:
         """Draw with exactly these LoRAs from now on, (file or Lora, strength) each; the models are not read again.
@@ -284,17 +351,18 @@ class Pipeline:
         new = [text for text in dict.fromkeys(prompts) if text not in known]
         if new:
             with self._stage("load text encoder"):
-                self._make_room(_file_bytes(self.files.text_encoder) + GIB)
-                if self._tokenizer is None:
-                    self._tokenizer = load_tokenizer(self.files.tokenizer)
-                encoder = load_text_encoder(self.files.text_encoder, device=self.device, dtype=self.dtype)
+                stage = self._make_room("text encoder")
+                device = self.device if stage.resident == stage.blocks else "cpu"
+                encoder = load_text_encoder(self.files.text_encoder, device=device, dtype=self.dtype)
                 lora.apply(encoder, self.loras)
+                streamer = BlockStreamer(encoder.layers)
+                streamer.place(self.device, stage.allowance)
             with self._stage("encode prompt"):
-                feats = encode_prompts(encoder, self._tokenizer, new)
+                options = {"run_block": streamer.run_block, "device": self.device}
+                feats = encode_prompts(encoder, self._tokenizer, new, **options)
                 known.update(zip(new, (f.cpu() for f in feats)))
-                del encoder, feats  # it leaves the device before sampling
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                del encoder, feats, streamer, options  # it leaves the device before sampling
+                self._empty_cache()
         for text, caption in known.items():
             self._prompts[text] = caption
             self._prompts.move_to_end(text)
@@ -302,29 +370,38 @@ class Pipeline:
             self._prompts.popitem(last=False)
         return [known[text] for text in prompts]
 
-    def _load_transformer(self) -> torch.nn.Module:
-        """The transformer, on the device."""
+    def _load_transformer(self, pixels: int) -> torch.nn.Module:
+        """The transformer with its LoRAs, on the device as far as the plan allows."""
+        stage = self._make_room("transformer")
         if self.transformer is None:
             with self._stage("load transformer"):
-                self.transformer = checkpoint.load_transformer(
+                self.transformer = model = checkpoint.load_transformer(
                     self.files.model,
-                    device=self.device,
+                    device=self.device if stage.resident == stage.blocks else "cpu",
                     dtype=self.dtype,
                     backend=self.backend,
                     precision=self.precision,
+                    compute_device=self.device,
                 )
-        self.transformer.to(self.device)
+                blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
+                self._streamer = BlockStreamer(blocks, model)
         lora.apply(self.transformer, self.loras)
+        tight = self._too_much is not None and pixels >= self._too_much
+        self._streamer.place(self.device, 0 if tight else stage.allowance)
         return self.transformer
 
     def _load_vae(self) -> torch.nn.Module:
-        """The VAE, on the device: fp32 on the CPU and wherever the rest is not bf16, never fp16."""
+        """The VAE, on the device."""
+        self._make_room("VAE")
         if self.vae is None:
-            half = self.device.type != "cpu" and self.dtype is torch.bfloat16
             with self._stage("load VAE"):
-                dtype = torch.bfloat16 if half else torch.float32
-                self.vae = load_vae(self.files.vae, device=self.device, dtype=dtype)
-        return self.vae
+                self.vae = load_vae(self.files.vae, device=self.device, dtype=self._vae_dtype())
+        return self.vae.to(self.device)
+
+    def _vae_dtype(self) -> torch.dtype:
+        """fp32 on the CPU and wherever the rest is not bf16, never fp16."""
+        half = self.device.type != "cpu" and self.dtype is torch.bfloat16
+        return torch.bfloat16 if half else torch.float32
 
     def _encode_image(self, image: Image.Image, height: int, width: int) -> Tensor:
         """Scaled latents (1, 16, H/8, W/8) fp32 on the host of a picture, resized and cropped to the size."""
@@ -335,7 +412,7 @@ class Pipeline:
         pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
         model = self._load_vae()
         with self._stage("encode image"):
-            return model.encode(pixels.to(self.device) / 127.5 - 1).float().cpu()
+            return model.encode(pixels.to(self.device) / 127.5 - 1, self.plan.tiling).float().cpu()
 
     def _decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of scaled latents (B, 16, H/8, W/8)."""
@@ -343,18 +420,107 @@ class Pipeline:
 
         model = self._load_vae()
         with self._stage("decode"):
-            height, width = (8 * side for side in latents.shape[-2:])
-            self._make_room(height * width * DECODE_VALUES_PER_PIXEL * next(model.parameters()).element_size())
-            pixels = decode_image(model, latents).mul(255).round().to("cpu", torch.uint8)
+            pixels = decode_image(model, latents, self.plan.tiling).mul(255).round().to("cpu", torch.uint8)
         return [Image.fromarray(picture) for picture in pixels.numpy()]
 
-    def _make_room(self, needed: int) -> None:
-        """Send the transformer to host memory if the device has less than `needed` bytes free."""
-        if self.device.type != "cuda" or self.transformer is None:
-            return
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        if torch.cuda.mem_get_info(self.device)[0] + unused < needed:
-            self.transformer.to("cpu")
+    def _make_plan(
+        self, texts: list[str], positive: int, guided: bool, height: int, width: int, pictures: int
+    ) -> planning.Plan:
+        """What this call will take; ValueError where the budget cannot hold it. Reads headers, no weights."""
+        e, fp16 = self.dtype.itemsize, self.dtype is torch.float16
+        info = checkpoint.identify(self.files.model)
+        config = info.config
+        arithmetic = "dense"
+        if info.rank:
+            backend = backends.select(self.backend, self.precision, device=self.device, dtype=self.dtype)
+            arithmetic = planning.arithmetic(backend, self.device)
+        fused = ops.select(self.backend, self.device, self.dtype, config.head_dim) is not ops.TORCH
+
+        tokens = self._count_tokens(texts)
+        cell = PIXELS_PER_CELL * config.patch_size
+        image_tokens = planning.padded((height // cell) * (width // cell))
+        rows = pictures * (image_tokens + planning.padded(max(tokens)))
+        captions = tokens[:positive] * (pictures // positive if positive > 1 else 1)
+        other = planning.conditioning_bytes(config, image_tokens, captions, e, fp16)
+        other += planning.conditioning_bytes(config, image_tokens, tokens[-1:], e, fp16) if guided else 0
+        other += planning.latents_bytes(height, width, pictures)
+        other += planning.kept_dense(config, info.rank, info.quantized_refiners, arithmetic, e)
+        if self.transformer is None:
+            weights = planning.transformer_weights(config, info.rank, info.quantized_refiners, e, arithmetic)
+        else:
+            weights = weights_of(self._streamer.blocks, self.transformer)
+        transformer = planning.Part(
+            weights, planning.transformer_need(config, rows, info.rank, arithmetic, fused, e, fp16), other
+        )
+        encoder = None
+        if any(text not in self._prompts for text in texts):
+            sizes, found = check_text_encoder(self.files.text_encoder)
+            stored = {name: (weight.form, weight.shape) for name, weight in found.items()}
+            forms = [form for form, _ in stored.values()]
+            encoder = planning.Part(
+                planning.encoder_weights(stored, sizes.num_layers, e),
+                planning.encoder_need(sizes, max(tokens), forms, e),
+            )
+        vae_config = read_vae_config(self.files.vae)
+        vae_e = self._vae_dtype().itemsize
+        count = f"{pictures} pictures" if pictures > 1 else "1 picture"
+        return planning.make_plan(
+            title=f"{count} of {width} x {height}",
+            encoder=encoder,
+            transformer=transformer,
+            vae=planning.vae_weights(vae_config, vae_e),
+            vae_config=vae_config,
+            height=height,
+            width=width,
+            pictures=pictures,
+            vae_itemsize=vae_e,
+            budget=self._budget(),
+            libraries=planning.libraries(self.device),
+            held=self._held(),
+        )
+
+    def _count_tokens(self, texts: list[str]) -> list[int]:
+        """Caption tokens of each prompt."""
+        if self._tokenizer is None and any(text not in self._prompts for text in texts):
+            self._tokenizer = load_tokenizer(self.files.tokenizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of long prompts, which encoding tells
+            return [len(self._prompts[text] if text in self._prompts else self._tokenizer(text)) for text in texts]
+
+    def _held(self) -> dict[str, int]:
+        """Bytes of the models that are on the device now."""
+        held = {}
+        if self._streamer is not None and (used := self._streamer.used):
+            held["transformer"] = used
+        if self.vae is not None and next(self.vae.parameters()).device.type == self.device.type:
+            held["VAE"] = module_bytes(self.vae)
+        return held
+
+    def _budget(self) -> int | None:
+        """Bytes of the device that may be used; None for all of a CPU's."""
+        if self.vram_budget != "auto":
+            return self.vram_budget
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        ours = torch.cuda.memory_reserved(self.device)
+        others = torch.cuda.memory_allocated(self.device) - sum(self._held().values())
+        allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
+        return int(min(free + ours, allowed) - max(others, 0))
+
+    def _make_room(self, name: str) -> planning.Stage:
+        """Send to the host what may not be on the device during a stage; returns its plan."""
+        stage = self.plan.stage(name)
+        if self.plan.usable is not None:
+            if self._streamer is not None and "transformer" not in (name, *stage.beside):
+                self._streamer.leave()
+            if self.vae is not None and "VAE" not in (name, *stage.beside):
+                self.vae.to("cpu")
+            self._empty_cache()
+        return stage
+
+    def _empty_cache(self) -> None:
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @contextlib.contextmanager
@@ -374,7 +540,3 @@ class Pipeline:
         device_peak = torch.cuda.max_memory_allocated(self.device) if on_cuda else None
         self.stages.append(Stage(name, seconds, device_peak, host_peak()))
 
-
-def _file_bytes(path: Path) -> int:
-    """Bytes of a safetensors file, or of all those of a folder."""
-    return sum(file.stat().st_size for file in (path.glob("*.safetensors") if path.is_dir() else [path]))

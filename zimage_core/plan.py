@@ -1,7 +1,8 @@
 """What a picture will take of the device's memory, told before work starts, and what is streamed to keep a budget.
 
-Text encoder, transformer and VAE are on the device one after the other, so a budget must hold the largest of three
-stages: weights that stay, two slots for streamed blocks, activations, a backend's buffers. The activations are
+Text encoder, transformer and VAE are on the device one after the other (one that is not needed stays only where the
+budget holds it beside the stage at hand), so a budget must hold the largest of three stages: weights that stay, two
+slots for streamed blocks, activations, a backend's buffers. The activations are
 counted from the code: the tensors alive at the widest moments of a block, in bytes per token or pixel. A test runs
 the models under a counter of live storages and holds these formulas against it.
 
@@ -14,9 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 
-from .offload import BUFFERS, fit
+from .offload import BUFFERS, Weights, fit
 from .vae import AUTO_PIXELS, TILES
 
 GIB = 2**30
@@ -33,25 +33,12 @@ FORMS = {
     "int8": (1.0, 4, 8),
     "float8_e4m3fn": (1.0, 4, 8),
     "float8_e5m2": (1.0, 4, 8),
-    "nvfp4": (0.5625, 4, 11),
-    "Q8_0": (34 / 32, 0, 10),
-    "Q4_K": (144 / 256, 0, 14),
-    "Q5_K": (176 / 256, 0, 16),
-    "Q6_K": (210 / 256, 0, 14),
+    "nvfp4": (0.5625, 4, 8.5),
+    "Q8_0": (34 / 32, 0, 8.25),
+    "Q4_K": (144 / 256, 0, 8.75),
+    "Q5_K": (176 / 256, 0, 10.5),
+    "Q6_K": (210 / 256, 0, 9.5),
 }
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of a model: what is always on the device, each block, and the largest block as a slot needs it."""
-
-    rest: int
-    blocks: tuple[int, ...] = ()
-    slot: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.rest + sum(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,10 @@ class Need:
 
 @dataclass(frozen=True)
 class Stage:
-    """One model's time on the device. on_device: its weights there, slots included; other: what else lies there."""
+    """One model's time on the device. on_device: its weights there, slots included; other: what else lies there.
+
+    allowance: bytes of weights, as `offload.BlockStreamer.place` takes it; beside: the models that may stay.
+    """
 
     name: str
     weights: int
@@ -78,6 +68,8 @@ class Stage:
     activations: int
     workspace: int
     other: int
+    allowance: float
+    beside: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -89,18 +81,17 @@ class Stage:
 class Plan:
     """What will be on the device when; `budget` and `usable` are None where there is no limit.
 
-    Allowances are bytes of weights, as `offload.BlockStreamer.place` takes them; tiling is that of `vae.VAE.decode`.
-    together: whether the transformer may stay while the VAE works.
+    tiling is that of `vae.VAE.decode`.
     """
 
     title: str
     stages: tuple[Stage, ...]
     budget: int | None
     usable: int | None
-    encoder_allowance: float
-    transformer_allowance: float
     tiling: str | int
-    together: bool
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
 
     @property
     def peak(self) -> int:
@@ -127,6 +118,7 @@ class Plan:
         stages = []
         for stage in self.stages:
             found = asdict(stage) | {"peak": stage.peak}
+            del found["allowance"]
             sizes = ("weights", "on_device", "activations", "workspace", "other", "peak")
             stages.append({k: round(v / GIB, 4) if k in sizes else v for k, v in found.items()})
         budget = None if self.budget is None else round(self.budget / GIB, 4)
@@ -146,6 +138,23 @@ def parse_budget(text: str | int | float | None) -> int | str | None:
 def reserve(budget: int) -> int:
     """What of a budget the plan leaves free, for the allocator's rounding and the libraries' small workspaces."""
     return budget // 32 + 32 * 2**20
+
+
+def arithmetic(backend, device) -> str:
+    """The name under which the formulas know a backend: "triton w4a8", and " int8" where it has no fp8."""
+    kind = f"{backend.name} {backend.precision}"
+    if kind == "triton w4a8" and not backend.module.eight_bit(device).is_floating_point:
+        kind += " int8"
+    return kind
+
+
+def libraries(device) -> int:
+    """Bytes that cuBLAS holds on a device for good: its workspace, as torch allocates it."""
+    if device.type != "cuda":
+        return 0
+    import torch
+
+    return 2**25 if torch.cuda.get_device_capability(device) >= (9, 0) else 8519680
 
 
 # ---- weights --------------------------------------------------------------------------------------------------
@@ -226,14 +235,16 @@ def vae_weights(config, e: int) -> Weights:
 # ---- activations ----------------------------------------------------------------------------------------------
 
 
-def linear_need(arithmetic: str, k: int, n: int, rank: int, rows: int, e: int) -> tuple[int, int]:
+def linear_need(
+    arithmetic: str, k: int, n: int, rank: int, rows: int, e: int, fp16: bool = False
+) -> tuple[int, int]:
     """(buffer, activations) that a linear takes beside its input and its output, at its widest moment."""
     if arithmetic == "dense":
         return 0, 0
     if arithmetic == "triton w4a16":
         return n * k * e, 0
     if arithmetic == "triton w4a8":
-        return n * k, rows * (k + 4 + rank * e)
+        return n * k, rows * (k + 4 + rank * e + (2 * n if fp16 else 0))
     if arithmetic == "triton w4a8 int8":
         return n * k, rows * (2 * k + 4 + rank * e + 4 * n)
     if arithmetic == "reference w4a16":
@@ -241,7 +252,8 @@ def linear_need(arithmetic: str, k: int, n: int, rank: int, rows: int, e: int) -
             return 0, 0
         return n * k * e, rows * max(k * e, (rank + n) * e)
     if arithmetic == "reference w4a4":
-        return 0, max(rows * 12 * k, rows * (k * (e + 1) + 4 * rank) + 20 * min(CHUNK, rows * n))
+        part = min(n, max(128, CHUNK // max(rows, k)))  # rows of the weight at a time
+        return part * k * e, max(rows * 12 * k, rows * (k * (e + 1) + 4 * rank + 20 * part))
     return 0, rows * (k // 2 + k // 32 + 4 * rank)  # kitchen, nunchaku: codes, scales, the low-rank product
 
 
@@ -257,7 +269,7 @@ def transformer_need(config, rows: int, rank: int, arithmetic: str, fused: bool,
         moments.append((linear[0], round(rows * per_row) + linear[1]))
 
     def need(k: int, n: int) -> tuple[int, int]:
-        return linear_need(arithmetic, k, n, rank, rows, e)
+        return linear_need(arithmetic, k, n, rank, rows, e, fp16)
 
     inside = (s + e) * d  # x and its norm
     moment(inside + 3 * d * e, need(d, 3 * d))
@@ -276,11 +288,25 @@ def transformer_need(config, rows: int, rank: int, arithmetic: str, fused: bool,
     return Need(workspace, activations)
 
 
+def kept_dense(config, rank: int, quantized_refiners: bool, arithmetic: str, e: int) -> int:
+    """Bytes of the dense weights that `backends.reference` keeps, all of them small ones (the bundled demo's)."""
+    if arithmetic != "reference w4a16":
+        return 0
+    d, f = config.dim, config.ffn_dim
+    blocks = config.n_layers + (2 * config.n_refiner_layers if quantized_refiners else 0)
+    return blocks * sum(k * n * e for k, n in ((d, 3 * d), (d, d), (d, 2 * f), (f, d)) if k * n <= KEPT_DENSE)
+
+
 def conditioning_bytes(config, image_tokens: int, captions: Sequence[int], e: int, fp16: bool = False) -> int:
     """Bytes of a `Conditioning`: refined caption tokens and the rotary angles of all tokens."""
     longest = max(map(padded, captions))
     context = len(captions) * longest * config.dim * (4 if fp16 else e)
     return context + len(captions) * (image_tokens + longest) * config.head_dim * 4
+
+
+def latents_bytes(height: int, width: int, pictures: int) -> int:
+    """Bytes of what the sampler holds in fp32: latents, flow, the predicted image, their successors."""
+    return 6 * pictures * height * width
 
 
 def padded(tokens: int) -> int:
@@ -292,12 +318,17 @@ def encoder_need(config, tokens: int, forms: Sequence[str], e: int) -> Need:
     """What a layer takes for one prompt, and a weight while it is dequantized."""
     c, f = config.hidden_size, config.intermediate_size
     q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    mlp = 3 * c * e + 3 * f * e
-    norm = 2 * c * e + 12 * c
-    attention = 2 * c * e + (4 * q + k) * e + q * 10
-    stored = [form for form in forms if form in FORMS]
-    workspace = f * c * e + max((min(ENCODER_CHUNK, f * c) * FORMS[form][2] for form in stored), default=-f * c * e)
-    return Need(workspace, tokens * max(mlp, norm, attention))
+    residual = 3 * c * e  # x before and after the attention, its norm
+    moments = [
+        (0, tokens * (residual + 3 * f * e)),
+        (0, tokens * (2 * c * e + 12 * c)),
+        (0, tokens * ((2 * c + q + 2 * k) * e + 10 * q)),
+    ]
+    chunks = [FORMS[form][2] * min(ENCODER_CHUNK, f * c) for form in forms if form in FORMS]
+    if chunks:
+        moments.append((round(f * c * e + max(chunks)), tokens * (residual + f * e)))
+        moments.append((f * c * e, tokens * (residual + 2 * f * e)))
+    return Need(*max(moments, key=sum))
 
 
 def vae_values(config, encode: bool = False) -> float:
@@ -362,61 +393,84 @@ def make_plan(
     vae_itemsize: int,
     budget: int | None,
     libraries: int = 0,
+    held: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Share a budget out; `libraries` is what cuBLAS and the like hold for good, encoder None for known prompts.
+    """Share a budget out.
 
-    Raises ValueError where the budget does not hold a stage even with every block streamed.
+    encoder is None where the prompts are known already; libraries is what cuBLAS and the like hold for good; held
+    tells bytes that "transformer" and "VAE" have on the device now, from the picture before. Raises ValueError where
+    the budget does not hold a stage even with every block streamed.
     """
     usable = None if budget is None else budget - reserve(budget)
-    stages, allowances = [], []
+    room = float("inf") if usable is None else usable
+    held = dict(held or {})
+    stages = []
     for name, part in (("text encoder", encoder), ("transformer", transformer)):
         if part is None:
-            allowances.append(float("inf"))
             continue
         fixed = part.need.total + part.other + libraries
-        allowance = float("inf") if usable is None else usable - fixed
-        weights = part.weights
+        weights, allowance = part.weights, room - fixed
         keep = fit(weights.blocks, weights.slot, allowance - weights.rest)
         on_device = weights.rest + sum(weights.blocks[i] for i in keep)
         if len(keep) < len(weights.blocks):
             on_device += BUFFERS * weights.slot
         if on_device > allowance:
             raise _too_small(name, fixed + on_device, budget, title)
-        allowances.append(allowance)
+        beside = _beside(name, held, allowance - on_device)
+        others = sum(held[other] for other in beside)
         stages.append(
             Stage(
-                name,
-                weights.total,
-                on_device,
-                len(weights.blocks),
-                len(keep),
-                part.need.activations,
-                part.need.workspace,
-                part.other + libraries,
+                name=name,
+                weights=weights.total,
+                on_device=on_device,
+                blocks=len(weights.blocks),
+                resident=len(keep),
+                activations=part.need.activations,
+                workspace=part.need.workspace,
+                other=part.other + libraries + others,
+                allowance=allowance - others,
+                beside=beside,
             )
         )
-    beside = stages[-1].on_device if stages[-1].resident == stages[-1].blocks else 0
-    tiling, need, together = _decode(
-        vae, vae_config, height, width, pictures, vae_itemsize, usable, libraries, beside, title, budget
-    )
-    note = "" if tiling == "off" else f"in tiles of {tiling} cells"
-    other = libraries + (beside if together else 0)
-    stages.append(Stage("VAE", vae.total, vae.total, 0, 0, need.activations, 0, other, note))
-    return Plan(title, tuple(stages), budget, usable, *allowances, tiling, together)
+        held = {other: held[other] for other in beside}
+    held["transformer"] = stages[-1].on_device
 
-
-def _decode(vae, config, height, width, pictures, e, usable, libraries, beside, title, budget):
-    """(tiling, need, together) of the VAE's stage: whole and beside the transformer if the budget holds it."""
-    cells = max(height, width) // config.downscale
+    cells = max(height, width) // vae_config.downscale
     tiles = [tile for tile in TILES if tile < cells]
-    sizes = [*tiles] if tiles and height * width > AUTO_PIXELS else [None, *tiles]
-    for size, _ in pairwise((*sizes, None)):
-        need = vae_need(config, height, width, pictures, e, size)
+    for tile in tiles if tiles and height * width > AUTO_PIXELS else [None, *tiles]:
+        need = vae_need(vae_config, height, width, pictures, vae_itemsize, tile)
         peak = vae.total + need.total + libraries
-        if usable is None or peak <= usable:
-            together = usable is None or peak + beside <= usable
-            return size or "off", need, bool(beside) and together
-    raise _too_small("VAE", peak, budget, title)
+        if peak <= room:
+            break
+    else:
+        raise _too_small("VAE", peak, budget, title)
+    beside = _beside("VAE", held, room - peak)
+    stages.append(
+        Stage(
+            name="VAE",
+            weights=vae.total,
+            on_device=vae.total,
+            blocks=0,
+            resident=0,
+            activations=need.activations,
+            workspace=0,
+            other=libraries + sum(held[other] for other in beside),
+            allowance=room,
+            beside=beside,
+            note="" if tile is None else f"in tiles of {tile} cells",
+        )
+    )
+    return Plan(title, tuple(stages), budget, usable, tile or "auto")
+
+
+def _beside(name: str, held: Mapping[str, int], room: float) -> tuple[str, ...]:
+    """Which of the models on the device may stay there in a stage with so much room left, the larger ones first."""
+    staying = []
+    for other in sorted(held, key=held.get, reverse=True):
+        if other != name and held[other] <= room:
+            staying.append(other)
+            room -= held[other]
+    return tuple(staying)
 
 
 def _too_small(name: str, needed: int, budget: int, title: str) -> ValueError:

@@ -77,15 +77,27 @@ def quantize_checkpoint(
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
 
 
+def calibration_defaults(device: str | torch.device) -> tuple[tuple[str, ...], int]:
+    """The prompts and the size in pixels to calibrate with; fewer and smaller on a CPU, where they take hours."""
+    return (calibrate.PROMPTS[:6], 256) if torch.device(device).type == "cpu" else (calibrate.PROMPTS, 512)
+
+
 def calibration_captions(
-    text_encoder: str | Path, prompts: Sequence[str] = calibrate.PROMPTS, *, device: str | torch.device = "cpu"
+    text_encoder: str | Path,
+    prompts: Sequence[str] = calibrate.PROMPTS,
+    *,
+    tokenizer: str | Path | None = None,
+    device: str | torch.device = "cpu",
 ) -> list[torch.Tensor]:
-    """Features (L, C) of the calibration prompts, from a text encoder that is read for this and dropped again."""
+    """Features (L, C) of the calibration prompts, from a text encoder that is read for this and dropped again.
+
+    tokenizer: its folder, looked for beside the encoder unless named. ValueError as `load_text_encoder`.
+    """
     from .text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
 
     encoder = load_text_encoder(text_encoder, device=device)
-    tokenizer = load_tokenizer(find_tokenizer(text_encoder))
-    return [features.cpu() for features in encode_prompts(encoder, tokenizer, prompts)]
+    tokenize = load_tokenizer(tokenizer or find_tokenizer(text_encoder))
+    return [features.cpu() for features in encode_prompts(encoder, tokenize, prompts)]
 
 
 class _Fp8Files(TensorFiles):

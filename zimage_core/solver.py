@@ -111,9 +111,9 @@ def svdq_calibrated(weight: Tensor, rank: int, stats: InputStats) -> SVDQWeights
         rest = smoothed - up @ (down * smooth)
         scales = _best_scales(rest, importance)
         parts = Parts(smooth, up, down, _codes(rest, scales), scales)
-    candidates = [parts, replace(parts, codes=gptq(smoothed - parts.branch(), parts.scales, moments))]
-    candidates += [replace(found, up=_fit_up(smoothed - found.residual(), found, moments)) for found in candidates]
-    return min(candidates, key=lambda found: _both_errors(found, stats.rows, outputs)).weights()
+    rounded = replace(parts, codes=gptq(smoothed - parts.branch(), parts.scales, moments))
+    fitted = replace(rounded, up=_fit_up(smoothed - rounded.residual(), rounded, moments))
+    return min((parts, rounded, fitted), key=lambda found: _both_errors(found, stats.rows, outputs)).weights()
 
 
 def squared_error(parts: Parts, rows: Tensor, outputs: Tensor, bits: int) -> Tensor:
@@ -138,25 +138,29 @@ def _search_smooth(weight: Tensor, rank: int, stats: InputStats, outputs: Tensor
     inputs, weights = (
         t.clamp(min=1e-4 * t.amax().clamp(min=TINY)).log() for t in (stats.absmax, weight.abs().amax(0))
     )
-    down, tried = None, {}
+    errors: dict[tuple[float, float], float] = {}
+    best = down = None
 
     def attempt(alpha: float, beta: float) -> None:
-        nonlocal down
+        nonlocal best, down
         exponent = alpha * inputs - beta * weights
         smooth = _bf16((exponent - exponent.mean()).exp())
         up, down = low_rank(weight * smooth, rank, start=down)
         parts = round_plainly(weight * smooth, smooth, up, down)
-        tried[alpha, beta] = (_both_errors(parts, stats.rows, outputs), parts)
+        error = _both_errors(parts, stats.rows, outputs)
+        if best is None or error < min(errors.values()):
+            best = parts
+        errors[alpha, beta] = error
 
     attempt(0, 0)
     for alpha in COARSE_ALPHAS:
         attempt(alpha, 0)
         attempt(alpha, 1 - alpha)
     for step in FINE_STEPS:
-        alpha, beta = min(tried, key=lambda key: tried[key][0])
+        alpha, beta = min(errors, key=errors.get)
         for near in (alpha - step, alpha + step):
             attempt(near, 1 - near if beta else 0)
-    return min(tried.values(), key=lambda found: found[0])[1]
+    return best
 
 
 def round_plainly(smoothed: Tensor, smooth: Tensor, up: Tensor, down: Tensor) -> Parts:
@@ -204,11 +208,11 @@ def _best_scales(rest: Tensor, importance: Tensor) -> Tensor:
 
 def gptq(rest: Tensor, scales: Tensor, moments: Tensor, damping: float = DAMPING) -> Tensor:
     """Codes (N, K) of `rest` (N, K) by given scales, rounded channel by channel, the most used ones first."""
-    moments = moments.double()
-    moments.diagonal().add_(damping * moments.diagonal().mean().clamp(min=TINY))
     order = moments.diagonal().argsort(descending=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments[order][:, order]))
-    inverse = torch.linalg.cholesky(inverse, upper=True).float()  # (K, K)
+    inverse = moments[order][:, order].double()  # (K, K), three steps away from it
+    inverse.diagonal().add_(damping * inverse.diagonal().mean().clamp(min=TINY))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
+    inverse = torch.linalg.cholesky(inverse, upper=True).float()
     rest, steps = rest[:, order], scales[:, order // GROUP]
     codes = torch.zeros_like(rest)
     for start in range(0, rest.shape[1], PANEL):

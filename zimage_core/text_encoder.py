@@ -152,6 +152,11 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def run_block(stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
+    """Run one layer; stage is "layers"."""
+    return block(x, *args)
+
+
 class TextEncoder(nn.Module):
     """Qwen3 up to its second-to-last hidden state; parameters are named as in transformers' Qwen3Model.
 
@@ -175,20 +180,27 @@ class TextEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.layers[0].input_layernorm.weight.dtype
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        run_block: Callable[..., Tensor] = run_block,
+        device: torch.device | None = None,
+    ) -> Tensor:
         """Hidden state (B, L, C) of token ids (B, L) on any device, without the final norm.
 
         `attention_mask` (B, L) is 1 on tokens and 0 on padding, which must be on the right: there the causal
         mask alone keeps tokens from seeing it. The hidden state is zero on padding. ValueError for other masks.
+        run_block replaces the function of that name; device is where it runs layers that wait elsewhere.
         """
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
             if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
                 raise ValueError("attention_mask: expected padding on the right, found a token after padding")
-        x = self.embed_tokens(input_ids).to(self.device, self.dtype)
+        x = self.embed_tokens(input_ids).to(device or self.device, self.dtype)
         cos, sin = (t.to(x.dtype) for t in rotary_table(input_ids.shape[1], self.config, x.device))
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        for i, layer in enumerate(self.layers):
+            x = run_block("layers", i, layer, x, cos, sin)
         return x if attention_mask is None else x * attention_mask.unsqueeze(-1).to(x.device)
 
 
@@ -267,15 +279,9 @@ def load_text_encoder(path, *, device="cpu", dtype: torch.dtype | None = None) -
     the token table stays on the host, and what lies past the hidden state that is needed is not read. Raises
     ValueError for other models and stored forms, and for missing, misshapen or unknown tensors.
     """
-    path = Path(path)
-    if (path / "text_encoder").is_dir():  # a whole diffusers model
-        path = path / "text_encoder"
     dtype = dtype or torch.bfloat16
-    with open_encoder(path) as file:
-        check_model(file.weights, file.others, file.where)
-        config = read_config(file.config, file.weights, file.where)
-        expected = TextEncoder(config, device="meta").state_dict()
-        check_weights(file.weights, file.others, {name: tuple(t.shape) for name, t in expected.items()}, file.where)
+    with open_encoder(_encoder_path(path)) as file:
+        config, expected = _checked_file(file)
         dense = all(file.weights[name].form == "float" for name in expected if not name.startswith("embed_tokens."))
         linear = Linear if dense else StoredLinear
         encoder = TextEncoder(config, linear, device="meta", dtype=dtype, embedding=HostEmbedding)
@@ -288,6 +294,30 @@ def load_text_encoder(path, *, device="cpu", dtype: torch.dtype | None = None) -
         state = {name: file.read(name)["weight"].to(device, dtype) for name in encoder.state_dict()}
     encoder.load_state_dict(state, assign=True)
     return encoder.eval().requires_grad_(False)
+
+
+def check_text_encoder(path) -> tuple[TextEncoderConfig, Mapping[str, Stored]]:
+    """The sizes and the stored form of every weight of an encoder, from headers alone.
+
+    ValueError unless load_text_encoder would take the file or folder.
+    """
+    with open_encoder(_encoder_path(path)) as file:
+        return _checked_file(file)[0], file.weights
+
+
+def _encoder_path(path) -> Path:
+    """The encoder's own folder in a whole diffusers model, else the path."""
+    path = Path(path)
+    return path / "text_encoder" if (path / "text_encoder").is_dir() else path
+
+
+def _checked_file(file) -> tuple[TextEncoderConfig, list[str]]:
+    """The sizes of an open file's model, and the names of the weights that it needs."""
+    check_model(file.weights, file.others, file.where)
+    config = read_config(file.config, file.weights, file.where)
+    shapes = {name: tuple(t.shape) for name, t in TextEncoder(config, device="meta").state_dict().items()}
+    check_weights(file.weights, file.others, shapes, file.where)
+    return config, list(shapes)
 
 
 def check_model(weights: Mapping[str, Stored], others: Iterable[str], where: str) -> None:
@@ -431,10 +461,13 @@ def cached_tokenizer() -> Path | None:
 
 
 @torch.no_grad()
-def encode_prompts(encoder: TextEncoder, tokenizer: Tokenizer, prompts: str | Sequence[str]) -> list[Tensor]:
+def encode_prompts(
+    encoder: TextEncoder, tokenizer: Tokenizer, prompts: str | Sequence[str], **options: object
+) -> list[Tensor]:
     """Caption features (L, C) of each prompt, run one by one and unpadded, on the encoder's device in its dtype.
 
-    Raises ValueError where the tokenizer's ids exceed the encoder's vocabulary.
+    options go to the encoder (`run_block`, `device`). Raises ValueError where the tokenizer's ids exceed the
+    encoder's vocabulary.
     """
     features = []
     for prompt in [prompts] if isinstance(prompts, str) else prompts:
@@ -444,5 +477,5 @@ def encode_prompts(encoder: TextEncoder, tokenizer: Tokenizer, prompts: str | Se
                 f"{tokenizer.where}: expected token ids below {encoder.config.vocab_size}, the text encoder's "
                 f"vocabulary, found {max(ids)}; use the tokenizer that belongs to the encoder"
             )
-        features.append(encoder(torch.tensor([ids], device=encoder.device))[0])
+        features.append(encoder(torch.tensor([ids], device=encoder.device), **options)[0])
     return features

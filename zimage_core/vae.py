@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tensorfiles import open_tensors
+from .tensorfiles import TensorFiles, open_tensors
 
 log = logging.getLogger(__name__)
 
@@ -236,18 +236,19 @@ class VAE(nn.Module):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
 
-    def encode(self, images: Tensor, tiling: str = "auto") -> Tensor:
+    def encode(self, images: Tensor, tiling: str | int = "auto") -> Tensor:
         """images (B, 3, H, W) in -1..1 -> scaled latents (B, C, h, w) fp32, the posterior's mean; see encode_raw."""
         return (self.encode_raw(images, tiling) - self.config.shift_factor) * self.config.scaling_factor
 
-    def decode(self, latents: Tensor, tiling: str = "auto") -> Tensor:
+    def decode(self, latents: Tensor, tiling: str | int = "auto") -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) fp32 in about -1..1; see decode_raw."""
         return self.decode_raw(latents.float() / self.config.scaling_factor + self.config.shift_factor, tiling)
 
-    def encode_raw(self, images: Tensor, tiling: str = "auto") -> Tensor:
+    def encode_raw(self, images: Tensor, tiling: str | int = "auto") -> Tensor:
         """Like encode, without scale and shift.
 
-        tiling: "off", "on" (where larger than a tile), "auto" (above AUTO_PIXELS, and after an out-of-memory error).
+        tiling: "off", "on" (where larger than a tile), "auto" (above AUTO_PIXELS, and after an out-of-memory error),
+        or the edge in cells of the largest tile to use.
         Raises ValueError for another shape, edges that are no multiples of 8, and weights in fp16.
         """
         down, channels = self.config.downscale, self.config.latent_channels
@@ -258,7 +259,7 @@ class VAE(nn.Module):
             )
         return self._run(lambda x: self.encoder(x)[:, :channels], images, tiling, cell_in=down, cell_out=1)
 
-    def decode_raw(self, latents: Tensor, tiling: str = "auto") -> Tensor:
+    def decode_raw(self, latents: Tensor, tiling: str | int = "auto") -> Tensor:
         """Like decode, for latents without scale and shift; tiling and errors as encode_raw."""
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
@@ -267,9 +268,9 @@ class VAE(nn.Module):
             )
         return self._run(self.decoder, latents, tiling, cell_in=1, cell_out=self.config.downscale)
 
-    def _run(self, function: Callable, x: Tensor, tiling: str, cell_in: int, cell_out: int) -> Tensor:
+    def _run(self, function: Callable, x: Tensor, tiling: str | int, cell_in: int, cell_out: int) -> Tensor:
         """Apply `function` to one picture after another, whole or in tiles, in smaller ones where memory runs out."""
-        if tiling not in ("auto", "on", "off"):
+        if not isinstance(tiling, int) and tiling not in ("auto", "on", "off"):
             raise ValueError(f"tiling: expected 'auto', 'on' or 'off', found {tiling!r}")
         weight = self.decoder.conv_in.weight
         check_dtype(weight.dtype)
@@ -277,8 +278,9 @@ class VAE(nn.Module):
         large = rows * columns * self.config.downscale**2 > AUTO_PIXELS
         sizes: tuple[int | None, ...] = (None,)
         if tiling != "off":
-            tiles = tuple(tile for tile in TILES if tile < max(rows, columns))
-            sizes = tiles if tiles and (tiling == "on" or large) else (None, *tiles)
+            largest = tiling if isinstance(tiling, int) else math.inf
+            tiles = tuple(tile for tile in TILES if tile < max(rows, columns) and tile <= largest)
+            sizes = tiles if tiles and (tiling not in ("auto", "off") or large) else (None, *tiles)
         pictures = []
         for picture in x.split(1):
             picture = picture.to(weight.device, weight.dtype)
@@ -291,7 +293,7 @@ class VAE(nn.Module):
                     )
                     break
                 except RuntimeError as error:
-                    if smaller is None or not _out_of_memory(error):
+                    if smaller is None or not out_of_memory(error):
                         raise
                     log.warning(
                         "VAE: out of memory on shape %s with %s; trying again with tiles of %d cells",
@@ -316,7 +318,7 @@ def check_dtype(dtype: torch.dtype) -> None:
         )
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
     """GPUs raise torch.OutOfMemoryError; the CPU's and Apple's allocators a RuntimeError with these words."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or bool(
         re.search("out of memory|not enough memory|can't allocate memory", str(error))
@@ -363,7 +365,7 @@ def tiled(function: Callable, x: Tensor, tile: int, overlap: int, cell_in: int, 
 
 
 @torch.no_grad()
-def decode_image(vae: VAE, latents: Tensor, tiling: str = "auto") -> Tensor:
+def decode_image(vae: VAE, latents: Tensor, tiling: str | int = "auto") -> Tensor:
     """Scaled latents (B, C, h, w) -> pictures (B, H, W, 3) fp32 in 0..1 on the VAE's device; see VAE.decode."""
     return vae.decode(latents, tiling).add_(1).div_(2).clamp_(0, 1).permute(0, 2, 3, 1).contiguous()
 
@@ -517,6 +519,34 @@ def _check_tensors(
         )
 
 
+def read_vae_config(path: str | Path) -> VAEConfig:
+    """The sizes of the VAE in a file or folder, from its header; errors as load_vae."""
+    return _identify(open_tensors(path))[0].config
+
+
+def _identify(files: TensorFiles) -> tuple[VAE, dict[str, str]]:
+    """The VAE of a checked file, without its weights, and our name -> key of each tensor."""
+    try:
+        names = _names(list(files.keys()))
+        shapes = {name: files.tensors[key][1] for name, key in names.items()}
+        # BFL stores the attention's linear layers as 1x1 convolutions.
+        shapes = {
+            name: shape[:2] if ".attentions." in name and name != names[name] and shape[2:] == (1, 1) else shape
+            for name, shape in shapes.items()
+        }
+        raw = files.metadata.get("config")
+        config = config_from_diffusers(json.loads(raw)) if raw else config_from_shapes(shapes)
+        with torch.device("meta"):
+            vae = VAE(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+        _check_tensors(names, shapes, expected, files.tensors)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{files.path}: expected JSON as config, found {raw!r} ({error}); {_REMEDY}") from None
+    except ValueError as error:
+        raise ValueError(f"{files.path}: {error}") from None
+    return vae, names
+
+
 def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
     """The VAE of a safetensors file (diffusers or BFL names) or a diffusers folder, frozen, on a device.
 
@@ -526,24 +556,8 @@ def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     """
     check_dtype(dtype)
     with open_tensors(path) as files:
-        try:
-            names = _names(list(files.keys()))
-            shapes = {name: files.tensors[key][1] for name, key in names.items()}
-            # BFL stores the attention's linear layers as 1x1 convolutions.
-            shapes = {
-                name: shape[:2] if ".attentions." in name and name != names[name] and shape[2:] == (1, 1) else shape
-                for name, shape in shapes.items()
-            }
-            raw = files.metadata.get("config")
-            config = config_from_diffusers(json.loads(raw)) if raw else config_from_shapes(shapes)
-            with torch.device("meta"):
-                vae = VAE(config)
-            expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-            _check_tensors(names, shapes, expected, files.tensors)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{files.path}: expected JSON as config, found {raw!r} ({error}); {_REMEDY}") from None
-        except ValueError as error:
-            raise ValueError(f"{files.path}: {error}") from None
+        vae, names = _identify(files)
+        expected = {name: tensor.shape for name, tensor in vae.state_dict().items()}
         state = {
             name: files.get(key).reshape(expected[name]).to(device, dtype, copy=True) for name, key in names.items()
         }

@@ -55,14 +55,14 @@ def test_different_sizes_are_refused():
 
 def test_comparison_scores_every_other_model_for_every_seed():
     calls = []
-    pipelines = {"right": Fake(0), "near": Fake(3), "far": Fake(30)}
-    drawn, scores = compare("x", pipelines, [4, 5], progress=lambda *call: calls.append(call))
+    models = {"right": lambda: Fake(0), "near": lambda: Fake(3), "far": lambda: Fake(30)}
+    drawn, scores = compare("x", models, [4, 5], progress=lambda *call: calls.append(call))
     assert [(score.label, score.seed) for score in scores] == [("near", 4), ("near", 5), ("far", 4), ("far", 5)]
     assert scores[0].psnr > scores[2].psnr + 10 and scores[0].ssim > scores[2].ssim
     assert calls[-1] == (6, 6, "far")
     assert drawn.width > 3 * 64 and drawn.height > 2 * 64
     with pytest.raises(ValueError, match="two models or more"):
-        compare("x", {"one": Fake(0)}, [1])
+        compare("x", {"one": lambda: Fake(0)}, [1])
 
 
 def test_sheet_shows_each_picture_where_it_belongs():

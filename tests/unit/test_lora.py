@@ -15,6 +15,7 @@ from zimage_core import keys, lora
 from zimage_core.adapters import Linear
 from zimage_core.checkpoint import describe, load_transformer
 from zimage_core.config import ZImageConfig
+from zimage_core.demo import demo_loras
 from zimage_core.encoder_formats import StoredLinear
 from zimage_core.lora import Lora, load_lora
 from zimage_core.svdq import SVDQLinear
@@ -498,16 +499,6 @@ def test_refiner_loras_change_what_prepare_made_and_the_version_says_so(model):
     assert model.adapter_version == version + 1
 
 
-def test_row_spans_of_one_fused_linear(model):
-    pairs = random_pairs(modules={"layers.0.attention.to_v": (DIM, DIM)})
-    down, up = pairs["layers.0.attention.to_v"]
-    lora.apply(model, [(Lora.from_pairs(pairs), 1.0)])
-    expected = picture(model)
-    for where in ({"part": "v"}, {"rows": (2 * DIM, 3 * DIM)}):
-        lora.apply(model, [(Lora.from_pair("layers.0.attention.to_qkv", down, up, **where), 1.0)])
-        assert torch.equal(picture(model), expected)
-
-
 # ---------------------------------------------------------------- the text encoder
 
 
@@ -764,3 +755,27 @@ def test_command_line(tiny_files, files, tmp_path, capsys):
     for arguments in (["inspect"], ["generate", "x", *options, "--lora"]):
         assert cli.main([*arguments, str(files / "flux.safetensors")]) == 2
         assert "found one for Flux" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("style", ["frame", "grey"])
+@pytest.mark.skipif(not all(path.is_file() for path in demo_loras().values()), reason="no demo LoRAs in this checkout")
+def test_the_bundled_loras_show_with_strength(style, monkeypatch):
+    """Read from the pixels: the frame grows pink, the colours go."""
+    import numpy as np
+
+    from zimage_core.pipeline import load_pipeline
+
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "demo_training")
+    import train_lora
+
+    assert demo_loras()[style].stat().st_size < 400_000
+    pipe = load_pipeline(device="cpu")
+    seen = []
+    for strength in (0.0, 0.5, 1.0):
+        pipe.set_loras([(demo_loras()[style], strength)])
+        pictures = pipe(["a red circle on a blue background", "a green star on white"], 128, 128, generator=3)
+        seen.append(np.mean([train_lora.measure(np.asarray(picture), style) for picture in pictures]))
+    if style == "frame":
+        assert seen[0] < 0.02 and seen[0] <= seen[1] < seen[2] and seen[2] > 0.8
+    else:
+        assert seen[0] > seen[1] > seen[2] and seen[2] < 0.25 * seen[0]

@@ -87,7 +87,15 @@ def pack(tmp_path_factory):
         "supported_models": {"ZImage": type("ZImage", (), {})},
         "sd": {"CLIP": object, "VAE": object},
     }
-    names = ["conds", "ldm.common_dit", "ldm.modules.attention", "model_management", "patcher_extension", "sample"]
+    names = [
+        "conds",
+        "latent_formats",
+        "ldm.common_dit",
+        "ldm.modules.attention",
+        "model_management",
+        "patcher_extension",
+        "sample",
+    ]
     names += ["samplers", "utils", "ldm", "ldm.modules", *classes]
     stand_ins = {f"comfy.{n}": empty(f"comfy.{n}", **classes.get(n, {})) for n in names}
     stand_ins |= {"comfy": empty("comfy"), "folder_paths": FolderPaths(root)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from dataclasses import replace
@@ -194,6 +195,20 @@ def test_fp8_source_is_read_with_a_warning(dense, source, tmp_path):
     prefix = "noise_refiner.0.feed_forward.net.2."
     weights = [SVDQWeights.from_packed(file, prefix).dequantize() for file in (a, b)]
     assert torch.dist(*weights) < 0.15 * weights[0].norm()
+
+
+@pytest.mark.parametrize("rank", [None, 16])
+def test_synthetic_files_load(tmp_path, rank):
+    path = Path(__file__).parents[2] / "benchmarks" / "make_synthetic.py"
+    spec = importlib.util.spec_from_file_location("make_synthetic", path)
+    make_synthetic = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_synthetic)
+    assert make_synthetic.write_synthetic(tmp_path / "f", CONFIG, rank) == (tmp_path / "f").stat().st_size
+    model = load_transformer(tmp_path / "f", dtype=torch.float32)
+    with torch.inference_mode():
+        cond = model.prepare([torch.ones(5, CONFIG.cap_feat_dim)], 64, 64)
+        output = model(torch.randn(1, 16, 8, 8), torch.tensor([0.5]), cond)
+    assert 0.3 < output.std() < 3
 
 
 def test_progress_counts_to_the_end(source, tmp_path):

@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "checkpoint": {"adapters", "backends", "config", "keys", "layout", "ops", "svdq", "tensorfiles", "transformer"},
     "svdq_file": {"config", "keys", "layout", "transformer"},
     "lora": {"adapters", "checkpoint", "keys", "svdq", "tensorfiles"},
-    "offload": {"svdq"},
+    "offload": set(),
+    "plan": {"offload", "vae"},
     "solver": {"layout", "svdq"},
     "compare": set(),
     "calibrate": {"config", "sampler", "solver", "transformer"},
@@ -51,7 +52,8 @@ MAY_IMPORT = {
     "demo": set(),
     "hub": {"tensorfiles"},
     "pipeline": {
-        *("checkpoint", "demo", "hub", "lora", "offload", "sampler", "text_encoder", "transformer", "vae"),
+        *("backends", "checkpoint", "demo", "hub", "lora", "offload", "ops", "plan", "sampler"),
+        *("text_encoder", "transformer", "vae"),
     },
     "cli": {
         *("", "backends", "checkpoint", "compare", "demo", "hub", "lora", "offload", "pipeline", "quantize"),

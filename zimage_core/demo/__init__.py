@@ -19,3 +19,8 @@ def demo_files() -> dict[str, Path]:
         "tokenizer": FOLDER / "tokenizer",
         "vae": FOLDER / "vae.safetensors",
     }
+
+
+def demo_loras() -> dict[str, Path]:
+    """Paths of the bundled LoRAs: `frame` (a LoRA: a pink frame) and `grey` (a LoKr: no colours)."""
+    return {name: FOLDER / "loras" / f"{name}.safetensors" for name in ("frame", "grey")}

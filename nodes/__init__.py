@@ -1,0 +1,27 @@
+"""The ComfyUI node classes of Z-Image INT4. Ids are for ever: saved workflows hold them."""
+
+from .conditioning import ZImagePromptEncode
+from .loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
+from .lora import ZImageLoraLoader
+from .sampling import ZImageSampler
+from .vae import ZImageVAEDecode
+
+NODE_CLASS_MAPPINGS = {
+    "ZImageINT4ModelLoader": ZImageINT4ModelLoader,
+    "ZImageTextEncoderLoader": ZImageTextEncoderLoader,
+    "ZImagePromptEncode": ZImagePromptEncode,
+    "ZImageSampler": ZImageSampler,
+    "ZImageLoraLoader": ZImageLoraLoader,
+    "ZImageVAELoader": ZImageVAELoader,
+    "ZImageVAEDecode": ZImageVAEDecode,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "ZImageINT4ModelLoader": "Z-Image INT4 Model Loader",
+    "ZImageTextEncoderLoader": "Z-Image Text Encoder Loader",
+    "ZImagePromptEncode": "Z-Image Prompt",
+    "ZImageSampler": "Z-Image Sampler",
+    "ZImageLoraLoader": "Z-Image LoRA Loader",
+    "ZImageVAELoader": "Z-Image VAE Loader",
+    "ZImageVAEDecode": "Z-Image VAE Decode",
+}

@@ -1,0 +1,40 @@
+"""The prompt node."""
+
+from __future__ import annotations
+
+from . import host
+
+
+class ZImagePromptEncode:
+    """Prompt -> CONDITIONING."""
+
+    DESCRIPTION = (
+        "Turns a prompt into conditioning, in the chat template that Z-Image was made for. Plain sentences work best; "
+        "what comes after 512 tokens is cut off. The encoder leaves the GPU afterwards."
+    )
+    SEARCH_ALIASES = ["z-image", "zimage", "prompt", "clip text encode", "text"]
+    CATEGORY = "Z-Image INT4"
+    FUNCTION = "encode"
+    RETURN_TYPES = ("CONDITIONING",)
+    RETURN_NAMES = ("conditioning",)
+    OUTPUT_TOOLTIPS = ("What the sampler is to draw.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "clip": ("CLIP", {"tooltip": "From the Z-Image Text Encoder Loader, or Load CLIP with Qwen3-4B."}),
+                "prompt": (
+                    "STRING",
+                    {
+                        "multiline": True,
+                        "dynamicPrompts": True,
+                        "default": "",
+                        "tooltip": "What to draw, in words. Weights such as (red:1.2) mean nothing to Z-Image.",
+                    },
+                ),
+            }
+        }
+
+    def encode(self, clip, prompt):
+        return (host.encode_prompt(clip, prompt),)

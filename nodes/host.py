@@ -1,0 +1,835 @@
+"""The only file that touches ComfyUI: paths, devices, MODEL / CLIP / VAE around `zimage_core`, sampling, progress.
+
+A Z-Image transformer becomes a MODEL through a `BaseModel` that ComfyUI takes for its own Lumina 2 (so that its
+samplers, model-sampling nodes and LoRA key maps apply) and a subclass of the plain `ModelPatcher` that turns the
+host's byte allowance into whole blocks. Written against ComfyUI 0.18 and 0.33: what differs between them is probed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import uuid
+from pathlib import Path
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.ldm.common_dit
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor
+
+DEMO = "bundled demo"
+EXTENSIONS = (".safetensors", ".sft")
+LATENT_CHANNELS = 16
+HONOURED_PATCHES = ("double_block", "noise_refiner")
+PROMPT_TOKENS = 512
+
+logger = logging.getLogger(__name__)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
+
+
+def choices(folder: str, demo: str, folders_too: bool = False) -> list[str]:
+    """Names for a loader's list: the files (and model folders) of a models folder, and the bundled file `demo`.
+
+    The demo comes first where there is nothing else.
+    """
+    names = []
+    if folder in folder_paths.folder_names_and_paths:
+        names = [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(EXTENSIONS)]
+        for root in map(Path, folder_paths.get_folder_paths(folder) if folders_too else ()):
+            if root.is_dir():
+                names += sorted(p.name for p in root.iterdir() if (p / "config.json").is_file())
+                names += sorted(str(p.relative_to(root)) for p in root.rglob("*.gguf"))
+    return [*dict.fromkeys(names), *demo_paths(demo)]
+
+
+def demo_paths(kind: str) -> dict[str, Path]:
+    """The bundled files of a kind by the names that the lists show."""
+    from ..zimage_core.demo import demo_files, demo_loras
+
+    if kind == "lora":
+        return {f"{DEMO}: {name}": path for name, path in demo_loras().items() if path.is_file()}
+    return {DEMO: demo_files()[kind]}
+
+
+def find(folder: str, name: str, demo: str) -> Path:
+    """The path behind a name of `choices`; demo is the kind of the bundled file. ValueError where it is missing."""
+    bundled = demo_paths(demo)
+    if name in bundled:
+        return bundled[name]
+    known = folder in folder_paths.folder_names_and_paths
+    roots = folder_paths.get_folder_paths(folder) if known else []
+    path = folder_paths.get_full_path(folder, name) if known else None
+    for root in roots:
+        if path is None and name and (Path(root) / name / "config.json").is_file():
+            path = Path(root) / name
+    if path is None:
+        where = " or ".join(map(str, roots)) or f"models/{folder}"
+        instead = f", or choose {next(iter(bundled))!r}" if bundled else ""
+        raise ValueError(f"{name!r} is not in {where}: put the file there and press R to refresh{instead}")
+    return Path(path)
+
+
+def checked(check, value) -> bool | str:
+    """True, or the sentence that `VALIDATE_INPUTS` shows; linked values (not text yet) are checked when they run."""
+    try:
+        if isinstance(value, str):
+            check(value)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return True
+
+
+def check_model(name: str) -> None:
+    """ValueError unless a file of `diffusion_models` is a model that can be loaded, from its header."""
+    from ..zimage_core.checkpoint import identify
+
+    path = find("diffusion_models", name, "model")
+    if name != DEMO:
+        identify(path)
+
+
+def check_encoder(name: str) -> None:
+    """ValueError unless a file or folder of `text_encoders` is a text encoder that can be loaded."""
+    from ..zimage_core.encoder_formats import open_encoder
+    from ..zimage_core.text_encoder import check_model as check_names
+    from ..zimage_core.text_encoder import read_config
+
+    path = find("text_encoders", name, "text_encoder")
+    if name != DEMO and not reads_encoder(path):
+        with open_encoder(path) as file:
+            check_names(file.weights, file.others, file.where)
+            read_config(file.config, file.weights, file.where)
+
+
+def check_vae(name: str) -> None:
+    """ValueError unless a file of `vae` is a 16-channel autoencoder."""
+    from ..zimage_core.checkpoint import describe
+    from ..zimage_core.tensorfiles import read_header
+
+    path = find("vae", name, "vae")
+    if name == DEMO or path.is_dir():
+        return
+    header = read_header(path)
+    first = header.tensors.get("decoder.conv_in.weight")
+    if first is None:
+        kind = describe(header.tensors, header.metadata)
+        raise ValueError(f"{path}: expected a VAE, found {kind}; get ae.safetensors and put it into models/vae")
+    if first[1][1] != LATENT_CHANNELS:
+        raise ValueError(
+            f"{path}: this VAE has {first[1][1]} latent channels, Z-Image's has {LATENT_CHANNELS}; get ae.safetensors"
+        )
+
+
+def check_lora(name: str) -> None:
+    """ValueError unless a file of `loras` is a LoRA for Z-Image, from its header."""
+    from ..zimage_core import lora
+
+    lora.inspect(find("loras", name, "lora"))
+
+
+def say(text: str, node_id: str | None) -> None:
+    """Show a line of text on a node, where this ComfyUI can."""
+    from server import PromptServer
+
+    send = getattr(getattr(PromptServer, "instance", None), "send_progress_text", None)
+    if send is not None and node_id is not None:
+        send(text, node_id)
+
+
+# ---- MODEL ----------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str, backend: str, precision: str) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL from a file of `diffusion_models`, its weights on ComfyUI's offload device."""
+    from ..zimage_core.checkpoint import load_transformer
+
+    path = find("diffusion_models", name, "model")
+    device = comfy.model_management.get_torch_device()
+    offload = comfy.model_management.unet_offload_device()
+    dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=[torch.bfloat16, torch.float32])
+    transformer = load_transformer(
+        path, device=offload, dtype=dtype, backend=backend, precision=precision, compute_device=device
+    )
+    patcher = wrap_transformer(transformer, device, offload)
+    patcher.cached_patcher_init = (_reload_model, (name, backend, precision))
+    return patcher
+
+
+def _reload_model(name: str, backend: str, precision: str, disable_dynamic: bool = False):
+    """What ComfyUI calls for another copy of the model (one per GPU)."""
+    return load_model(name, backend, precision)
+
+
+def wrap_transformer(transformer, device: torch.device, offload: torch.device) -> ZImagePatcher:
+    """A MODEL of a core transformer."""
+    config = transformer.config
+    model_config = ModelConfig(
+        {
+            "image_model": "lumina2",
+            "dim": config.dim,
+            "n_layers": config.n_layers,
+            "n_refiner_layers": config.n_refiner_layers,
+            "n_heads": config.n_heads,
+            "cap_feat_dim": config.cap_feat_dim,
+            "in_channels": config.in_channels,
+            "patch_size": config.patch_size,
+            "disable_unet_model_creation": True,
+        }
+    )
+    model_config.set_inference_dtype(transformer.dtype, None)
+    return ZImagePatcher(ZImageModel(model_config, transformer, offload), device, offload)
+
+
+def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
+    """One line on what was loaded and what runs it."""
+    transformer = patcher.model.diffusion_model.transformer
+    info, backend = transformer.checkpoint, transformer.backend
+    name = backend and {"reference": "torch", "kitchen": "comfy-kitchen"}.get(backend.name, backend.name)
+    kind = f"INT4 r{info.rank}, {name} {backend.precision}" if backend else f"{info.format} {info.dtype}"
+    return f"{kind}, {patcher.model_size() / 2**30:.2f} GiB"
+
+
+class ModelConfig(comfy.supported_models.ZImage):
+    """ComfyUI's settings for Z-Image (shift 3, latent format), for a module that is built elsewhere."""
+
+
+class DiffusionModel(torch.nn.Module):
+    """The module that ComfyUI calls: honours transformer_options, refuses by name what it cannot honour."""
+
+    def __init__(self, transformer):
+        from ..zimage_core.offload import BlockStreamer
+
+        super().__init__()
+        self.transformer = transformer
+        self.stages = {
+            "context_refiner": 0,
+            "noise_refiner": len(transformer.context_refiner),
+            "layers": len(transformer.context_refiner) + len(transformer.noise_refiner),
+        }
+        blocks = [*transformer.context_refiner, *transformer.noise_refiner, *transformer.layers]
+        self.streamer = BlockStreamer(blocks, transformer)
+        self.stock_loras: dict = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, **conds) -> Tensor:
+        """x (B, 16, H/8, W/8), timesteps (B,) sigma in 0..1, context (B, L, C) -> d x / d sigma."""
+        options = {} if transformer_options is None else transformer_options
+        refuse(options, control)
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._forward,
+            self,
+            comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options),
+        ).execute(x, timesteps, context, transformer_options=options, **conds)
+
+    def _forward(self, x, timesteps, context, transformer_options=None, **conds) -> Tensor:
+        from ..zimage_core.sampler import predict_flow
+        from ..zimage_core.transformer import Hooks
+
+        options = {} if transformer_options is None else transformer_options
+        height, width = x.shape[-2:]
+        patch = self.transformer.config.patch_size
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
+        run = BlockRunner(self, options, x)
+        hooks = Hooks(run_block=run, attention=functools.partial(attend, options), rope=rope(options))
+        cond = run.cond = self.transformer.prepare(list(context), x.shape[-2] * 8, x.shape[-1] * 8, hooks)
+        model = functools.partial(self.transformer, hooks=hooks)
+        return predict_flow(model, x, timesteps, cond)[:, :, :height, :width]
+
+
+class BlockRunner:
+    """Runs the blocks of one forward: interrupts, streaming, and the patches that stock nodes hang on blocks."""
+
+    def __init__(self, module: DiffusionModel, options: dict, x: Tensor):
+        self.module, self.options, self.x = module, options, x
+        self.patches = options.get("patches", {})
+        self.cond = None
+        self.first: Tensor | None = None  # what the stage began with
+
+    def __call__(self, stage: str, index: int, block, x: Tensor, *args) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if index == 0:
+            self.first = x
+        if stage == "layers":
+            total = len(self.module.transformer.layers)
+            self.options.update(total_blocks=total, block_type="double", block_index=index)
+        out = self.module.streamer.run(self.module.stages[stage] + index, lambda: block(x, *args))
+        if stage == "noise_refiner":
+            for patch in self.patches.get("noise_refiner", ()):
+                given = self._given(index, out, self.first, self.cond.context, *args)
+                out = patch({**given, "block_type": "noise_refiner"}).get("img", out)
+        elif stage == "layers":
+            n = self.cond.image_tokens
+            for patch in self.patches.get("double_block", ()):
+                image, text = out[:, :n], out[:, n:]
+                cos, sin, _, t_emb, _ = args
+                given = self._given(index, image, self.first[:, :n], text, cos[:, :n], sin[:, :n], None, t_emb)
+                result = patch(given)  # may also write into img and txt, which are views of out
+                if "img" in result:
+                    out[:, :n] = result["img"]
+                if "txt" in result:
+                    out[:, n:] = result["txt"]
+        return out
+
+    def _given(self, index, img, img_input, txt, cos, sin, _mask, t_emb, *_attention) -> dict:
+        """What ComfyUI's Lumina 2 hands to a patch."""
+        pe = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
+        return {
+            "img": img,
+            "img_input": img_input,
+            "txt": txt,
+            "pe": pe,
+            "vec": t_emb,
+            "x": self.x,
+            "block_index": index,
+            "transformer_options": self.options,
+        }
+
+
+def attend(options: dict, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The attention that the user chose for ComfyUI, or that a node put into transformer_options."""
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    function = comfy.ldm.modules.attention.optimized_attention_masked
+    return function(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
+
+
+def rope(options: dict) -> tuple[float, float, float, float] | None:
+    """ComfyUI's rope options (the RoPE scaling node) in the core's terms."""
+    asked = options.get("rope_options")
+    if asked is None:
+        return None
+    names = (("scale_y", 1.0), ("shift_y", 0.0), ("scale_x", 1.0), ("shift_x", 0.0))
+    return tuple(float(asked.get(name, default)) for name, default in names)
+
+
+def refuse(options: dict, control) -> None:
+    """ValueError naming what a node asks for that Z-Image cannot honour; silence would give a wrong picture."""
+    asked = [f"the patch {name!r}" for name, found in options.get("patches", {}).items() if found]
+    asked = [what for what in asked if what not in {f"the patch {name!r}" for name in HONOURED_PATCHES}]
+    asked += [f"the replaced block {name!r}" for name, found in options.get("patches_replace", {}).items() if found]
+    if control is not None:
+        asked.append("a ControlNet of Stable Diffusion's kind")
+    if asked:
+        raise ValueError(
+            f"Z-Image cannot honour {', '.join(asked)}: remove the node between loader and sampler that adds it "
+            f"(wrappers, attention overrides, RoPE options and the patches {', '.join(HONOURED_PATCHES)} do work)"
+        )
+
+
+class ZImageModel(comfy.model_base.Lumina2):
+    """What ComfyUI holds as the model; a Lumina 2 in its eyes, without Lumina's own module."""
+
+    def __init__(self, model_config, transformer, device=None):
+        comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLOW, device=device)
+        self.diffusion_model = DiffusionModel(transformer)
+
+    def extra_conds(self, **kwargs) -> dict:
+        for key, what in (
+            ("reference_latents", "reference latents"),
+            ("reference_latents_text_embeds", "reference texts"),
+            ("unclip_conditioning", "CLIP vision images"),
+        ):
+            if kwargs.get(key):
+                raise ValueError(f"Z-Image Turbo takes no {what}: remove the node that adds them to the conditioning")
+        out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
+        context, wanted = kwargs.get("cross_attn"), self.diffusion_model.transformer.config.cap_feat_dim
+        if context is not None:
+            if context.shape[-1] != wanted:
+                raise ValueError(
+                    f"the conditioning is {context.shape[-1]} wide, this model wants {wanted}: encode the prompt with "
+                    f"{'Qwen3-4B' if wanted == 2560 else f'the text encoder {DEMO!r}'}"
+                )
+            out["c_crossattn"] = comfy.conds.CONDRegular(context)
+        return out
+
+    def extra_conds_shapes(self, **kwargs) -> dict:
+        return {}
+
+    def memory_required(self, input_shape, cond_shapes=None) -> float:
+        """Bytes of activations and of the backend's buffers for latents of a shape (B, 16, H/8, W/8), as planned.
+
+        Captions are taken to be at their longest, and one per picture.
+        """
+        from ..zimage_core import ops, plan
+
+        transformer = self.diffusion_model.transformer
+        config, backend = transformer.config, transformer.backend
+        device, size = comfy.model_management.get_torch_device(), transformer.dtype.itemsize
+        batch, height, width = input_shape[0], *input_shape[-2:]
+        tokens = plan.padded(-(-height // config.patch_size) * -(-width // config.patch_size))
+        rows, fp16 = batch * (tokens + PROMPT_TOKENS), transformer.dtype is torch.float16
+        arithmetic = plan.arithmetic(backend, device) if backend else "dense"
+        rank = transformer.checkpoint.rank
+        fused = transformer.layers[0].ops is not ops.TORCH
+        need = plan.transformer_need(config, rows, rank, arithmetic, fused, size, fp16).total
+        need += plan.conditioning_bytes(config, tokens, [PROMPT_TOKENS] * batch, size, fp16)
+        need += plan.latents_bytes(8 * height, 8 * width, batch) + plan.libraries(device)
+        memory = comfy.model_management
+        if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
+            need += batch * (tokens + PROMPT_TOKENS) ** 2 * size * 2  # scores of one head at a time
+        return need
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Names and shapes as ComfyUI's own Z-Image has them, without data: for key maps, not for saving."""
+        return dict(self._stock_shapes)
+
+    @functools.cached_property
+    def _stock_shapes(self) -> dict[str, Tensor]:
+        return stock_state(self.diffusion_model.transformer)
+
+    def state_dict_for_saving(self, *args, **kwargs):
+        raise ValueError(
+            "an INT4 model cannot be saved from here: the file it was loaded from is what there is to keep"
+        )
+
+
+STOCK_NAMES = (
+    ("attention.to_qkv", "attention.qkv"),
+    ("attention.to_out", "attention.out"),
+    ("attention.norm_q", "attention.q_norm"),
+    ("attention.norm_k", "attention.k_norm"),
+)
+
+
+def stock_state(transformer) -> dict[str, Tensor]:
+    """{ComfyUI's key: empty tensor of the dense shape} for every weight of a transformer."""
+    state = {}
+
+    def add(key: str, *shape: int) -> None:
+        state[f"diffusion_model.{key}"] = torch.empty(shape, device="meta", dtype=transformer.dtype)
+
+    for name, module in transformer.named_modules():
+        for ours, theirs in STOCK_NAMES:
+            name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
+        if hasattr(module, "in_features"):
+            n, k = module.out_features, module.in_features
+            if name.endswith("feed_forward.w3_w1"):
+                for part in ("w1", "w3"):
+                    add(f"{name.removesuffix('w3_w1')}{part}.weight", n // 2, k)
+                continue
+            add(f"{name}.weight", n, k)
+            if getattr(module, "bias", None) is not None:
+                add(f"{name}.bias", n)
+        else:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                add(f"{name}.{leaf}".lstrip("."), *parameter.shape)
+    return state
+
+
+class ZImagePatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher that moves whole blocks, and keeps adapters (LoRA) per clone instead of patching weights.
+
+    Clones share the module: whichever clone ComfyUI loads for a run sets its own adapters first.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loras: tuple = ()  # (Lora, strength) of ZImageLoraLoader; stock loaders' are in self.patches
+
+    @property
+    def module(self) -> DiffusionModel:
+        return self.model.diffusion_model
+
+    def model_size(self) -> int:
+        from ..zimage_core.offload import module_bytes
+
+        return module_bytes(self.module)
+
+    def clone(self, *args, **kwargs):
+        n = super().clone(*args, **kwargs)
+        n.loras = self.loras
+        return n
+
+    def add_lora(self, lora, strength: float) -> None:
+        self.loras += ((lora, strength),)
+        self.patches_uuid = uuid.uuid4()
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        for key, value in patches.items():
+            stock_lora(key, value, strength_model)
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def add_weight_wrapper(self, name, function):
+        raise ValueError(f"INT4 weights cannot be wrapped ({name}): remove the node that does it")
+
+    def get_key_patches(self, filter_prefix=None):
+        raise ValueError("INT4 models cannot be merged with others: merge BF16 files, then quantize the result")
+
+    def set_adapters(self, patches: dict) -> None:
+        """Make the shared module's adapters this clone's: its own LoRAs and what stock loaders patched."""
+        from ..zimage_core import lora
+
+        lora.apply(self.module.transformer, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        with self.use_ejected():
+            self.set_adapters(self.patches)
+            self.current_hooks = None
+            self._place(device_to, math.inf if full_load else lowvram_model_memory)
+            self.model.current_weight_patches_uuid = self.patches_uuid
+            for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
+                callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def _place(self, device, allowance: float) -> int:
+        """Move blocks to fit the allowance; returns how many bytes more than before are on the device."""
+        before = self.model.model_loaded_weight_memory
+        self.model.model_loaded_weight_memory = self.module.streamer.place(device, allowance)
+        self.model.model_lowvram = bool(self.module.streamer.host)
+        self.model.device = device
+        streamer, size = self.module.streamer, self.model.model_loaded_weight_memory / 2**20
+        logger.info("Z-Image: %d of %d blocks on %s, %.0f MiB", streamer.resident, len(streamer.blocks), device, size)
+        return self.model.model_loaded_weight_memory - before
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(None, unpatch_weights=False)  # object patches and injections
+        if unpatch_weights:
+            self.set_adapters({})
+            self.current_hooks = None
+            self.model.current_weight_patches_uuid = None
+            if device_to is not None and device_to != self.load_device:
+                self.module.streamer.leave()
+                self.model.device = device_to
+            self.model.model_lowvram = False
+            self.model.model_loaded_weight_memory = 0
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            used = self.model.model_loaded_weight_memory
+            self.unpatch_model(unpatch_weights=False)
+            self.patch_model(load_weights=False)
+            self.load(device_to, lowvram_model_memory=used + extra_memory)
+            return self.model.model_loaded_weight_memory - used
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        with self.use_ejected():
+            used = self.model.model_loaded_weight_memory
+            return -self._place(self.load_device, used - memory_to_free)
+
+    def patch_hooks(self, hooks):
+        patches = {key: list(found) for key, found in self.patches.items()}
+        for key, found in self.get_combined_hook_patches(hooks).items():
+            patches.setdefault(key, []).extend(found)
+        self.set_adapters(patches)
+        if self.model.model_lowvram:
+            self._place(self.load_device, self.model.model_loaded_weight_memory)
+        self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        if self.current_hooks is not None:
+            self.patch_hooks(None)
+
+
+ADAPTER_LEAVES = {  # ComfyUI's weight adapters: the tensors they hold, in their order, as files name them
+    "lora": ("lora_up.weight", "lora_down.weight", "alpha", None, "dora_scale", None),
+    "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", None, None, "dora_scale"),
+    "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", None, "dora_scale"),
+}
+
+
+def stock_lora(key, value, strength_model: float = 1.0):
+    """One patch of a stock LoRA loader as a core `Lora`; key is a name or (name, (axis, start, length)).
+
+    ValueError for what cannot run beside INT4 weights.
+    """
+    from ..zimage_core.lora import Lora
+
+    key, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
+    module, _, leaf = key.rpartition(".")
+    if rows is not None and module.endswith("attention.qkv") and rows[1] % rows[2] == 0:
+        module = f"{module.removesuffix('qkv')}to_{'qkv'[rows[1] // rows[2]]}"
+    elif rows is not None:
+        module = ""
+    kind = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) else type(value).__name__)
+    tensors = {}
+    if kind == "diff":
+        tensors = {"diff" if leaf == "weight" else "diff_b": value[1][0]}
+    elif kind in ADAPTER_LEAVES and leaf == "weight":
+        for name, tensor in zip(ADAPTER_LEAVES[kind], value.weights, strict=True):
+            if name is None and tensor is not None:
+                module = ""
+            elif tensor is not None:
+                tensors[name] = tensor if isinstance(tensor, Tensor) else torch.tensor(float(tensor))
+    if not module or not tensors or strength_model != 1.0:
+        raise ValueError(f"{key}: a {kind} patch cannot be applied to an INT4 model: use the Z-Image LoRA Loader")
+    return Lora.from_tensors({f"{module}.{name}": tensor for name, tensor in tensors.items()}, name=key)
+
+
+def stock_loras(patches: dict, known: dict) -> list[tuple]:
+    """[(Lora, strength)] of what stock LoRA loaders put into `patches`; `known` keeps the conversions in use."""
+    converted, found = {}, []
+    for key, entries in patches.items():
+        for strength, value, strength_model, offset, _function in entries:
+            name = (key, offset, id(value))
+            if name not in converted:
+                kept = known.get(name) or (value, stock_lora((key, offset), value, strength_model))
+                converted[name] = kept
+            found.append((converted[name][1], strength))
+    known.clear()
+    known.update(converted)
+    return found
+
+
+def add_lora(model, name: str, strength: float, node_id: str | None):
+    """A clone of MODEL with one LoRA more; a MODEL that is not ours gets it ComfyUI's way."""
+    from ..zimage_core import lora
+
+    path = find("loras", name, "lora")
+    if not isinstance(model, ZImagePatcher):
+        weights = comfy.utils.load_torch_file(str(path), safe_load=True)
+        return comfy.sd.load_lora_for_models(model, None, weights, strength, 0)[0]
+    loaded = lora.load_lora(path)
+    loaded.check(model.module.transformer)
+    n = model.clone()
+    n.add_lora(loaded, strength)
+    say(loaded.summary(), node_id)
+    return n
+
+
+# ---- CLIP -----------------------------------------------------------------------------------------------------
+
+
+def load_clip(name: str) -> comfy.sd.CLIP:
+    """A CLIP: ComfyUI's own for the files it reads, else one around the core's encoder."""
+    path = find("text_encoders", name, "text_encoder")
+    if name != DEMO and reads_encoder(path):
+        return comfy.sd.load_clip(
+            ckpt_paths=[str(path)],
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            clip_type=comfy.sd.CLIPType.LUMINA2,
+        )
+    return core_clip(path, find("text_encoders", name, "tokenizer") if name == DEMO else None)
+
+
+def reads_encoder(path: Path) -> bool:
+    """Whether ComfyUI's own loader reads an encoder file: Qwen3-4B, weights under their usual names."""
+    from ..zimage_core.tensorfiles import read_header
+
+    if path.is_dir() or not path.name.lower().endswith(EXTENSIONS):
+        return False
+    tensors = read_header(path).tensors
+    norm = tensors.get("model.layers.0.self_attn.q_norm.weight")
+    embedding = tensors.get("model.embed_tokens.weight")
+    plain = "model.layers.0.self_attn.q_proj.weight" in tensors
+    return bool(norm and plain and embedding and embedding[1][-1] == 2560)
+
+
+def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
+    """A CLIP around the core's text encoder and tokenizer."""
+    from ..zimage_core.pipeline import get_tokenizer
+    from ..zimage_core.text_encoder import load_text_encoder, load_tokenizer
+
+    root = Path(comfy.sd.__file__).parents[1]
+    tokenizer = load_tokenizer(tokenizer_path or get_tokenizer(path, comfyui=root))
+    device = comfy.model_management.text_encoder_device()
+    offload = comfy.model_management.text_encoder_offload_device()
+    dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+    encoder = CoreEncoder(load_text_encoder(path, device=offload, dtype=dtype))
+    clip = comfy.sd.CLIP(no_init=True)  # its constructor would load a patcher of its own; these are what clone() copies
+    clip.cond_stage_model = encoder
+    clip.tokenizer = CoreTokenizer(tokenizer)
+    clip.tokenizer_options = {}
+    clip.layer_idx = clip.apply_hooks_to_conds = None
+    clip.use_clip_schedule = False
+    clip.patcher = WholePatcher(encoder, load_device=device, offload_device=offload)
+    clip.patcher.is_clip = True
+    return clip
+
+
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher for modules that are on the device whole or not at all."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        return super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        return 0
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        return []
+
+
+class CoreTokenizer:
+    """The core's tokenizer in the shape of ComfyUI's; prompt weights mean nothing to Z-Image."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict:
+        ids = self.tokenizer(text)
+        return {"zimage": [[(i, 1.0, n) if return_word_ids else (i, 1.0) for n, i in enumerate(ids)]]}
+
+    def untokenize(self, token_weight_pair):
+        return [(pair, "") for pair in token_weight_pair]
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+class CoreEncoder(torch.nn.Module):
+    """The core's text encoder in the shape of ComfyUI's."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.manual_cast_dtype = None
+        self.dtypes = {encoder.dtype}
+
+    def encode_token_weights(self, tokens: dict):
+        """-> (1, L, C) fp32, no pooled vector, the mask: what ComfyUI's Z-Image encoder gives."""
+        outputs = []
+        for row in tokens["zimage"]:
+            outputs.append(self.encoder(torch.tensor([[pair[0] for pair in row]])).float())
+        cond = torch.cat(outputs).to(comfy.model_management.intermediate_device())
+        return cond, None, {"attention_mask": torch.ones(cond.shape[:2], dtype=torch.int64)}
+
+    def set_clip_options(self, options: dict) -> None:
+        pass
+
+    def reset_clip_options(self) -> None:
+        pass
+
+    def load_sd(self, sd):
+        return [], []
+
+
+def encode_prompt(clip: comfy.sd.CLIP, prompt: str):
+    """CONDITIONING of a prompt; the encoder leaves the device afterwards, so that sampling has it all."""
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    release(clip.patcher)
+    return conditioning
+
+
+def release(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Take one model off its device and out of ComfyUI's list of loaded ones."""
+    if patcher.load_device == patcher.offload_device:
+        return
+    keep = [
+        m for m in comfy.model_management.current_loaded_models if m.model is not None and not m.model.is_clone(patcher)
+    ]
+    comfy.model_management.free_memory(1e30, patcher.load_device, keep)
+
+
+# ---- VAE ------------------------------------------------------------------------------------------------------
+
+
+def load_vae(name: str, dtype: str) -> comfy.sd.VAE:
+    """A VAE: ComfyUI's own for files of Flux's size in either key style, else one around the core's."""
+    from ..zimage_core.tensorfiles import read_header
+
+    path = find("vae", name, "vae")
+    precision = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    header = read_header(path) if path.is_file() else None
+    if header and name != DEMO and header.tensors.get("decoder.conv_in.weight", ("", ()))[1] == (512, 16, 3, 3):
+        return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)), dtype=precision, metadata=header.metadata)
+    return core_vae(path, precision)
+
+
+def core_vae(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
+    """A VAE around the core's autoencoder."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    from ..zimage_core.vae import load_vae as load
+
+    sizes = {"ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": LATENT_CHANNELS}
+    sizes |= {"double_z": True, "resolution": 8, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+    params = {"ddconfig": sizes, "embed_dim": LATENT_CHANNELS}
+    vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), dtype=dtype, config={"params": params})
+    offload = comfy.model_management.vae_offload_device()
+    vae.first_stage_model = CoreVAE(load(path, device=offload, dtype=vae.vae_dtype))
+    vae.patcher = WholePatcher(vae.first_stage_model, load_device=vae.device, offload_device=offload)
+    vae.latent_channels = LATENT_CHANNELS
+    vae.size = None
+    return vae
+
+
+class CoreVAE(torch.nn.Module):
+    """The core's autoencoder in the shape of ComfyUI's: images in -1..1, latents as Flux's VAE leaves them.
+
+    ComfyUI scales and shifts latents by Flux's constants around every model of this kind; a VAE with constants of its
+    own (the demo's) is therefore called through its scaled form.
+    """
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+        self.latent_format = comfy.latent_formats.Flux()
+
+    def decode(self, latents: Tensor, **options) -> Tensor:
+        return self.vae.decode(self.latent_format.process_in(latents), tiling="off")
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.latent_format.process_out(self.vae.encode(images, tiling="off"))
+
+
+def decode(vae: comfy.sd.VAE, latent: dict, tiling: str) -> Tensor:
+    """LATENT -> IMAGE; "auto" tiles where the whole picture cannot fit the device."""
+    samples = latent["samples"]
+    if samples.shape[1] != LATENT_CHANNELS:
+        raise ValueError(
+            f"the latent has {samples.shape[1]} channels, Z-Image's have {LATENT_CHANNELS}: "
+            "decode it with the VAE of the model that made it"
+        )
+    if tiling == "auto":
+        need = vae.memory_used_decode(samples.shape, vae.vae_dtype)
+        tiling = "on" if need > comfy.model_management.get_total_memory(vae.device) else "off"
+    images = vae.decode_tiled(samples, tile_x=64, tile_y=64, overlap=16) if tiling == "on" else vae.decode(samples)
+    return images.reshape(-1, *images.shape[-3:])
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------
+
+
+def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float) -> Tensor:
+    """(steps + 1,) sigmas: the core's, or those of a model whose sampling is not Z-Image's own (or patched)."""
+    from ..zimage_core.sampler import SHIFT, get_sigmas
+
+    total = steps if denoise >= 1 else max(steps, int(steps / denoise))
+    sampling = model.get_model_object("model_sampling")
+    if "model_sampling" not in model.object_patches and getattr(sampling, "shift", None) == SHIFT:
+        return get_sigmas(steps, start=steps / total)
+    return comfy.samplers.calculate_sigmas(sampling, "simple", total)[-(steps + 1) :].cpu()
+
+
+def sample(model, positive, seed: int, steps: int, width: int, height: int, batch: int, latent: dict | None, denoise):
+    """Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple, cfg 1) does; returns a LATENT."""
+    import latent_preview
+
+    if latent is None:
+        shape = (batch, LATENT_CHANNELS, height // 8, width // 8)
+        latent = {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(1.0)
+    samples = guider.sample(
+        noise,
+        samples,
+        comfy.samplers.sampler_object("euler"),
+        schedule(model, steps, denoise),
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}

@@ -1,0 +1,223 @@
+"""Shared parts of the tests in a real ComfyUI.
+
+COMFYUI_PATH names a checkout; COMFYUI_PYTHON the interpreter that runs it where it is not the one that runs pytest.
+Tests marked `inside` import ComfyUI into this process (CPU); the others start its server and talk HTTP.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
+COMFYUI = Path(os.environ["COMFYUI_PATH"]).resolve() if os.environ.get("COMFYUI_PATH") else None
+PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+
+
+def pytest_collection_modifyitems(items):
+    if COMFYUI is None:
+        skip = pytest.mark.skip(reason="COMFYUI_PATH names no ComfyUI checkout")
+        for item in items:
+            if Path(item.path).parent == Path(__file__).parent and item.path.name != "test_tokens.py":
+                item.add_marker(skip)
+
+
+def load_pack(root: Path = ROOT, name: str = "zimage_pack"):
+    """The pack as ComfyUI loads it: the repository's root by path."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, root / "__init__.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory):
+    """ComfyUI imported into this process, on the CPU, with models folders of its own; gives the pack's host module."""
+    sys.path.insert(0, str(COMFYUI))
+    argv, sys.argv = sys.argv, ["pytest"]
+    try:
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = True
+        import folder_paths
+
+        import nodes  # noqa: F401  ComfyUI's own, before the pack's could take the name
+    except ImportError as error:
+        pytest.skip(f"this interpreter cannot import ComfyUI ({error}): run pytest with ComfyUI's own")
+    finally:
+        sys.argv = argv
+    base = tmp_path_factory.mktemp("comfy")
+    for key in ("diffusion_models", "text_encoders", "loras", "vae"):
+        (base / "models" / key).mkdir(parents=True)
+        folder_paths.folder_names_and_paths[key] = (
+            [str(base / "models" / key)],
+            folder_paths.folder_names_and_paths[key][1],
+        )
+    folder_paths.set_output_directory(str(base / "output"))
+    folder_paths.set_temp_directory(str(base / "temp"))
+    (base / "models" / "diffusion_models" / TINY.name).symlink_to(TINY)
+    pack = load_pack()
+    assert set(pack.NODE_CLASS_MAPPINGS)
+    return sys.modules["zimage_pack.nodes.host"]
+
+
+class Server:
+    """One running ComfyUI with the pack linked into its custom_nodes."""
+
+    def __init__(self, base: Path, *args: str, models: dict[str, Path] | None = None):
+        self.base = base
+        for name in ("models", "input", "output", "temp", "user", "custom_nodes"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        link = base / "custom_nodes" / "zimage-int4"
+        if not link.is_symlink():
+            link.symlink_to(ROOT)
+        for where, source in (models or {}).items():
+            target = base / "models" / where
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists():
+                target.symlink_to(source)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = base / "comfyui.log"
+        command = [PYTHON, str(COMFYUI / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base}/user/comfyui.db"]
+        command += ["--disable-api-nodes", "--disable-auto-launch", *args]
+        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, cwd=base, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
+        for _ in range(600):
+            if self.process.poll() is not None:
+                pytest.fail(f"ComfyUI ended at its start:\n{self.tail()}")
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.3)
+        self.stop()
+        pytest.fail(f"ComfyUI was not ready in time:\n{self.tail()}")
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def get(self, path: str, raw: bool = False):
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            data = response.read()
+        return data if raw else json.loads(data)
+
+    def post(self, path: str, body: dict) -> tuple[int, dict]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                data, status = response.read(), response.status
+        except urllib.error.HTTPError as error:
+            data, status = error.read(), error.code
+        return status, json.loads(data) if data else {}
+
+    def queue(self, workflow: dict, client: str = "test") -> str:
+        status, answer = self.post("/prompt", {"prompt": workflow, "client_id": client})
+        assert status == 200, json.dumps(answer, indent=1)
+        return answer["prompt_id"]
+
+    def wait(self, prompt_id: str, timeout: float = 300) -> dict:
+        """The history entry of a prompt, once it has ended."""
+        end = time.time() + timeout
+        while time.time() < end:
+            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+            if entry:
+                return entry
+            assert self.process.poll() is None, self.tail()
+            time.sleep(0.1)
+        raise AssertionError(f"prompt did not end in {timeout} s:\n{self.tail()}")
+
+    def run(self, workflow: dict, timeout: float = 300) -> dict:
+        return self.wait(self.queue(workflow), timeout)
+
+    def images(self, entry: dict) -> list[bytes]:
+        found = []
+        for output in entry["outputs"].values():
+            for item in output.get("images", ()):
+                query = "&".join(f"{k}={urllib.request.quote(item[k])}" for k in ("filename", "subfolder", "type"))
+                found.append(self.get(f"/view?{query}", raw=True))
+        return found
+
+    def rss(self) -> int:
+        """Resident bytes of the server process."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        raise AssertionError("no VmRSS")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("server")
+    running = Server(base, "--preview-method", "latent2rgb", models={f"diffusion_models/{TINY.name}": TINY})
+    yield running
+    running.stop()
+    if os.environ.get("ZIMAGE_KEEP_LOG"):
+        shutil.copy(running.log, os.environ["ZIMAGE_KEEP_LOG"])
+
+
+@pytest.fixture(scope="session")
+def real_names(server):
+    """The demo's files under the names that the workflows for real models ask for, a LoRA and a picture."""
+    from PIL import Image
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    demo = ROOT / "zimage_core" / "demo"
+    model = next(demo.glob("svdq-int4_*.safetensors"))
+    models = server.base / "models"
+    for folder, name, source in (
+        ("diffusion_models", "svdq-int4_r256-z-image-turbo.safetensors", model),
+        ("text_encoders", "qwen_3_4b.safetensors", next((demo / "text_encoder").glob("*.safetensors"))),
+        ("text_encoders", "tokenizer.json", demo / "tokenizer" / "tokenizer.json"),
+        ("vae", "ae.safetensors", demo / "vae.safetensors"),
+    ):
+        (models / folder).mkdir(exist_ok=True)
+        (models / folder / name).symlink_to(source)
+    config = demo / "text_encoder" / "config.json"
+    if config.is_file():
+        shutil.copy(config, models / "text_encoders" / "config.json")
+    import numpy as np
+
+    with safe_open(model, "np") as file:
+        dim = file.get_slice("layers.0.attention.to_out.0.qweight").get_shape()[0]
+    noise = np.random.default_rng(0)
+    name = "diffusion_model.layers.0.attention.to_out.0"
+    lora = {
+        f"{name}.lora_down.weight": noise.standard_normal((4, dim), dtype=np.float32) / dim**0.5,
+        f"{name}.lora_up.weight": noise.standard_normal((dim, 4), dtype=np.float32),
+    }
+    (models / "loras").mkdir(exist_ok=True)
+    save_file(lora, models / "loras" / "zimage_lora.safetensors")
+    Image.linear_gradient("L").convert("RGB").save(server.base / "input" / "example.png")
+    return models

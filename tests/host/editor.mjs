@@ -1,0 +1,114 @@
+// Opens workflows in ComfyUI's graph editor in headless Chromium and tells what it saw, as JSON.
+//   node editor.mjs URL JOBS.json REPORT.json
+// A job: {graph: FILE, shot: PNG, crop: [node types], run: true, help: node type, size: [w, h]}; crop takes pictures of
+// single nodes (PNG-<type>.png), run presses the editor's own queue button and waits, help opens a node's help page.
+// env: PLAYWRIGHT_CORE a folder whose node_modules holds playwright-core; CHROMIUM the browser (/usr/bin/chromium).
+import { createRequire } from 'node:module'
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+
+const { chromium } = createRequire(join(process.env.PLAYWRIGHT_CORE, 'x.js'))('playwright-core')
+const [url, jobsPath, reportPath] = process.argv.slice(2)
+const jobs = JSON.parse(readFileSync(jobsPath, 'utf8'))
+const folder = mkdtempSync(join(tmpdir(), 'editor-'))
+const context = await chromium.launchPersistentContext(folder, {
+  executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium', headless: true, viewport: { width: 1600, height: 1000 },
+  args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+    '--disable-component-update', '--disable-sync', '--use-gl=swiftshader', '--enable-unsafe-swiftshader'],
+})
+const log = []
+const reports = []
+const look = () => {
+  const registered = window.LiteGraph.registered_node_types
+  return window.app.graph.nodes.map(n => ({
+    id: n.id, type: n.type, known: !!registered[n.type], errors: !!n.has_errors,
+    widgets: Object.fromEntries((n.widgets ?? []).map(w => [w.name, w.value])),
+    badCombos: (n.widgets ?? []).filter(w => w.type === 'combo' && Array.isArray(w.options?.values)
+      && !w.options.values.includes(w.value)).map(w => `${w.name}=${w.value}`),
+    unlinked: (n.inputs ?? []).filter(i => i.link == null && !i.widget).map(i => i.name),
+  }))
+}
+const queue = ms => new Promise(done => {
+  const end = (how, detail) => done({ how, detail })
+  window.app.api.addEventListener('execution_error', e => end('error', e.detail.exception_message), { once: true })
+  window.app.api.addEventListener('execution_success', () => end('success'), { once: true })
+  window.app.queuePrompt(0, 1).then(ok => ok === false && end('refused', JSON.stringify(window.app.lastNodeErrors)))
+  setTimeout(() => end('timeout'), ms)
+})
+try {
+  const page = context.pages()[0] ?? await context.newPage()
+  const origin = new URL(url).origin
+  const local = u => u.startsWith(origin) || u.startsWith('data:') || u.startsWith('blob:')
+  await page.route('**/*', r => (local(r.request().url()) ? r.continue() : r.abort()))
+  page.on('console', m => m.type() === 'error' && log.push(`console: ${m.text()} @${m.location().url ?? ''}`))
+  page.on('pageerror', e => log.push(`page: ${e.stack ?? e}`))
+  page.on('response', r => r.status() >= 400 && log.push(`http ${r.status()}: ${r.url()}`))
+  for (const [key, value] of [['Comfy.TutorialCompleted', true], ['Comfy.Workflow.ShowMissingModelsWarning', false],
+    ['Comfy.Minimap.Visible', false], ['Comfy.RightSidePanel.IsOpen', false]])
+    await page.request.post(`${url}/api/settings/${key}`, { data: JSON.stringify(value), headers: { 'content-type': 'application/json' } })
+  await page.addInitScript(() => localStorage.setItem('Comfy.Settings.TutorialCompleted', 'true'))
+  await page.goto(url, { waitUntil: 'domcontentloaded', timeout: 180000 })
+  await page.waitForFunction(() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100, null, { timeout: 180000 })
+  await page.waitForTimeout(1500)
+  for (const job of jobs) {
+    const report = { graph: job.graph }
+    await page.evaluate(w => window.app.loadGraphData(w, true, true), JSON.parse(readFileSync(job.graph, 'utf8')))
+    await page.waitForTimeout(1200)
+    report.nodes = await page.evaluate(look)
+    report.api = (await page.evaluate(() => window.app.graphToPrompt())).output
+    await page.evaluate(() => {
+      const nodes = window.app.graph.nodes, canvas = window.app.canvas
+      const x0 = Math.min(...nodes.map(n => n.pos[0])) - 30, y0 = Math.min(...nodes.map(n => n.pos[1])) - 80
+      const x1 = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 30, y1 = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 60
+      canvas.ds.scale = Math.min(1, 1480 / (x1 - x0), 900 / (y1 - y0))
+      canvas.ds.offset = [-x0 + 60 / canvas.ds.scale, -y0 + 60 / canvas.ds.scale]
+      canvas.setDirty(true, true)
+    })
+    await page.waitForTimeout(600)
+    if (job.shot) await page.screenshot({ path: job.shot })
+    for (const type of job.crop ?? []) {
+      const box = await page.evaluate(t => {
+        const n = window.app.graph.nodes.find(n => n.type === t), canvas = window.app.canvas
+        canvas.ds.scale = 1.25
+        canvas.ds.offset = [-n.pos[0] + 120, -n.pos[1] + 140]
+        canvas.setDirty(true, true)
+        return [n.size[0], n.size[1]]
+      }, type)
+      await page.waitForTimeout(500)
+      const at = await page.evaluate(t => {
+        const n = window.app.graph.nodes.find(n => n.type === t), canvas = window.app.canvas
+        const frame = canvas.canvas.getBoundingClientRect(), s = canvas.ds.scale
+        return { x: frame.left + (n.pos[0] + canvas.ds.offset[0]) * s, y: frame.top + (n.pos[1] + canvas.ds.offset[1]) * s, s }
+      }, type)
+      const clip = { x: at.x - 14, y: at.y - 30 * at.s - 12, width: box[0] * at.s + 28, height: (box[1] + 30) * at.s + 24 }
+      await page.screenshot({ path: job.shot.replace(/\.png$/, `-${type}.png`), clip })
+    }
+    if (job.help) {
+      await page.evaluate(t => {
+        const canvas = window.app.canvas
+        canvas.selectNodes([window.app.graph.nodes.find(n => n.type === t)])
+        canvas.setDirty(true, true)
+      }, job.help)
+      await page.waitForTimeout(800)
+      const button = page.locator('[data-testid="info-button"]')
+      report.helpButton = await button.count()
+      if (report.helpButton) await button.first().click({ timeout: 5000 }).catch(e => { report.helpError = String(e) })
+      await page.waitForTimeout(2000)
+      report.help = await page.evaluate(() => document.body.innerText)
+      report.pictures = await page.evaluate(() => [...document.images].filter(i => i.src.includes('/docs/')).map(i => [i.src, i.naturalWidth]))
+      await page.screenshot({ path: job.shot.replace(/\.png$/, '-help.png') })
+    }
+    if (job.run) {
+      report.run = await page.evaluate(queue, 300000)
+      await page.waitForTimeout(1500)
+      report.toasts = await page.evaluate(() => [...document.querySelectorAll('.p-toast-message')].map(t => t.innerText))
+      if (job.shot) await page.screenshot({ path: job.shot.replace(/\.png$/, '-run.png') })
+    }
+    reports.push(report)
+  }
+} finally {
+  writeFileSync(reportPath, JSON.stringify({ reports, log }, null, 1))
+  await context.close()
+  rmSync(folder, { recursive: true, force: true })
+}

@@ -1,0 +1,160 @@
+"""CLIP and VAE: ComfyUI's own and the adapters around the core give the same for the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+WIDTH, LAYERS, VOCABULARY = 64, 4, 151936
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(scope="module")
+def stock_encoder(host):
+    """ComfyUI's Qwen3 class and tokenizer at a small size, as a CLIP."""
+    import comfy.sd
+    import comfy.text_encoders.llama
+    from comfy import sd1_clip
+    from comfy.text_encoders import z_image
+
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 128,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+
+    class Small(sd1_clip.SDClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(
+                device=device,
+                layer="hidden",
+                layer_idx=-2,
+                textmodel_json_config=config,
+                dtype=dtype,
+                special_tokens={"pad": 151643},
+                layer_norm_hidden_state=False,
+                model_class=comfy.text_encoders.llama.Qwen3_4B,
+                enable_attention_masks=True,
+                return_attention_masks=True,
+                model_options=model_options or {},
+            )
+
+    class Model(sd1_clip.SD1ClipModel):
+        def __init__(self, device="cpu", dtype=None, model_options=None):
+            super().__init__(device=device, dtype=dtype, name="qwen3_4b", clip_model=Small, model_options=model_options)
+
+    class Target:
+        params = {}
+        clip = Model
+        tokenizer = z_image.ZImageTokenizer
+
+    clip = comfy.sd.CLIP(Target, model_options={"dtype": torch.float32})
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in clip.cond_stage_model.named_parameters():
+        scale = 0.2 if parameter.ndim == 2 else 0.3
+        value = torch.randn(parameter.shape, generator=generator) * scale + (parameter.ndim == 1)
+        parameter.data = value if "logit_scale" not in name else parameter.data
+    return clip
+
+
+@pytest.fixture(scope="module")
+def encoder_file(stock_encoder, tmp_path_factory):
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("encoder") / "small_qwen3.safetensors"
+    prefix = "qwen3_4b.transformer."
+    state = stock_encoder.cond_stage_model.state_dict()
+    state = {k.removeprefix(prefix): v.clone() for k, v in state.items() if k.startswith(prefix)}
+    save_file(state, path)
+    return path
+
+
+def test_same_conditioning(host, stock_encoder, encoder_file):
+    clip = host.core_clip(encoder_file)
+    for prompt in ("", "a red circle on a blue background", "Ein Haus am See, 水墨画, emoji 🙂 " * 8):
+        ((found, extra),) = host.encode_prompt(clip, prompt)
+        ((expected, stock_extra),) = stock_encoder.encode_from_tokens_scheduled(stock_encoder.tokenize(prompt))
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        assert relative(found, expected) < 1e-4
+        assert set(extra) == set(stock_extra)
+
+
+def test_stock_text_nodes_take_our_clip(host, encoder_file):
+    import nodes
+
+    clip = host.core_clip(encoder_file)
+    ((expected, _),) = host.encode_prompt(clip, "a house")
+    ((found, _),) = nodes.CLIPTextEncode().encode(clip.clone(), "a house")[0]
+    assert torch.equal(found, expected)
+    ((zero, _),) = nodes.ConditioningZeroOut().zero_out(nodes.CLIPTextEncode().encode(clip, "a house")[0])[0]
+    assert not zero.any()
+
+
+def flux_vae_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights of the real autoencoder's size, BFL keys."""
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+
+    sizes = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
+    sizes |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+    package = "comfy.ldm.modules.diffusionmodules.model."
+    with torch.device("meta"):
+        model = AutoencodingEngine(
+            regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+            encoder_config={"target": package + "Encoder", "params": sizes},
+            decoder_config={"target": package + "Decoder", "params": sizes},
+        )
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for name, like in model.state_dict().items():
+        if "norm" in name:
+            state[name] = torch.ones(like.shape) if name.endswith("weight") else torch.zeros(like.shape)
+        else:
+            fan = max(1, like[0].numel()) if like.ndim > 1 else 100
+            state[name] = torch.randn(like.shape, generator=generator) / fan**0.5
+    return {name: tensor.bfloat16() for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def vae_file(host):
+    import folder_paths
+    from safetensors.torch import save_file
+
+    path = Path(folder_paths.get_folder_paths("vae")[0]) / "ae.safetensors"
+    save_file(flux_vae_state(), path)
+    return path
+
+
+def test_same_pixels_and_latents(host, vae_file):
+    import nodes
+
+    stock, core = host.load_vae(vae_file.name, "fp32"), host.core_vae(vae_file, torch.float32)
+    assert not isinstance(stock.first_stage_model, host.CoreVAE) and isinstance(core.first_stage_model, host.CoreVAE)
+    latent = {"samples": torch.randn(2, 16, 6, 8, generator=torch.Generator().manual_seed(1))}
+    expected = nodes.VAEDecode().decode(stock, latent)[0]
+    assert expected.shape == (2, 48, 64, 3)
+    for found in (nodes.VAEDecode().decode(core, latent)[0], host.decode(core, latent, "auto")):
+        assert relative(found, expected) < 1e-4
+    assert torch.equal(host.decode(stock, latent, "off"), expected)
+    images = torch.rand(1, 50, 64, 3, generator=torch.Generator().manual_seed(2))
+    found, expected = (nodes.VAEEncode().encode(v, images)[0]["samples"] for v in (core, stock))
+    assert found.shape == expected.shape == (1, 16, 6, 8)
+    assert relative(found, expected) < 1e-4
+
+
+def test_wrong_latents_are_refused(host, vae_file):
+    vae = host.core_vae(vae_file, torch.float32)
+    with pytest.raises(ValueError, match="4 channels, Z-Image's have 16"):
+        host.decode(vae, {"samples": torch.zeros(1, 4, 8, 8)}, "auto")

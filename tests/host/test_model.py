@@ -1,0 +1,548 @@
+"""Our MODEL inside ComfyUI: against ComfyUI's own Lumina 2 over the same weights, samplers, patches, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+TINY = "svdq-int4_r32-z-image-tiny.safetensors"
+CAPTION = 64
+STEPS = 4
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(scope="module")
+def ours(host):
+    return host.load_model(TINY, "torch", "w4a16")
+
+
+@pytest.fixture(scope="module")
+def stock(host, ours):
+    """ComfyUI's own Z-Image with the dequantized weights of the same file, its t_embedder widened to the file's."""
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.supported_models
+    from comfy.ldm.modules.diffusionmodules.mmdit import TimestepEmbedder
+
+    transformer = ours.model.diffusion_model.transformer
+    c = transformer.config
+    settings = comfy.supported_models.ZImage(
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": c.dim,
+            "cap_feat_dim": c.cap_feat_dim,
+            "n_layers": c.n_layers,
+            "n_refiner_layers": c.n_refiner_layers,
+            "n_heads": c.n_heads,
+            "n_kv_heads": c.n_heads,
+            "qk_norm": True,
+            "axes_dims": list(c.axes_dims),
+            "axes_lens": list(c.axes_lens),
+            "rope_theta": c.rope_theta,
+            "ffn_dim_multiplier": 8.0 / 3.0,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        }
+    )
+    settings.set_inference_dtype(torch.float32, None)
+    model = settings.get_model({})
+    model.diffusion_model.t_embedder = TimestepEmbedder(
+        1024, output_size=256, dtype=torch.float32, operations=comfy.ops.disable_weight_init
+    )
+    state = {}
+    for name, module in transformer.named_modules():
+        for old, new in (("to_qkv", "qkv"), ("to_out", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")):
+            name = name.replace(f"attention.{old}", f"attention.{new}")
+        if hasattr(module, "weights"):
+            weight = module.weights().dequantize()
+        elif isinstance(getattr(module, "weight", None), torch.Tensor):
+            weight = module.weight
+        else:
+            continue
+        if name.endswith("w3_w1"):
+            state[name.replace("w3_w1", "w3.weight")], state[name.replace("w3_w1", "w1.weight")] = weight.chunk(2)
+        else:
+            state[f"{name}.weight"] = weight
+        if getattr(module, "bias", None) is not None:
+            state[f"{name}.bias"] = module.bias
+    state["x_pad_token"], state["cap_pad_token"] = transformer.x_pad_token, transformer.cap_pad_token
+    model.diffusion_model.load_state_dict({k: v.float().clone() for k, v in state.items()}, strict=True)
+    device = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=device)
+
+
+def conditioning(tokens: int = 20, seed: int = 0, batch: int = 1):
+    noise = torch.Generator().manual_seed(seed)
+    return [[torch.randn(batch, tokens, CAPTION, generator=noise), {"pooled_output": None}]]
+
+
+def ksample(model, positive, negative=None, *, latent=None, cfg=1.0, seed=7, steps=STEPS, denoise=1.0, sampler="euler"):
+    import nodes
+
+    latent = latent or {"samples": torch.zeros(1, 16, 8, 12)}
+    negative = negative or [[torch.zeros_like(c), extra] for c, extra in positive]
+    return nodes.common_ksampler(model, seed, steps, cfg, sampler, "simple", positive, negative, latent, denoise)[0][
+        "samples"
+    ]
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def test_same_latents_as_stock_model(ours, stock):
+    assert relative(ksample(ours, conditioning()), ksample(stock, conditioning())) < 1e-4
+
+
+@pytest.mark.parametrize("size", [(7, 13), (9, 8), (16, 5)])
+def test_odd_sizes_are_padded_as_the_stock_model_does(ours, stock, size):
+    latent = {"samples": torch.zeros(1, 16, *size)}
+    assert relative(ksample(ours, conditioning(), latent=latent), ksample(stock, conditioning(), latent=latent)) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return {"samples": torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(3)) * 0.5}
+
+
+def test_guidance_with_captions_of_unequal_length(ours, stock):
+    args = (conditioning(20), conditioning(50, seed=1))
+    assert relative(ksample(ours, *args, cfg=3.0), ksample(stock, *args, cfg=3.0)) < 1e-4
+
+
+def test_batch_with_one_and_with_many_captions(ours, stock):
+    latent = {"samples": torch.zeros(3, 16, 8, 8)}
+    for captions in (1, 3):
+        args = (conditioning(20, batch=captions), conditioning(20, seed=1, batch=captions))
+        found, expected = (ksample(m, *args, cfg=2.0, latent=latent) for m in (ours, stock))
+        assert relative(found, expected) < 1e-4
+
+
+def test_img2img_and_masks(ours, stock, picture):
+    found, expected = (ksample(m, conditioning(), latent=picture, denoise=0.5) for m in (ours, stock))
+    assert relative(found, expected) < 1e-4
+    mask = torch.zeros(1, 64, 96)
+    mask[:, 16:40, 16:60] = 1
+    masked = {**picture, "noise_mask": mask}
+    found, expected = (ksample(m, conditioning(), latent=masked, denoise=0.7) for m in (ours, stock))
+    assert relative(found, expected) < 1e-4
+    assert torch.allclose(found[:, :, -1], picture["samples"][:, :, -1], atol=1e-4)
+
+
+def test_areas_and_start_end(ours, stock):
+    left = [[c, {**e, "area": (8, 6, 0, 0), "strength": 1.0, "end_percent": 0.6}] for c, e in conditioning(20)]
+    right = [[c, {**e, "area": (8, 6, 0, 6), "strength": 0.8}] for c, e in conditioning(40, seed=5)]
+    positive = [*left, *right, *conditioning(10, seed=6)]
+    assert relative(ksample(ours, positive), ksample(stock, positive)) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["res_multistep", "dpmpp_2m", "euler_ancestral"])
+def test_other_samplers(ours, stock, sampler):
+    found, expected = (ksample(m, conditioning(), sampler=sampler) for m in (ours, stock))
+    assert relative(found, expected) < 1e-4
+
+
+def test_patches_of_blocks(ours, stock):
+    """The same patches on both models see the same values and change the result alike, returned or in place."""
+    seen = {}
+
+    def patched(model, name):
+        seen[name] = []
+
+        def refiner(given):
+            shapes = {k: tuple(v.shape) for k, v in given.items() if isinstance(v, torch.Tensor)}
+            seen[name].append((given["block_type"], given["block_index"], shapes, given["pe"].double().sum().item()))
+            return {"img": given["img"] * 1.5}
+
+        def double(given):
+            options = given["transformer_options"]
+            shapes = {k: tuple(v.shape) for k, v in given.items() if isinstance(v, torch.Tensor)}
+            where = (options["block_type"], options["block_index"], options["total_blocks"])
+            seen[name].append((where, shapes, given["pe"].double().sum().item(), given["vec"].double().sum().item()))
+            given["img"] += given["img_input"] * 0.5
+            return {"txt": given["txt"] * 0.5}
+
+        clone = model.clone()
+        clone.set_model_patch(refiner, "noise_refiner")
+        clone.set_model_double_block_patch(double)
+        return clone
+
+    found, expected = ksample(patched(ours, "ours"), conditioning()), ksample(patched(stock, "stock"), conditioning())
+    assert relative(found, expected) < 1e-4
+    assert relative(found, ksample(ours, conditioning())) > 1e-3
+    assert len(seen["ours"]) == len(seen["stock"]) == 2 * STEPS
+    for one, other in zip(seen["ours"], seen["stock"], strict=True):
+        assert one[:-2] == other[:-2]
+        assert one[-1] == pytest.approx(other[-1], rel=1e-4)
+
+
+def test_attention_override(ours, stock):
+    calls = {"ours": 0, "stock": 0}
+
+    def patched(model, name):
+        def override(function, q, k, v, heads, *args, **kwargs):
+            calls[name] += 1
+            return function(q * 0.5, k, v, heads, *args, **kwargs)
+
+        clone = model.clone()
+        clone.model_options["transformer_options"]["optimized_attention_override"] = override
+        return clone
+
+    found, expected = ksample(patched(ours, "ours"), conditioning()), ksample(patched(stock, "stock"), conditioning())
+    assert calls["ours"] == calls["stock"] == 3 * STEPS
+    assert relative(found, expected) < 1e-4
+    assert relative(found, ksample(ours, conditioning())) > 1e-4
+
+
+def test_rope_options(ours, stock):
+    def patched(model):
+        clone = model.clone()
+        clone.set_model_rope_options(scale_x=1.7, shift_x=0.5, scale_y=0.6, shift_y=3.0, scale_t=1.0, shift_t=0.0)
+        return clone
+
+    found = ksample(patched(ours), conditioning())
+    assert relative(found, ksample(patched(stock), conditioning())) < 1e-4
+    assert relative(found, ksample(ours, conditioning())) > 1e-4
+
+
+def test_wrappers(ours, stock):
+    import comfy.patcher_extension as extension
+
+    def patched(model, log):
+        def around(executor, *args, **kwargs):
+            log.append("diffusion")
+            return executor(*args, **kwargs) * 1.1
+
+        def apply(executor, *args, **kwargs):
+            log.append("apply")
+            return executor(*args, **kwargs)
+
+        clone = model.clone()
+        clone.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "test", around)
+        clone.add_wrapper_with_key(extension.WrappersMP.APPLY_MODEL, "test", apply)
+        return clone
+
+    logs = ([], [])
+    found, expected = (ksample(patched(m, log), conditioning()) for m, log in zip((ours, stock), logs, strict=True))
+    assert logs[0] == logs[1] == ["apply", "diffusion"] * STEPS
+    assert relative(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (lambda m: m.set_model_attn1_patch(lambda *a: a), "attn1_patch"),
+        (lambda m: m.set_model_patch_replace(lambda *a: a, "dit", "double_block", 0), "dit"),
+        (lambda m: m.set_model_output_block_patch(lambda *a: a), "output_block_patch"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(ours, change, name):
+    clone = ours.clone()
+    change(clone)
+    with pytest.raises(ValueError, match=f"cannot honour.*{name}"):
+        ksample(clone, conditioning())
+    ksample(ours, conditioning(), steps=1)
+
+
+def test_wrong_conditioning_is_refused(ours):
+    with pytest.raises(ValueError, match="2560 wide, this model wants 64"):
+        ksample(ours, [[torch.zeros(1, 5, 2560), {}]])
+    with pytest.raises(ValueError, match="reference latents"):
+        ksample(ours, [[c, {**e, "reference_latents": [torch.zeros(1, 16, 4, 4)]}] for c, e in conditioning()])
+
+
+def test_merging_and_saving_are_refused(ours):
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    merge = ModelMergeSimple()
+    with pytest.raises(ValueError, match="cannot be merged"):
+        getattr(merge, merge.FUNCTION)(ours, ours, 0.5)
+
+
+# ---- our sampler node -----------------------------------------------------------------------------------------
+
+
+def zsample(host, model, positive, *, seed=7, steps=STEPS, width=96, height=64, batch=1, latent=None, denoise=1.0):
+    return host.sample(model, positive, seed, steps, width, height, batch, latent, denoise)["samples"]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_our_sampler_is_ksampler(host, ours, steps):
+    assert relative(zsample(host, ours, conditioning(), steps=steps), ksample(ours, conditioning(), steps=steps)) < 1e-4
+
+
+def test_our_sampler_img2img_mask_and_batch_index(host, ours, picture):
+    masked = {**picture, "noise_mask": torch.ones(1, 64, 96)}
+    masked["noise_mask"][:, :20] = 0
+    found = zsample(host, ours, conditioning(), latent=masked, denoise=0.5)
+    assert relative(found, ksample(ours, conditioning(), latent=masked, denoise=0.5)) < 1e-4
+    batch = zsample(host, ours, conditioning(), batch=3)
+    one = zsample(host, ours, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12), "batch_index": [2]})
+    assert relative(one, batch[2:]) < 1e-4
+
+
+def test_our_sampler_takes_stock_models_and_latents(host, stock):
+    from comfy_extras.nodes_sd3 import EmptySD3LatentImage
+
+    assert relative(zsample(host, stock, conditioning()), ksample(stock, conditioning())) < 1e-4
+    make = getattr(EmptySD3LatentImage, "execute", None) or EmptySD3LatentImage().generate
+    out = make(96, 64, 1)
+    latent = out[0] if isinstance(out, tuple) else out.args[0]
+    assert relative(zsample(host, stock, conditioning(), latent=latent), ksample(stock, conditioning())) < 1e-4
+    four = {"samples": torch.zeros(1, 4, 8, 12)}
+    assert relative(zsample(host, stock, conditioning(), latent=four), ksample(stock, conditioning())) < 1e-4
+
+
+def test_model_sampling_patches_rule_the_schedule(host, ours):
+    from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
+
+    node = ModelSamplingAuraFlow()
+    for shift in (3.0, 6.0):
+        patched = getattr(node, node.FUNCTION)(ours, shift)[0]
+        assert relative(zsample(host, patched, conditioning()), ksample(patched, conditioning())) < 1e-4
+    assert relative(zsample(host, patched, conditioning()), zsample(host, ours, conditioning())) > 1e-3
+
+
+# ---- a good citizen -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_device(host, ours):
+    """The model as on a device that holds little: give back the patcher, whole again afterwards."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    yield ours
+    ours.module.streamer.place(torch.device("cpu"), math.inf)
+    ours.model.model_loaded_weight_memory = 0
+    ours.model.model_lowvram = False
+
+
+def test_byte_allowance_becomes_whole_blocks(host, small_device):
+    patcher, streamer = small_device, small_device.module.streamer
+    expected = ksample(patcher, conditioning())
+    cpu = torch.device("cpu")
+    size = patcher.model_size()
+    assert size == sum(t.nbytes for t in (*patcher.module.parameters(), *patcher.module.buffers()))
+
+    patcher.load(cpu, full_load=True)
+    assert streamer.resident == 3 and patcher.loaded_size() == size and not patcher.model.model_lowvram
+    freed = patcher.partially_unload(cpu, 1)
+    assert (
+        streamer.resident < 3 and freed >= 1 and patcher.loaded_size() == size - freed and patcher.model.model_lowvram
+    )
+    patcher.load(cpu, lowvram_model_memory=1)
+    assert streamer.resident == 0 and 0 < patcher.loaded_size() < size
+
+    module = patcher.model
+    with torch.inference_mode():
+        x, sigma = torch.randn(1, 16, 8, 12), torch.tensor([0.7])
+        context = conditioning()[0][0]
+        streamed = module.diffusion_model(x, sigma, context)
+        patcher.load(cpu, full_load=True)
+        assert torch.equal(streamed, module.diffusion_model(x, sigma, context))
+    assert torch.equal(ksample(patcher, conditioning()), expected)
+
+
+def test_sampling_while_streaming_is_bit_identical(host, ours, monkeypatch):
+    import comfy.model_management
+
+    expected = ksample(ours, conditioning(), conditioning(30, seed=2), cfg=2.0)
+    load = type(ours).load
+
+    def tight(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        return load(self, device_to, lowvram_model_memory=self.model_size() * 0.75)
+
+    comfy.model_management.unload_all_models()
+    ours.detach()
+    monkeypatch.setattr(type(ours), "load", tight)
+    found = ksample(ours, conditioning(), conditioning(30, seed=2), cfg=2.0)
+    assert ours.module.streamer.resident < 3
+    assert torch.equal(found, expected)
+    monkeypatch.undo()
+    comfy.model_management.unload_all_models()
+    ours.detach()
+    assert torch.equal(ksample(ours, conditioning(), conditioning(30, seed=2), cfg=2.0), expected)
+
+
+def test_clones_and_detach_leave_the_model_usable(host, ours):
+    expected = ksample(ours, conditioning())
+    clone = ours.clone().clone()
+    assert clone.model is ours.model and clone.cached_patcher_init == ours.cached_patcher_init
+    assert torch.equal(ksample(clone, conditioning()), expected)
+    clone.detach()
+    assert clone.loaded_size() == 0
+    assert torch.equal(ksample(ours, conditioning()), expected)
+
+
+def test_memory_estimate_is_sane(ours):
+    """At the real sizes: more than one residual stream, far less than ComfyUI's 6.7 GB without flash attention."""
+    from dataclasses import replace
+
+    transformer = ours.model.diffusion_model.transformer
+    before = transformer.config
+    try:
+        transformer.config = replace(before, dim=3840, n_heads=30, cap_feat_dim=2560)
+        one = ours.model.memory_required([1, 16, 128, 128])
+        assert 2**28 < one < 3 * 2**30
+        assert ours.model.memory_required([2, 16, 128, 128]) > 1.5 * one
+    finally:
+        transformer.config = before
+
+
+def test_key_map_of_stock_lora_loaders(ours, stock):
+    """Every weight of ComfyUI's own model has the same name and shape in what our MODEL shows to key maps."""
+    import comfy.lora
+
+    theirs = {k: tuple(v.shape) for k, v in stock.model.state_dict().items() if k.startswith("diffusion_model.")}
+    mine = {k: tuple(v.shape) for k, v in ours.model.state_dict().items()}
+    assert {k: mine.get(k) for k in theirs} == theirs
+    assert comfy.lora.model_lora_keys_unet(ours.model, {}) == comfy.lora.model_lora_keys_unet(stock.model, {})
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------
+
+
+def lora_file(path, seed: int, style: str = "diffusion_model.", scale: float = 0.3):
+    """A random rank-4 LoRA on every linear of the layer and the noise refiner, in keys that ComfyUI maps."""
+    from safetensors.torch import save_file
+
+    noise, tensors = torch.Generator().manual_seed(seed), {}
+    widths = {"attention.to_q": (384, 384), "attention.to_v": (384, 384), "attention.to_out.0": (384, 384)}
+    widths |= {"feed_forward.w1": (1024, 384), "feed_forward.w3": (1024, 384), "feed_forward.w2": (384, 1024)}
+    for block in ("layers.0", "noise_refiner.0"):
+        for name, (n, k) in widths.items():
+            key = f"{style}{block}.{name}"
+            tensors[f"{key}.lora_A.weight"] = torch.randn(4, k, generator=noise) / k**0.5
+            tensors[f"{key}.lora_B.weight"] = torch.randn(n, 4, generator=noise) * scale
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def loras(host):
+    from pathlib import Path
+
+    import folder_paths
+
+    root = Path(folder_paths.get_folder_paths("loras")[0])
+    for seed, name in ((11, "one.safetensors"), (12, "two.safetensors")):
+        lora_file(root / name, seed)
+    folder_paths.filename_list_cache.clear()
+    return "one.safetensors", "two.safetensors"
+
+
+def stock_loader(model, name, strength):
+    import nodes
+
+    return nodes.LoraLoaderModelOnly().load_lora_model_only(model, name, strength)[0]
+
+
+def test_loras_of_both_loaders_equal_patched_stock_weights(host, ours, stock, loras):
+    """Our node and the stock loader on our MODEL change the picture as the stock loader does on the stock model."""
+    plain = ksample(ours, conditioning())
+    for stack in (((loras[0], 0.8),), ((loras[0], 0.7), (loras[1], -0.4))):
+        expected, ours_way, stock_way = stock, ours, ours
+        for name, strength in stack:
+            expected = stock_loader(expected, name, strength)
+            stock_way = stock_loader(stock_way, name, strength)
+            ours_way = host.add_lora(ours_way, name, strength, None)
+        expected = ksample(expected, conditioning())
+        assert relative(expected, plain) > 1e-2
+        assert relative(ksample(ours_way, conditioning()), expected) < 1e-3
+        assert relative(ksample(stock_way, conditioning()), expected) < 1e-3
+        mixed = stock_loader(host.add_lora(ours, *stack[0], None), *stack[-1]) if len(stack) > 1 else ours_way
+        assert relative(ksample(mixed, conditioning()), expected) < 1e-3
+    assert torch.equal(ksample(ours, conditioning()), plain)
+
+
+def test_branches_with_different_loras_do_not_disturb_each_other(host, ours, loras):
+    plain = ksample(ours, conditioning())
+    one, two = (host.add_lora(ours, name, 1.0, None) for name in loras)
+    first, second = ksample(one, conditioning()), ksample(two, conditioning())
+    assert relative(first, second) > 1e-2
+    for _ in range(2):
+        assert torch.equal(ksample(one, conditioning()), first)
+        assert torch.equal(ksample(ours, conditioning()), plain)
+        assert torch.equal(ksample(two, conditioning()), second)
+        assert torch.equal(ksample(one.clone(), conditioning()), first)
+    assert torch.equal(ksample(host.add_lora(ours, loras[0], 0.0, None), conditioning()), plain)
+
+
+def test_loras_while_streaming(host, ours, loras, monkeypatch):
+    import comfy.model_management
+
+    one = host.add_lora(ours, loras[0], 1.0, None)
+    expected, plain = ksample(one, conditioning()), ksample(ours, conditioning())
+    load = type(ours).load
+    comfy.model_management.unload_all_models()
+    ours.detach()
+    monkeypatch.setattr(type(ours), "load", lambda self, device_to=None, **_: load(self, device_to, 1))
+    for _ in range(2):
+        assert torch.equal(ksample(one, conditioning()), expected)
+        assert ours.module.streamer.resident == 0
+        assert torch.equal(ksample(ours, conditioning()), plain)
+    monkeypatch.undo()
+    comfy.model_management.unload_all_models()
+    ours.detach()
+
+
+def test_lora_hooks_with_a_schedule(host, ours, stock, loras):
+    """A LoRA that acts for the first half of the steps, through ComfyUI's hooks on the conditioning."""
+    import comfy.hooks
+    import comfy.utils
+    import folder_paths
+
+    weights = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", loras[0]))
+
+    def hooked(model):
+        hooks = comfy.hooks.create_hook_lora(weights, 1.0, 0.0)
+        frames = comfy.hooks.HookKeyframeGroup()
+        frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+        frames.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.5))
+        hooks.set_keyframes_on_hooks(frames)
+        return [[c, {**e, "hooks": hooks}] for c, e in conditioning()]
+
+    plain = ksample(ours, conditioning())
+    found, expected = ksample(ours, hooked(ours)), ksample(stock, hooked(stock))
+    assert relative(found, plain) > 1e-2
+    assert relative(found, expected) < 1e-3
+    assert torch.equal(ksample(ours, conditioning()), plain)
+
+
+def test_what_is_no_lora_for_this_model(host, ours):
+    from pathlib import Path
+
+    import folder_paths
+    from safetensors.torch import save_file
+
+    root = Path(folder_paths.get_folder_paths("loras")[0])
+    save_file(
+        {
+            "diffusion_model.layers.0.attention.to_q.lora_A.weight": torch.zeros(4, 3840),
+            "diffusion_model.layers.0.attention.to_q.lora_B.weight": torch.zeros(3840, 4),
+        },
+        root / "wide.safetensors",
+    )
+    save_file(
+        {
+            "double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 64),
+            "double_blocks.0.img_attn.qkv.lora_B.weight": torch.zeros(64, 4),
+        },
+        root / "flux.safetensors",
+    )
+    folder_paths.filename_list_cache.clear()
+    with pytest.raises(ValueError, match="3840"):
+        host.add_lora(ours, "wide.safetensors", 1.0, None)
+    assert "Flux" in host.checked(host.check_lora, "flux.safetensors")
+    with pytest.raises(ValueError, match="is not in"):
+        host.add_lora(ours, "gone.safetensors", 1.0, None)

@@ -1,0 +1,310 @@
+"""The pack in a running ComfyUI server, through its HTTP queue and websocket."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+IDS = {
+    "ZImageINT4ModelLoader",
+    "ZImageTextEncoderLoader",
+    "ZImagePromptEncode",
+    "ZImageSampler",
+    "ZImageLoraLoader",
+    "ZImageVAELoader",
+    "ZImageVAEDecode",
+}
+WORKFLOWS = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
+DEMO = "bundled demo"
+RUNS, SETTLED = 20, 5
+
+
+def api(name: str = "zimage_demo", **changes) -> dict:
+    """An API workflow, shrunk to the demo's size; changes as node_id__input=value."""
+    workflow = json.loads((ROOT / "example_workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for node in workflow.values():
+        for size in ("width", "height"):
+            if isinstance(node["inputs"].get(size), int):
+                node["inputs"][size] = min(node["inputs"][size], 128)
+    for change, value in changes.items():
+        node_id, _, name = change.partition("__")
+        workflow[node_id.lstrip("n")]["inputs"][name] = value
+    return workflow
+
+
+def outcome(entry: dict) -> str:
+    return entry["status"]["status_str"]
+
+
+def message(entry: dict, kind: str) -> dict | None:
+    return next((data for name, data in entry["status"]["messages"] if name == kind), None)
+
+
+def pixels(data: bytes):
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype("float32")
+
+
+# ---- what the server shows ------------------------------------------------------------------------------------
+
+
+def test_registered_and_described(server):
+    info = server.get("/object_info")
+    assert set(info) >= IDS
+    for name in IDS:
+        node = info[name]
+        assert node["description"] and node["display_name"].startswith("Z-Image") and node["output_tooltips"]
+        assert node["python_module"] == "custom_nodes.zimage-int4"
+        assert node.get("search_aliases", ["zimage"]), name
+    log = server.log.read_text(errors="replace")
+    assert "IMPORT FAILED" not in log
+    seconds = re.search(r"([\d.]+) seconds(?: \(.*\))?: .*zimage-int4", log)
+    assert seconds and float(seconds.group(1)) < 0.5, log[-3000:]
+
+
+def test_web_files_are_served(server):
+    scripts = server.get("/extensions")
+    assert "/extensions/zimage-int4/js/errors.js" in scripts
+    for name in IDS:
+        page = server.get(f"/extensions/zimage-int4/docs/{name}.md", raw=True).decode()
+        for picture in re.findall(r"\]\((images/[^)]+)\)", page):
+            assert server.get(f"/extensions/zimage-int4/docs/{picture}", raw=True)[:4] == b"\x89PNG"
+    templates = server.get("/workflow_templates")
+    assert {path.stem for path in WORKFLOWS} <= set(templates["zimage-int4"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_workflows_match_every_definition(server, real_names, path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("zimage_workflow_checks", Path(__file__).with_name("workflows.py"))
+    workflows = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(workflows)
+    graph = json.loads((ROOT / "example_workflows" / path.name).read_text(encoding="utf-8"))
+    form = json.loads(path.read_text(encoding="utf-8"))
+    assert workflows.check_pair(graph, form, server.get("/object_info")) == []
+
+
+# ---- running --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_every_workflow_runs(server, real_names, path):
+    entry = server.run(api(path.stem))
+    assert outcome(entry) == "success", entry["status"]
+    (picture,) = server.images(entry)
+    assert pixels(picture).shape == (128, 128, 3) and pixels(picture).std() > 1
+    if os.environ.get("ZIMAGE_KEEP_PICTURES"):
+        (Path(os.environ["ZIMAGE_KEEP_PICTURES"]) / f"{path.stem}.png").write_bytes(picture)
+
+
+def test_same_picture_as_the_command_line(server, tmp_path):
+    entry = server.run(api())
+    (picture,) = server.images(entry)
+    prompt = api()["4"]["inputs"]["prompt"]
+    command = [sys.executable, "-m", "zimage_core", "generate", prompt, "--out", str(tmp_path / "cli.png")]
+    command += ["--width", "128", "--height", "128", "--seed", "1", "--device", "cpu", "--dtype", "float32"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    difference = abs(pixels(picture) - pixels((tmp_path / "cli.png").read_bytes()))
+    assert difference.max() <= 2, difference.max()
+
+
+def test_our_sampler_and_stock_ksampler_draw_the_same_picture(server):
+    ours, stock = (server.images(server.run(api(name)))[0] for name in ("zimage_demo", "zimage_ksampler"))
+    assert abs(pixels(ours) - pixels(stock)).max() <= 1
+
+
+def test_stock_sampler_custom_advanced(server):
+    workflow = api()
+    workflow["5"] = {
+        "class_type": "SamplerCustomAdvanced",
+        "inputs": {"noise": ["20", 0], "guider": ["21", 0], "sampler": ["22", 0], "sigmas": ["23", 0],
+                   "latent_image": ["24", 0]},
+    }  # fmt: skip
+    workflow |= {
+        "20": {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}},
+        "21": {"class_type": "BasicGuider", "inputs": {"model": ["1", 0], "conditioning": ["4", 0]}},
+        "22": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
+        "23": {
+            "class_type": "BasicScheduler",
+            "inputs": {"model": ["1", 0], "scheduler": "simple", "steps": 8, "denoise": 1.0},
+        },
+        "24": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+    }
+    entry = server.run(workflow)
+    assert outcome(entry) == "success", entry["status"]
+    ours = server.images(server.run(api()))[0]
+    assert abs(pixels(server.images(entry)[0]) - pixels(ours)).max() <= 1
+
+
+def test_stock_lora_loader_gives_the_same_picture(server, real_names):
+    ours = api("zimage_lora")
+    stock = api("zimage_lora")
+    inputs = {"model": ["1", 0], "lora_name": "zimage_lora.safetensors", "strength_model": 1.0}
+    stock["8"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+    plain = api("zimage_lora", n8__strength=0.0)
+    found, expected, without = (pixels(server.images(server.run(w))[0]) for w in (stock, ours, plain))
+    assert abs(found - expected).max() <= 2
+    assert abs(expected - without).max() > 2
+
+
+def test_inpainting_changes_only_the_mask(server, real_names):
+    workflow = api("zimage_image_to_image", n5__denoise=0.9)
+    mask = {"value": 0.0, "width": 128, "height": 128}
+    part = {"value": 1.0, "width": 64, "height": 128}
+    workflow |= {
+        "30": {"class_type": "SolidMask", "inputs": mask},
+        "31": {"class_type": "SolidMask", "inputs": part},
+        "32": {
+            "class_type": "MaskComposite",
+            "inputs": {"destination": ["30", 0], "source": ["31", 0], "x": 0, "y": 0, "operation": "add"},
+        },
+        "33": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["10", 0], "mask": ["32", 0]}},
+        "34": {"class_type": "ZImageVAEDecode", "inputs": {"vae": ["3", 0], "latent": ["10", 0], "tiling": "off"}},
+        "35": {"class_type": "SaveImage", "inputs": {"images": ["34", 0], "filename_prefix": "before"}},
+    }
+    workflow["5"]["inputs"]["latent"] = ["33", 0]
+    entry = server.run(workflow)
+    assert outcome(entry) == "success", entry["status"]
+    found = {key: entry["outputs"][key]["images"][0] for key in ("7", "35")}
+    after, before = (
+        pixels(server.get(f"/view?filename={i['filename']}&subfolder={i['subfolder']}&type={i['type']}", raw=True))
+        for i in found.values()
+    )
+    change = abs(after - before).mean(axis=(0, 2))  # the decoder's norms see the whole picture: small, not zero
+    assert change[96:].mean() < change[:48].mean() / 4
+
+
+def test_changing_the_seed_runs_only_the_sampler_again(server):
+    server.run(api(n5__seed=100))
+    entry = server.run(api(n5__seed=101))
+    assert set(message(entry, "execution_cached")["nodes"]) == {"1", "2", "3", "4"}
+
+
+# ---- websocket: progress, previews, text on the node, interrupt -----------------------------------------------
+
+
+async def watch(server, workflow: dict, interrupt_after: int | None = None) -> dict:
+    """Queue a workflow and collect what the websocket tells until it ends."""
+    import aiohttp
+
+    seen = {"progress": [], "previews": 0, "texts": [], "end": None}
+    async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=watch") as socket:
+        async with session.post(f"{server.url}/prompt", json={"prompt": workflow, "client_id": "watch"}) as answer:
+            assert answer.status == 200, await answer.text()
+            prompt_id = (await answer.json())["prompt_id"]
+        while seen["end"] is None:
+            event = await asyncio.wait_for(socket.receive(), 300)
+            if event.type is aiohttp.WSMsgType.BINARY:
+                kind = struct.unpack(">I", event.data[:4])[0]
+                seen["previews"] += kind in (1, 4)
+                if kind == 3:
+                    length = struct.unpack(">I", event.data[4:8])[0]
+                    seen["texts"].append(event.data[8 + length :].decode())
+                continue
+            data = json.loads(event.data)
+            if data["type"] == "progress":
+                seen["progress"].append((data["data"]["value"], data["data"]["max"]))
+                if len(seen["progress"]) == interrupt_after:
+                    await session.post(f"{server.url}/interrupt", json={"prompt_id": prompt_id})
+            elif data["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                seen["end"] = data["type"]
+    return seen
+
+
+def test_progress_previews_and_text(server):
+    seen = asyncio.run(watch(server, api(n5__seed=200, n1__precision="w4a16")))
+    assert seen["end"] == "execution_success"
+    assert [p for p in seen["progress"] if p[1] == 8][-1] == (8, 8) and len(seen["progress"]) >= 8
+    assert seen["previews"] >= 7
+    assert any("INT4 r" in text for text in seen["texts"]), seen["texts"]
+
+
+def test_interrupt_stops_within_a_step_and_leaves_everything_usable(server):
+    before = server.images(server.run(api()))[0]
+    seen = asyncio.run(watch(server, api(n5__seed=300, n5__steps=100), interrupt_after=3))
+    assert seen["end"] == "execution_interrupted"
+    assert len(seen["progress"]) <= 5
+    server.run(api(n5__seed=301))
+    assert (pixels(server.images(server.run(api(n1__backend="torch")))[0]) == pixels(before)).all()
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------
+
+
+def refused(server, workflow: dict) -> str:
+    """The sentence of an HTTP 400."""
+    status, answer = server.post("/prompt", {"prompt": workflow, "client_id": "test"})
+    assert status == 400, answer
+    return json.dumps(answer["node_errors"], ensure_ascii=False)
+
+
+def test_refused_before_anything_runs(server, real_names):
+    models = real_names
+    (models / "diffusion_models" / "cut.safetensors").write_bytes(
+        (ROOT / "tests/data/tiny_ckpt/svdq-int4_r32-z-image-tiny.safetensors").read_bytes()[:200_000]
+    )
+    assert "truncated" in refused(server, api(n1__model_name="cut.safetensors"))
+    shutil.copy(models / "loras" / "zimage_lora.safetensors", models / "diffusion_models" / "lora.safetensors")
+    assert "LoRA" in refused(server, api(n1__model_name="lora.safetensors"))
+    assert "multiple of 16" in refused(server, api(n5__width=100))
+    assert "is not in" in refused(server, api(n2__encoder_name="gone.safetensors"))
+    assert outcome(server.run(api())) == "success"
+
+
+def test_errors_while_running_are_a_sentence(server, real_names):
+    entry = server.run(api(n1__model_name="svdq-int4_r32-z-image-tiny.safetensors"))
+    error = message(entry, "execution_error")
+    assert error["exception_type"] == "ValueError" and error["node_type"] == "ZImageSampler"
+    assert "this model wants 64" in error["exception_message"]
+    entry = server.run(api(n1__backend="nunchaku"))
+    error = message(entry, "execution_error")
+    assert error["node_type"] == "ZImageINT4ModelLoader" and "nunchaku" in error["exception_message"]
+    assert outcome(server.run(api())) == "success"
+
+
+def test_pack_registers_where_optional_libraries_are_missing(server):
+    """diffusers, triton, nunchaku, comfy-kitchen and the hub may be absent: only their own paths then fail."""
+    code = (
+        "import sys, importlib.util\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'diffusers', 'triton', 'nunchaku', 'gguf', 'peft', 'huggingface_hub'}:\n"
+        "            raise ImportError(name + ' is blocked')\n"
+        f"sys.path.insert(0, {os.environ['COMFYUI_PATH']!r})\n"
+        "import comfy.cli_args; comfy.cli_args.args.cpu = True\n"
+        "import comfy.sd, comfy.sample, comfy.samplers, nodes\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] in ('huggingface_hub',)]: del sys.modules[name]\n"
+        f"spec = importlib.util.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r})\n"
+        "pack = importlib.util.module_from_spec(spec); sys.modules['pack'] = pack; spec.loader.exec_module(pack)\n"
+        "print(len(pack.NODE_CLASS_MAPPINGS), [bool(n.INPUT_TYPES()) for n in pack.NODE_CLASS_MAPPINGS.values()])\n"
+    )
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=server.base)
+    assert run.returncode == 0 and run.stdout.splitlines()[-1].startswith("7 ["), run.stderr[-2000:]
+
+
+# ---- many runs ------------------------------------------------------------------------------------------------
+
+
+def test_twenty_prompts_in_a_row_with_stable_memory(server):
+    sizes = []
+    for n in range(RUNS):
+        entry = server.run(api(n5__seed=1000 + n, n4__prompt=f"a red circle on a blue background {n % 4}"))
+        assert outcome(entry) == "success"
+        sizes.append(server.rss())
+    assert max(sizes[SETTLED:]) - sizes[SETTLED - 1] < 24 * 2**20, [size >> 20 for size in sizes]

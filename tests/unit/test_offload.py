@@ -1,0 +1,308 @@
+"""Block streaming: which blocks stay, the order of copies, slots that are never overwritten in use, bit-identity.
+
+Devices are told apart by a copier that behaves like a second stream at its laziest: a copy happens when somebody
+waits for it and not before, so that a missing wait shows as wrong weights.
+"""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from zimage_core import offload
+from zimage_core.adapters import Terms
+from zimage_core.checkpoint import load_transformer
+from zimage_core.offload import BUFFERS, BlockStreamer, CopyAtOnce, fit, flat_bytes, module_bytes
+from zimage_core.text_encoder import load_text_encoder
+from zimage_core.transformer import Hooks
+
+CPU = torch.device("cpu")
+PLAIN = Hooks()
+
+
+class Lazy(CopyAtOnce):
+    """Copies at the last moment; asserts that nothing is overwritten while it is in use or before it was used."""
+
+    def __init__(self, device):
+        self.waiting: dict[int, tuple] = {}
+        self.busy: set[int] = set()
+        self.log: list[tuple[str, int]] = []
+
+    def start(self, slot, target, source):
+        assert slot not in self.busy, "a slot is overwritten while a block runs from it"
+        self.log.append(("start", slot))
+        self.waiting[slot] = (target, source)
+        target.fill_(0xFF)  # whoever reads it too early gets NaN
+
+    def wait(self, slot):
+        self.log.append(("wait", slot))
+        if slot in self.waiting:
+            target, source = self.waiting.pop(slot)
+            target.copy_(source)
+        self.busy.add(slot)
+
+    def used(self, slot):
+        self.log.append(("used", slot))
+        self.busy.remove(slot)
+
+    def drain(self):
+        assert not self.busy
+        self.waiting.clear()
+
+
+class Scale(nn.Module):
+    """A block with a parameter, a buffer, an odd size and a matrix in column order."""
+
+    def __init__(self, value: float, size: int = 5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), value), requires_grad=False)
+        self.register_buffer("matrix", torch.arange(12.0).view(3, 4).t().add(value))
+        self.register_buffer("short", torch.full((3,), value, dtype=torch.bfloat16))
+
+    def forward(self, x, offset=0.0):
+        return x + self.weight.sum() + self.matrix.sum() + self.short.sum() + offset
+
+
+def blocks_of(*values) -> list[Scale]:
+    return [Scale(value) for value in values]
+
+
+def streamer_of(blocks, allowance=0, model=None) -> BlockStreamer:
+    streamer = BlockStreamer(blocks, model, copies=Lazy)
+    streamer.place(CPU, allowance)
+    return streamer
+
+
+def run_all(streamer, order) -> list[float]:
+    return [streamer.run(i, lambda i=i: streamer.blocks[i](torch.zeros(()))).item() for i in order]
+
+
+def test_which_blocks_stay():
+    assert fit([10] * 6, 12, 60) == set(range(6))
+    assert fit([10] * 6, 12, 59) == {1, 3, 5}  # 24 for the slots, 30 for three blocks
+    assert len(fit([10] * 6, 12, 64 - 10)) == 3 and len(fit([10] * 6, 12, 64 - 11)) == 2
+    assert fit([10] * 6, 12, 0) == set() == fit([], 0, 0)
+
+
+def test_streamed_blocks_compute_the_same_and_never_share_a_slot_with_a_copy():
+    blocks = blocks_of(*range(1, 8))
+    expected = [block(torch.zeros(())).item() for block in blocks]
+    for allowance in (0, 4.5 * flat_bytes(blocks[0]), 1e9):
+        streamer = streamer_of(blocks, allowance)
+        for _ in range(3):
+            assert run_all(streamer, range(7)) == expected
+    assert streamer.resident == 7
+
+
+def test_the_next_block_is_brought_while_one_computes():
+    streamer = streamer_of(blocks_of(1, 2, 3, 4))
+    log = streamer._copies.log
+    seen = []
+    for _ in range(2):
+        for i in range(4):
+            streamer.run(i, lambda: seen.append(list(log)) or torch.zeros(()))
+    for number, before in enumerate(seen):
+        starts = [slot for what, slot in before if what == "start"]
+        waits = [slot for what, slot in before if what == "wait"]
+        assert len(starts) == number + 2, "the next copy has begun when a block computes, no other one"
+        assert starts[: number + 1] == waits == [n % BUFFERS for n in range(number + 1)]
+
+
+def test_the_order_is_learnt_so_that_a_second_pass_brings_nothing_in_vain():
+    """A model runs blocks 0 and 1 once per prompt, the others at every step."""
+    streamer = streamer_of(blocks_of(1, 2, 3, 4, 5))
+    for _ in range(2):
+        run_all(streamer, (2, 3, 4))
+    started = sum(what == "start" for what, _ in streamer._copies.log)
+    run_all(streamer, (2, 3, 4) * 5)
+    assert sum(what == "start" for what, _ in streamer._copies.log) == started + 15
+
+
+def test_any_order_of_runs_gives_the_right_weights():
+    blocks = blocks_of(*range(6))
+    expected = [block(torch.zeros(())).item() for block in blocks]
+    streamer = streamer_of(blocks, 2.2 * flat_bytes(blocks[0]) + BUFFERS * flat_bytes(blocks[0]))
+    assert 0 < streamer.resident < 6
+    order = torch.randint(0, 6, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert run_all(streamer, order) == [expected[i] for i in order]
+
+
+def test_an_error_in_a_block_leaves_everything_usable():
+    blocks = blocks_of(1, 2, 3)
+    expected = [block(torch.zeros(())).item() for block in blocks]
+    streamer = streamer_of(blocks)
+
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        streamer.run(1, fail)
+    assert run_all(streamer, range(3)) == expected
+    streamer.leave()
+    assert [block(torch.zeros(())).item() for block in blocks] == expected
+
+
+def test_placing_and_leaving_restore_tensors_and_their_kinds():
+    blocks = blocks_of(1, 2, 3)
+    before = [{k: v.clone() for k, v in block.state_dict().items()} for block in blocks]
+    strides = blocks[0].matrix.stride()
+    streamer = streamer_of(blocks)
+    streamer.run(0, lambda: (blocks[0].matrix.stride() == strides) or pytest.fail("another memory order"))
+    homes = [block.weight.data_ptr() for block in blocks]
+    streamer.leave()
+    assert streamer.used == 0
+    streamer.place(CPU, 0)
+    assert [block.weight.data_ptr() for block in blocks] == homes, "what is at home already is not copied again"
+    streamer.place(CPU, 1e9)
+    assert not streamer.host and streamer._buffers == []
+    for block, state in zip(blocks, before, strict=True):
+        assert isinstance(block.weight, nn.Parameter) and not isinstance(block.matrix, nn.Parameter)
+        assert all(torch.equal(block.state_dict()[k], v) for k, v in state.items())
+
+
+def test_bytes_used_are_counted_with_the_rest_of_the_model():
+    model = nn.Sequential(*blocks_of(1, 2, 3, 4), nn.Linear(4, 4))
+    blocks = list(model)[:4]
+    rest = module_bytes(model[4])
+    streamer = BlockStreamer(blocks, model, copies=Lazy)
+    assert streamer.place(CPU, 0) == rest + BUFFERS * flat_bytes(blocks[0]) == streamer.used
+    assert streamer.place(CPU, 1e9) == module_bytes(model)
+    allowance = rest + 2 * flat_bytes(blocks[0]) + module_bytes(blocks[0])
+    assert streamer.place(CPU, allowance) == allowance and streamer.resident == 1
+    assert offload.weights(blocks, model).total == module_bytes(model)
+
+
+def test_replaced_tensors_are_taken_up_even_without_placing_again():
+    blocks = blocks_of(1, 2, 3)
+    streamer = streamer_of(blocks)
+    run_all(streamer, range(3))
+    blocks[1].register_buffer("short", torch.full((1000,), 7.0, dtype=torch.bfloat16))  # larger than a slot
+    blocks[2].register_buffer("extra", torch.ones(3))
+    expected = [block(torch.zeros(())).item() for block in blocks]
+    assert run_all(streamer, range(3)) == expected
+    assert len(blocks[1].short) == 1000 and blocks[2].extra.sum() == 3
+    streamer.place(CPU, 0)
+    assert run_all(streamer, range(3)) == expected
+
+
+@pytest.fixture(scope="module")
+def model(tiny_files):
+    return load_transformer(tiny_files["model"], dtype=torch.bfloat16, backend="reference", precision="w4a16")
+
+
+def draw(model, hooks=PLAIN) -> torch.Tensor:
+    """Two steps with guidance on a batch of two captions of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    width = model.config.cap_feat_dim
+    feats = [torch.randn(n, width, generator=generator).bfloat16() for n in (5, 40)]
+    latents = torch.randn(2, 16, 8, 12, generator=generator)
+    with torch.inference_mode():
+        positive, negative = (model.prepare(found, 64, 96, hooks) for found in (feats, feats[:1]))
+        for sigma in (1.0, 0.5):
+            flow = model(latents, torch.tensor([1 - sigma]), positive, hooks)
+            latents = latents + 0.5 * (2 * flow - model(latents, torch.tensor([1 - sigma]), negative, hooks))
+    return latents
+
+
+def terms(linear, rank: int, generator) -> Terms:
+    down = torch.randn(rank, linear.in_features, generator=generator).bfloat16()
+    return Terms(down=down * 0.1, up=torch.randn(linear.out_features, rank, generator=generator).bfloat16() * 0.1)
+
+
+def test_a_transformer_streams_bit_identically_with_and_without_adapters(model):
+    blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
+    plain = draw(model)
+    streamer = BlockStreamer(blocks, model, copies=Lazy)
+    hooks = Hooks(run_block=streamer.run_block)
+    for allowance in (0, module_bytes(model) * 0.8, 1e12):
+        used = streamer.place(CPU, allowance)
+        assert used <= max(allowance, offload.weights(blocks, model).rest + BUFFERS * max(map(flat_bytes, blocks)))
+        assert torch.equal(draw(model, hooks), plain)
+
+    linears = [model.layers[0].attention.to_qkv, model.layers[-1].feed_forward.w2]
+    generator = torch.Generator().manual_seed(1)
+    streamer.place(CPU, 1e12)
+    for rank in (4, 16):
+        for linear in linears:
+            linear.set_adapter(terms(linear, rank, generator))
+        resident = draw(model)
+        assert not torch.equal(resident, plain)
+        streamer.place(CPU, 0)
+        assert torch.equal(draw(model, hooks), resident)
+    for linear in linears:  # streamed all the while
+        linear.set_adapter(None)
+    streamer.place(CPU, 0)
+    assert torch.equal(draw(model, hooks), plain)
+    streamer.leave()
+    assert torch.equal(draw(model), plain)
+
+
+def test_a_text_encoder_streams_bit_identically(tiny_files):
+    encoder = load_text_encoder(tiny_files["text_encoder"], dtype=torch.bfloat16)
+    ids = torch.arange(20)[None]
+    expected = encoder(ids)
+    streamer = BlockStreamer(encoder.layers, copies=Lazy)
+    streamer.place(CPU, 0)
+    assert streamer.resident == 0
+    for _ in range(2):
+        assert torch.equal(encoder(ids, run_block=streamer.run_block, device=CPU), expected)
+
+
+def test_on_cuda_copies_wait_for_the_last_use_and_computing_waits_for_the_copy(monkeypatch):
+    """The calls that order the two streams, from a stand-in for torch.cuda."""
+    log = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits for {event.name}")
+
+    class Event:
+        def __init__(self):
+            self.name = f"event {next(names)}"
+
+        def record(self, stream):
+            log.append(f"{stream.name} records {self.name}")
+
+    class Entered:
+        def __init__(self, stream):
+            pass
+
+        def __enter__(self):
+            log.append("(")
+
+        def __exit__(self, *_):
+            log.append(")")
+
+    names, main = iter(("copied 0", "copied 1", "free 0", "free 1")), Stream("main")
+    fake = {
+        "Stream": lambda device: Stream("copies"),
+        "Event": Event,
+        "current_stream": lambda device: main,
+        "stream": Entered,
+        "synchronize": lambda device: log.append("synchronize"),
+    }
+    monkeypatch.setattr(torch, "cuda", types.SimpleNamespace(**fake))
+    copies = offload.CopyOnStream(torch.device("cuda"))
+    target = types.SimpleNamespace(copy_=lambda source, non_blocking: log.append(f"copy, non_blocking {non_blocking}"))
+    copies.start(1, target, None)
+    copies.wait(1)
+    copies.used(1)
+    copies.drain()
+    assert log == [
+        "main records event free 0",
+        "main records event free 1",
+        "(",
+        "copies waits for event free 1",
+        "copy, non_blocking True",
+        "copies records event copied 1",
+        ")",
+        "main waits for event copied 1",
+        "main records event free 1",
+        "synchronize",
+    ]

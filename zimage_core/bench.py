@@ -1,0 +1,441 @@
+"""What the benchmarks share, and `zimage bench`: linears and whole steps, every backend against dense ones, in one run.
+
+Weights are random and made on the device, layer by layer, so that nothing is downloaded and no file is needed. Times
+are medians of single calls (CUDA events on a GPU); the ways that are compared take turns, call by call, so that a
+clock that drifts or a neighbour that computes meets all of them alike: read the ratios, not the milliseconds.
+
+Legend: M rows, N out, K in, R rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import json
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import __version__, backends, layout, ops
+from .adapters import Linear
+from .backends import Backend
+from .checkpoint import identify, load_transformer
+from .config import ZImageConfig
+from .pipeline import choose_device, choose_dtype
+from .sampler import draw_noise
+from .svdq import SVDQLinear, SVDQWeights
+from .transformer import ZImageTransformer
+
+Call = Callable[[], Tensor]
+Step = Callable[[int, int], Call]  # (pixels, batch) -> one step
+
+GIB = 2**30
+DEMO = ZImageConfig(384, 4, 1, 6, cap_feat_dim=128, axes_dims=(16, 24, 24))
+DEMO_RANK, RANK = 16, 256
+CAPTION_TOKENS = 128
+CELL = 16  # pixels to a token's edge
+LARGE_ON_CPU = 1024  # width above which a CPU takes so long that once must do
+FLUSH_BYTES = 2**28  # more than any GPU's cache
+WARM_UP = 2
+
+
+def medians_ms(calls: Mapping[str, Call], device: torch.device, repeats: int, warm_up: int = WARM_UP) -> dict[str, float]:
+    """Median time of each call in ms. They take turns; a GPU's cache is flushed before each, as a model's weights
+    come from memory every time."""
+    flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(warm_up + repeats):
+        for name, call in calls.items():
+            flush.zero_()
+            elapsed = _elapsed_ms(call, device)
+            if i >= warm_up:
+                times[name].append(elapsed)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        call()
+        return (time.perf_counter() - begun) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """TFLOP/s of a square GEMM and GB/s of a copy (read + write), which nothing here can exceed by much."""
+    side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = medians_ms({"gemm": lambda: a @ a, "copy": lambda: target.copy_(source)}, device, repeats)
+    return {"tflops": 2 * side**3 / found["gemm"] / 1e9, "gbps": 2 * size / found["copy"] / 1e6}
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """Where and when this was measured, and what cannot run there and why."""
+    facts: dict[str, object] = {
+        "date": datetime.date.today().isoformat(),
+        "zimage": __version__,
+        "device": backends.describe(device) if device.type == "cuda" else _processor(),
+        "dtype": dtype_name(dtype),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+    if device.type == "cuda":
+        facts |= {"gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1)}
+    else:
+        facts |= {"threads": torch.get_num_threads()}
+    return facts | {"unavailable": {name: why for name, why, _ in backends.report(device, dtype) if why}}
+
+
+def _processor() -> str:
+    """The processor's name, or its architecture where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def host_memory() -> Iterator[dict[str, float]]:
+    """Measures what happens inside: `peak_gib` and `kept_gib` of anonymous host memory, which is what a process
+    holds besides mapped files (empty where the system does not tell)."""
+
+    def anonymous() -> float | None:
+        with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
+            return int(next(line for line in status if line.startswith("RssAnon")).split()[1]) / 2**20
+        return None
+
+    found: dict[str, float] = {}
+    gc.collect()
+    first = anonymous()
+    if first is None:
+        yield found
+        return
+    highest, done = [first], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            highest.append(max(highest.pop(), anonymous() or 0.0))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+    gc.collect()
+    found |= {"peak_gib": highest[0] - first, "kept_gib": (anonymous() or 0.0) - first}
+
+
+def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> str:
+    """Rows as a Markdown table with aligned columns; `columns` maps a key to its heading and format ("ms|.1f")."""
+    cells = [[heading.partition("|")[0] for heading in columns.values()]]
+    for row in rows:
+        cells.append([_cell(row.get(key), heading.partition("|")[2]) for key, heading in columns.items()])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    numeric = [any(isinstance(row.get(key), (int, float)) for row in rows) for key in columns]
+    padded = [
+        [text.rjust(width) if right else text.ljust(width) for text, width, right in zip(line, widths, numeric)]
+        for line in cells
+    ]
+    rule = ["-" * (width - 1) + ":" if right else "-" * width for width, right in zip(widths, numeric)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (padded[0], rule, *padded[1:]))
+
+
+def _cell(value: object, form: str) -> str:
+    if value is None:
+        return ""
+    return format(value, form) if isinstance(value, (int, float)) else str(value)
+
+
+def print_machine(facts: Mapping[str, object], peak: Mapping[str, float]) -> None:
+    """The heading of a benchmark: machine, ceilings, and what cannot run here."""
+    size = f", {facts['gib']} GiB" if "gib" in facts else f", {facts['threads']} threads"
+    print(f"{facts['device']}{size}, torch {facts['torch']}, {facts['dtype']}, {facts['date']}")
+    print(f"measured ceilings: {peak['tflops']:.2f} TFLOP/s (square GEMM), {peak['gbps']:.0f} GB/s (copy)")
+    for name, reason in facts["unavailable"].items():
+        print(f"not here: {name}: {reason}")
+
+
+def every_way(device: torch.device, dtype: torch.dtype) -> dict[str, Backend]:
+    """Every backend and precision that runs here, by "name precision"."""
+    return {
+        f"{name} {precision}": backends.select(name, precision, device=device, dtype=dtype)
+        for name, reason, precisions in backends.report(device, dtype)
+        for precision in (() if reason else precisions)
+    }
+
+
+def random_weights(n: int, k: int, rank: int, device: torch.device, dtype: torch.dtype) -> SVDQWeights:
+    """A linear whose residual and low-rank branch have about equal norms."""
+    codes = (torch.randn(n, k, device=device) * 2.6).round_().clamp_(-7, 7).to(torch.int8)
+    return SVDQWeights(
+        layout.pack_nibbles(codes),
+        torch.rand(n, k // layout.GROUP, device=device) * 0.002 + 0.002,
+        (torch.randn(k, device=device) * 0.3).exp_(),
+        torch.randn(rank, k, device=device) * 0.1,
+        torch.randn(n, rank, device=device) * 0.08 / rank**0.5,
+    ).to(dtype=dtype)
+
+
+def random_model(
+    config: ZImageConfig, device: torch.device, dtype: torch.dtype, backend: Backend | None, rank: int = RANK
+) -> ZImageTransformer:
+    """A model of random weights on the device, quantized for the backend, or dense where that is None."""
+    with torch.device("meta"):
+        model = ZImageTransformer(config, partial(SVDQLinear, rank=rank) if backend else Linear)
+    model.backend = backend
+    model.use(ops.select(backend.name if backend else "auto", device, dtype, config.head_dim))
+    for module in model.modules():
+        if isinstance(module, SVDQLinear):
+            module.load(random_weights(module.out_features, module.in_features, rank, device, dtype), backend)
+    return randomize(model, device, dtype)
+
+
+def randomize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Give every parameter of a model (on the meta device, say) values that keep activations near 1, one by one."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, device=device, dtype=dtype)
+            if parameter.ndim > 1:
+                value.normal_(0, parameter.shape[-1] ** -0.5)
+            else:
+                value.fill_(0.0 if name == "bias" else 1.0)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return model.eval()
+
+
+def step_of(model: ZImageTransformer, device: torch.device, dtype: torch.dtype) -> Step:
+    """Steps of this project's transformer; the prompt's part, made once for all steps, is not in them."""
+
+    def at(size: int, batch: int) -> Call:
+        caption = torch.randn(CAPTION_TOKENS, model.config.cap_feat_dim, device=device, dtype=dtype)
+        cond = model.prepare([caption], size, size)
+        latents = draw_noise(0, batch, size, size).to(device)
+        t = torch.full((batch,), 0.4, device=device)
+        return lambda: model(latents, t, cond)
+
+    return at
+
+
+def own_sides(
+    config: ZImageConfig, rank: int, device: torch.device, dtype: torch.dtype, model: Path | None = None
+) -> dict[str, Callable[[], Step]]:
+    """Name -> what makes the steps of our own model, dense and quantized for every way that runs here; a file's
+    weights instead of random ones where one is given."""
+
+    def loaded(path: Path, name: str, precision: str) -> Step:
+        return step_of(
+            load_transformer(path, device=device, dtype=dtype, backend=name, precision=precision), device, dtype
+        )
+
+    def random(backend: Backend | None) -> Step:
+        return step_of(random_model(config, device, dtype, backend, rank), device, dtype)
+
+    sides: dict[str, Callable[[], Step]] = {f"dense {dtype_name(dtype)}": partial(random, None)}
+    for name, way in every_way(device, dtype).items() if rank else ():
+        sides[name] = partial(loaded, model, way.name, way.precision) if model else partial(random, way)
+    return sides
+
+
+@torch.inference_mode()
+def bench_steps(
+    sides: Mapping[str, Callable[[], Step]],
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    device: torch.device,
+    repeats: int,
+    warm_up: int = WARM_UP,
+    together: bool = False,
+) -> list[dict]:
+    """A row for every side, size and batch: ms of one step and peak GiB on a GPU.
+
+    Models are made and measured one after the other, or, where memory allows, held `together` so that they take turns.
+    A side that runs out of a GPU's memory has a row without a time."""
+    rows = []
+    on_gpu = device.type == "cuda"
+    for group in [sides] if together else [{name: build} for name, build in sides.items()]:
+        steps = None
+        for size in sizes:
+            for batch in batches:
+                row: dict[str, object] = {"size": size, "batch": batch}
+                try:
+                    steps = steps or {name: build() for name, build in group.items()}
+                    if on_gpu:
+                        torch.cuda.reset_peak_memory_stats(device)
+                    calls = {name: at(size, batch) for name, at in steps.items()}
+                    found: Mapping[str, float | None] = medians_ms(calls, device, repeats, warm_up)
+                    del calls
+                except torch.cuda.OutOfMemoryError:
+                    found = dict.fromkeys(group)
+                for name, ms in found.items():
+                    peak = torch.cuda.max_memory_allocated(device) / GIB if on_gpu and ms else None
+                    rows.append({"what": name, **row, "ms": ms, "peak_gib": peak})
+        del steps
+        if on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+    return sorted(rows, key=lambda row: (row["batch"], row["size"]))
+
+
+def add_ratios(rows: list[dict], bases: Mapping[str, str], same: Sequence[str]) -> None:
+    """Add a ratio of times for every base: key -> the name of the base, among rows that agree in the `same` keys."""
+    for key, base in bases.items():
+        times = {tuple(row[k] for k in same): row["ms"] for row in rows if row["what"] == base}
+        for row in rows:
+            theirs = times.get(tuple(row[k] for k in same))
+            row[key] = row["ms"] / theirs if row["ms"] and theirs else None
+
+
+def blocks_linears(config: ZImageConfig) -> dict[str, tuple[int, int]]:
+    """The four linears of a block: name -> (N, K)."""
+    d, f = config.dim, config.ffn_dim
+    return {"qkv": (3 * d, d), "out": (d, d), "w3_w1": (2 * f, d), "w2": (d, f)}
+
+
+Extras = Callable[[SVDQWeights, Tensor], Mapping[str, tuple[Call, Sequence[Tensor]]]]
+
+
+@torch.inference_mode()
+def bench_linears(
+    shapes: Mapping[str, tuple[int, int]],
+    rows: int,
+    rank: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    peak: Mapping[str, float],
+    extras: Extras = lambda weights, x: {},
+) -> list[dict]:
+    """A row for every linear and every way to run it: ms, TFLOP/s and GB/s and their shares of `ceilings`, error.
+
+    The dense linear in dtype comes first (and is the ratios' base), on the CPU one in fp32 too. `extras` gives further
+    calls and the tensors that they read; one whose name begins with a blank is a part of another, without FLOPs and
+    error. TFLOP/s count the dense product alone, GB/s the operands as they are stored and the result; the error is
+    relative to fp32."""
+    results = []
+    for layer, (n, k) in shapes.items():
+        weights = random_weights(n, k, rank, device, dtype)
+        x = (torch.randn(rows, k, device=device) * weights.smooth_factor).to(dtype)
+        dense = weights.dequantize()
+        exact = x[:64].float() @ dense.T
+        stored = (*weights.tensors().values(), x)
+        calls: dict[str, tuple[Call, Sequence[Tensor]]] = {}
+        for kind in dict.fromkeys((dtype, torch.float32) if device.type == "cpu" else (dtype,)):
+            operands = (x.to(kind), dense.to(kind))
+            calls[dtype_name(kind)] = partial(F.linear, *operands), operands
+        for name, way in every_way(device, dtype).items():
+            calls[name] = partial(way.linear, x, way.prepare(weights)), stored
+        calls |= extras(weights, x)
+        times = medians_ms({name: call for name, (call, _) in calls.items()}, device, repeats, warm_up=1)
+        for name, (call, read) in calls.items():
+            y, ms = call(), times[name]
+            gbps = sum(t.numel() * t.element_size() for t in (*read, y)) / ms / 1e6
+            row = {"layer": layer, "what": name, "n": n, "k": k, "rows": rows, "ms": ms}
+            row |= {"gbps": gbps, "of_copy": gbps / peak["gbps"]}
+            if not name.startswith(" "):
+                tflops = 2 * rows * n * k / ms / 1e9
+                row |= {"tflops": tflops, "of_gemm": tflops / peak["tflops"]}
+                row["error"] = ((y[:64].float() - exact).norm() / exact.norm()).item()
+            results.append(row)
+    add_ratios(results, {"ratio": dtype_name(dtype)}, ["layer"])
+    return results
+
+
+def totals(rows: Sequence[Mapping]) -> list[dict]:
+    """One row for each way: the sum over its linears; ratios to the first."""
+    sums: dict[str, float] = {}
+    for row in rows:
+        sums[row["what"]] = sums.get(row["what"], 0.0) + row["ms"]
+    base = sums[rows[0]["what"]]
+    return [{"layer": "all", "what": name, "ms": ms, "ratio": ms / base} for name, ms in sums.items()]
+
+
+LINEAR_COLUMNS = {
+    "layer": "linear",
+    "what": "way",
+    "ms": "ms|.3f",
+    "ratio": "ratio|.2f",
+    "tflops": "TFLOP/s|.2f",
+    "of_gemm": "of GEMM|.0%",
+    "gbps": "GB/s|.1f",
+    "of_copy": "of copy|.0%",
+    "error": "error|.4f",
+}
+STEP_COLUMNS = {
+    "batch": "batch",
+    "size": "pixels",
+    "what": "way",
+    "ms": "ms|.1f",
+    "vs_dense": "vs dense|.2f",
+    "vs_comfyui": "vs ComfyUI|.2f",
+    "peak_gib": "peak GiB|.2f",
+}
+
+
+def show_linears(title: str, rows: list[dict]) -> None:
+    """Print the table of linears and their sums."""
+    print(f"\n{title}\n\n{table(rows + totals(rows), LINEAR_COLUMNS)}", flush=True)
+
+
+def show_steps(title: str, rows: list[dict], dtype: torch.dtype, peer: str | None = None) -> None:
+    """Add the ratios to the dense model and to a peer, and print the table."""
+    bases = {"vs_dense": f"dense {dtype_name(dtype)}"} | ({"vs_comfyui": peer} if peer else {})
+    add_ratios(rows, bases, ["size", "batch"])
+    columns = {key: value for key, value in STEP_COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    print(f"\n{title}\n\n{table(rows, columns)}", flush=True)
+
+
+def bench(model: str | None = None, device: str | None = None, size: int | None = None) -> None:
+    """Measure this machine: tables, and a last line of JSON with the same.
+
+    On a GPU the four linears of a real block at 4224 rows and a step at 1024 x 1024 pixels, both of random weights; on
+    a CPU the same of the demo's size at 256 x 256. With `model`, a transformer file, its sizes and its steps.
+    ValueError for another kind of file, a device that is not there or a size that is no multiple of 16.
+    """
+    info = identify(model) if model else None
+    where = choose_device(device)
+    dtype, on_gpu = choose_dtype(None, where), where.type == "cuda"
+    config = info.config if info else ZImageConfig() if on_gpu else DEMO
+    rank = info.rank if info else RANK if on_gpu else DEMO_RANK
+    size = size or (1024 if on_gpu else 256)
+    if size < CELL or size % CELL:
+        raise ValueError(f"size: expected a multiple of {CELL} pixels, found {size}")
+    long = not on_gpu and config.dim > LARGE_ON_CPU
+    repeats, warm_up = (1, 1) if long else (15, WARM_UP)
+    torch.manual_seed(0)
+    facts, peak = machine(where, dtype), ceilings(where, dtype, 15)
+    print_machine(facts, peak)
+    rows = (size // CELL) ** 2 + CAPTION_TOKENS
+    linears = bench_linears(blocks_linears(config), rows, rank or DEMO_RANK, where, dtype, repeats, peak)
+    show_linears(f"The linears of one block, {rows} rows, rank {rank or DEMO_RANK}", linears)
+    sides = own_sides(config, rank, where, dtype, Path(model) if model else None)
+    steps = bench_steps(sides, [size], [1], where, repeats, warm_up, together=not on_gpu and not long)
+    weights = Path(model).name if model else "random weights"
+    show_steps(f"One step, {weights}, width {config.dim}, {config.n_layers} layers, rank {rank}", steps, dtype)
+    print_json("zimage bench", facts, peak=peak, linears=linears, totals=totals(linears), model=weights, steps=steps)
+
+
+def print_json(name: str, facts: Mapping[str, object], **found: object) -> None:
+    """The last line of every benchmark."""
+    print("\n" + json.dumps({"bench": name, "machine": facts, **found}))
