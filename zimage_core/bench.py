@@ -45,21 +45,27 @@ CAPTION_TOKENS = 128
 CELL = 16  # pixels to a token's edge
 LARGE_ON_CPU = 1024  # width above which a CPU takes so long that once must do
 FLUSH_BYTES = 2**28  # more than any GPU's cache
-WARM_UP = 2
+WARM_UP, LIMIT_S, SLOW = 2, 5.0, 10.0
 
 
 def medians_ms(calls: Mapping[str, Call], device: torch.device, repeats: int, warm_up: int = WARM_UP) -> dict[str, float]:
-    """Median time of each call in ms. They take turns; a GPU's cache is flushed before each, as a model's weights
-    come from memory every time."""
+    """Median time of each call in ms, the calls taking turns; a GPU's cache is flushed before each, as a model's
+    weights come from memory every time. Calls much slower than the fastest are timed once, and after LIMIT_S no
+    further round is begun."""
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     times: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
     for i in range(warm_up + repeats):
+        if i > warm_up and time.perf_counter() - begun > LIMIT_S:
+            break
+        fastest = min((found[-1] for found in times.values() if found), default=0.0)
         for name, call in calls.items():
+            if 0 < i != warm_up and times[name][-1] > SLOW * fastest:
+                continue
             flush.zero_()
-            elapsed = _elapsed_ms(call, device)
-            if i >= warm_up:
-                times[name].append(elapsed)
-    return {name: statistics.median(found) for name, found in times.items()}
+            times[name].append(_elapsed_ms(call, device))
+    slow = {name: found[-1:] for name, found in times.items() if len(found) <= warm_up + 1}
+    return {name: statistics.median(slow.get(name) or found[warm_up:]) for name, found in times.items()}
 
 
 def _elapsed_ms(call: Callable[[], object], device: torch.device) -> float:

@@ -56,7 +56,7 @@ class Lazy(CopyAtOnce):
 class Scale(nn.Module):
     """A block with a parameter, a buffer, an odd size and a matrix in column order."""
 
-    def __init__(self, value: float, size: int = 5):
+    def __init__(self, value: float, size: int = 1001):
         super().__init__()
         self.weight = nn.Parameter(torch.full((size,), value), requires_grad=False)
         self.register_buffer("matrix", torch.arange(12.0).view(3, 4).t().add(value))

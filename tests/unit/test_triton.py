@@ -37,7 +37,7 @@ def test_kernels_compile_for(sm):
     tiles = backend.dequantize_tiles(3840, rank, sm)
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     branch = {"smooth_factor": half, "proj_down": half, "proj_up": half}
-    ptx = compiled(kernels.dequantize, sm, weight | branch | {"weight": half, "k": "i32"}, tiles, options)
+    ptx = compiled(kernels.dequantize, sm, weight | branch | {"weight": half, "k": "i32", "r": "i32"}, tiles, options)
     assert bool(re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)) == (rank > 0)  # on the tensor cores
     assert ("ld.global.v4" in ptx or "cp.async" in ptx) and "st.global.v4" in ptx  # 16 bytes at a time
     for block_k in (4096, 16384):

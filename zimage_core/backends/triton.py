@@ -75,7 +75,7 @@ def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
     weight = torch.empty(n, k, dtype=down.dtype, device=down.device)
     tiles = dequantize_tiles(k, r if inside else 0, sm or 80)
     triton_kernels.dequantize[n // tiles["BLOCK_N"], k // 2 // tiles["BLOCK_C"]](
-        prepared["qweight"], prepared["wscales"], prepared["smooth_factor"], down, up, weight, k, **tiles
+        prepared["qweight"], prepared["wscales"], prepared["smooth_factor"], down, up, weight, k, r, **tiles
     )
     return weight if inside else weight.addmm_(up, down)
 
@@ -83,11 +83,11 @@ def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
     """Tile sizes for K, the rank (0: no product) and the compute capability, within its shared memory."""
     if r == 0:
-        return {"R": 0, "BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_R": 16, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_R": 0, "num_warps": 4, "num_stages": 1}
     large = sm in (90, 100)
     block_c = 128 if large and k % 256 == 0 else 64
     block_r = min(r & -r, 64 if large else 32)
-    return {"R": r, "BLOCK_N": 128, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_N": 128, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 3}
 
 
 def eight_bit(device: torch.device) -> torch.dtype:

@@ -28,23 +28,25 @@ def _scales(wscales, rows, tile, k, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 
 @triton.jit
 def dequantize(
-    qweight, wscales, smooth_factor, proj_down, proj_up, weight, k,
-    R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    qweight, wscales, smooth_factor, proj_down, proj_up, weight, k, r,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """weight (N, K) = q * s / smooth + up @ down, rounded once; R = 0 leaves up @ down out.
+    """weight (N, K) = q * s / smooth + up @ down, rounded once; BLOCK_R = 0 leaves up @ down out.
 
+    r is no constant: a LoRA in the branch changes it, and that must not compile again.
     Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channels = columns // 32 * 64 + columns % 32
     low = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     high = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for start in range(0, R, BLOCK_R):
-        ranks = start + tl.arange(0, BLOCK_R)
-        up = tl.load(proj_up + rows[:, None] * R + ranks[None, :])
-        down = proj_down + ranks[:, None] * k + channels[None, :]
-        low = tl.dot(up, tl.load(down), low)
-        high = tl.dot(up, tl.load(down + 32), high)
+    if BLOCK_R > 0:
+        for start in range(0, r, BLOCK_R):
+            ranks = start + tl.arange(0, BLOCK_R)
+            up = tl.load(proj_up + rows[:, None] * r + ranks[None, :])
+            down = proj_down + ranks[:, None] * k + channels[None, :]
+            low = tl.dot(up, tl.load(down), low)
+            high = tl.dot(up, tl.load(down + 32), high)
     q_low, q_high = _codes(qweight, rows, columns, k // 2)
     scale = _scales(wscales, rows, tl.program_id(1), k, BLOCK_N, BLOCK_C)
     low += q_low * scale * (1 / tl.load(smooth_factor + channels).to(tl.float32))[None, :]

@@ -1,0 +1,160 @@
+"""One step of the transformer: every backend and precision here against dense models in 16 bits, in one run.
+
+    python benchmarks/step.py                              the GPU: 512 to 1280 pixels, batch 1 and 4, random weights
+    COMFYUI_PATH=DIR python benchmarks/step.py             with ComfyUI's NextDiT, from a checkout
+    python benchmarks/step.py --sizes 1024 --only "triton w4a8" ComfyUI
+    python benchmarks/step.py --model FILE.safetensors     a file's weights; also its load time and host memory
+    python benchmarks/step.py --tiny                       a small model on the CPU, to see that it runs
+
+The peers are diffusers' ZImageTransformer2DModel where it is installed and ComfyUI's NextDiT, both with random weights
+of the same sizes. Their step is one call of their forward, which embeds and refines the caption every time; ours does
+that once for all steps, in `prepare`, and it is not timed. The table is for people; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from zimage_core import bench
+from zimage_core.bench import CAPTION_TOKENS, Call, Step
+from zimage_core.checkpoint import identify, load_transformer
+from zimage_core.config import ZImageConfig
+from zimage_core.pipeline import choose_device, choose_dtype
+
+TINY = ZImageConfig(384, 1, 1, 6, cap_feat_dim=64, axes_dims=(16, 24, 24))
+TINY_RANK = 16
+COMFYUI = "ComfyUI NextDiT"
+
+
+def diffusers_side(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Step:
+    """Steps of diffusers' model."""
+    from diffusers import ZImageTransformer2DModel
+
+    sizes = {name: getattr(config, name) for name in ("dim", "n_layers", "n_refiner_layers", "n_heads", "norm_eps")}
+    sizes |= {name: getattr(config, name) for name in ("cap_feat_dim", "in_channels", "rope_theta", "t_scale")}
+    axes = {"axes_dims": list(config.axes_dims), "axes_lens": list(config.axes_lens)}
+    with torch.device("meta"):
+        model = ZImageTransformer2DModel(**sizes, **axes, n_kv_heads=config.n_heads)
+    model = bench.randomize(model, device, dtype)
+
+    def at(size: int, batch: int) -> Call:
+        latents = [torch.randn(16, 1, size // 8, size // 8, device=device, dtype=dtype) for _ in range(batch)]
+        captions = [torch.randn(CAPTION_TOKENS, config.cap_feat_dim, device=device, dtype=dtype)] * batch
+        t = torch.full((batch,), 0.4, device=device)
+        return lambda: model(latents, t, captions, return_dict=False)[0]
+
+    return at
+
+
+def comfyui_side(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Step:
+    """Steps of ComfyUI's model, with the settings that its detection gives a Z-Image file."""
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    try:
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = device.type == "cpu"
+        import comfy.ldm.lumina.model
+        import comfy.ops
+    finally:
+        sys.argv = argv
+    model = comfy.ldm.lumina.model.NextDiT(
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        dim=config.dim,
+        n_layers=config.n_layers,
+        n_refiner_layers=config.n_refiner_layers,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_heads,
+        axes_dims=list(config.axes_dims),
+        axes_lens=list(config.axes_lens),
+        rope_theta=config.rope_theta,
+        cap_feat_dim=config.cap_feat_dim,
+        ffn_dim_multiplier=8 / 3,
+        qk_norm=True,
+        z_image_modulation=True,
+        time_scale=config.t_scale,
+        pad_tokens_multiple=32,
+        device="meta",
+        dtype=dtype,
+        operations=comfy.ops.disable_weight_init,
+    )
+    model = bench.randomize(model, device, dtype)
+
+    def at(size: int, batch: int) -> Call:
+        latents = torch.randn(batch, 16, size // 8, size // 8, device=device, dtype=dtype)
+        captions = torch.randn(batch, CAPTION_TOKENS, config.cap_feat_dim, device=device, dtype=dtype)
+        t = torch.full((batch,), 0.6, device=device)
+        return lambda: model(latents, t, captions, CAPTION_TOKENS)
+
+    return at
+
+
+def peers(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Step]]:
+    """The peers that are there."""
+    found = {}
+    if "COMFYUI_PATH" in os.environ:
+        found[COMFYUI] = partial(comfyui_side, config, device, dtype)
+    if importlib.util.find_spec("diffusers"):
+        found["diffusers"] = partial(diffusers_side, config, device, dtype)
+    return found
+
+
+def measure_load(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds and GiB of host memory that loading takes; on the CPU the model itself is in both figures."""
+    with bench.host_memory() as host:
+        begun = time.perf_counter()
+        model = load_transformer(path, device=device, dtype=dtype)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - begun
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / bench.GIB
+    return {"seconds": seconds, "model_gib": held, **host}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="transformer file (default: random weights of the real size)")
+    parser.add_argument("--device", help="default: a GPU if torch sees one")
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels of an edge")
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--repeats", type=int, default=15, help="0: one single call, without a warm-up")
+    parser.add_argument("--only", nargs="+", default=[""], help="ways whose names contain one of these")
+    parser.add_argument("--tiny", action="store_true", help="a small model and small pictures")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = choose_device(args.device)
+    dtype = choose_dtype(None, device)
+    config, rank = (TINY, TINY_RANK) if args.tiny else (ZImageConfig(), bench.RANK)
+    facts: dict[str, object] = {"weights": args.model.name if args.model else "random"}
+    if args.model:
+        info = identify(args.model)
+        config, rank = info.config, info.rank
+        facts["load"] = measure_load(args.model, device, dtype)
+    sides = bench.own_sides(config, rank, device, dtype, args.model) | peers(config, device, dtype)
+    sides = {name: build for name, build in sides.items() if any(part in name for part in args.only)}
+    sizes = args.sizes or ([64] if args.tiny else [512, 768, 1024, 1280])
+    batches = args.batches or [1, 4]
+    machine, peak = bench.machine(device, dtype), bench.ceilings(device, dtype, 1 + args.repeats // 2)
+    bench.print_machine(machine, peak)
+    if args.model:
+        print("load: " + ", ".join(f"{name} {value:.2f}" for name, value in facts["load"].items()))
+    repeats, warm_up = (args.repeats, bench.WARM_UP) if args.repeats else (1, 0)
+    together = device.type == "cpu" and config.dim <= bench.LARGE_ON_CPU
+    steps = bench.bench_steps(sides, sizes, batches, device, repeats, warm_up, together)
+    title = f"One step, {facts['weights']} weights, width {config.dim}, {config.n_layers} layers, rank {rank}"
+    bench.show_steps(title, steps, dtype, COMFYUI)
+    bench.print_json("step", machine, peak=peak, **facts, steps=steps)
+
+
+if __name__ == "__main__":
+    main()
