@@ -15,18 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from zimage_core import layout, lora
+from zimage_core import bench, lora
 from zimage_core.backends import select
 from zimage_core.checkpoint import load_transformer
 from zimage_core.config import ZImageConfig
 from zimage_core.lora import Lora
-from zimage_core.svdq import SVDQLinear, SVDQWeights
 from zimage_core.transformer import ZImageTransformer
 
 SMALL = ZImageConfig(dim=768, n_heads=6, n_layers=4, n_refiner_layers=1, cap_feat_dim=256)
@@ -43,28 +42,6 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def random_model(config: ZImageConfig, args: argparse.Namespace, device, dtype) -> ZImageTransformer:
-    """A quantized model of random weights whose activations stay near 1."""
-    model_rank = min(args.model_rank, config.dim // 4)
-    with torch.device(device):
-        model = ZImageTransformer(config, lambda k, n, bias: SVDQLinear(k, n, bias, rank=model_rank, dtype=dtype))
-    model.requires_grad_(False).to(dtype).eval()
-    model.backend = select(args.backend, args.precision, device=device, dtype=dtype)
-    for module in model.modules():
-        if isinstance(module, SVDQLinear):
-            n, k = module.out_features, module.in_features
-            codes = (torch.randn(n, k, device=device) * 2.6).round_().clamp_(-7, 7).to(torch.int8)
-            weights = SVDQWeights(
-                layout.pack_nibbles(codes),
-                torch.full((n, k // 64), 0.35 / k**0.5, device=device),
-                torch.ones(k, device=device),
-                torch.randn(model_rank, k, device=device) / k**0.5,
-                torch.randn(n, model_rank, device=device) * 0.2 / model_rank**0.5,
-            )
-            module.load(weights.to(dtype=dtype), model.backend)
-    return model
 
 
 def random_lora(model: ZImageTransformer, rank: int, seed: int) -> Lora:
@@ -119,7 +96,9 @@ def main() -> None:
             args.model, device=device, dtype=dtype, backend=args.backend, precision=args.precision
         )
     else:
-        model = random_model(ZImageConfig() if on_gpu else SMALL, args, device, dtype)
+        config = ZImageConfig() if on_gpu else SMALL
+        backend = select(args.backend, args.precision, device=device, dtype=dtype)
+        model = bench.random_model(config, device, dtype, backend, min(args.model_rank, config.dim // 4))
     latents = torch.randn(1, 16, size // 8, size // 8, device=device)
     t = torch.tensor([0.4], device=device)
     caption = torch.randn(CAPTION_TOKENS, model.config.cap_feat_dim, device=device)
@@ -137,8 +116,8 @@ def main() -> None:
         for name, stack in stacks.items():
             lora.apply(model, stack)
             cond = model.prepare([caption], size, size)
-            times = [timed(lambda c=cond: model(latents, t, c), device) for _ in range(repeats + 2)][2:]
-            seconds[name] = statistics.median(times)
+            step = partial(model, latents, t, cond)
+            seconds[name] = bench.medians_ms({name: step}, device, repeats)[name] / 1e3
             outputs[name] = model(latents, t, cond).float()
             memory[name] = sum(b.numel() * b.element_size() for b in model.buffers()) / 2**20
         changes = {}

@@ -114,7 +114,7 @@ def quantized(weight: Tensor, rank: int, stats: InputStats) -> Iterator[tuple[st
 def measure_layers(width: int, rank: int, seeds: int) -> list[dict]:
     """Relative output error of every method on both kinds of inputs, mean over seeds."""
     rows = []
-    for kind in ("white", "outliers"):
+    for kind in ("outliers", "white"):
         found: dict[str, list[list[float]]] = {}
         for seed in range(seeds):
             weight, inputs = random_layer(width, kind == "outliers", seed)
@@ -126,6 +126,7 @@ def measure_layers(width: int, rank: int, seeds: int) -> list[dict]:
             for method, parts in quantized(weight, rank, stats):
                 errors = [squared_error(parts, test, outputs, bits).sqrt().item() for bits in PRECISIONS.values()]
                 found.setdefault(method, []).append(errors)
+                print(f"{kind}, seed {seed}, {method}: {errors}", flush=True)
         for method, runs in found.items():
             means = [sum(column) / len(runs) for column in zip(*runs, strict=True)]
             errors = dict(zip(PRECISIONS, means, strict=True))

@@ -112,13 +112,13 @@ def peers(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> dic
 def measure_load(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Seconds and GiB of host memory that loading takes; on the CPU the model itself is in both figures."""
     with bench.host_memory() as host:
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         model = load_transformer(path, device=device, dtype=dtype)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begun
+        seconds, worked = time.perf_counter() - begun, time.process_time() - worked
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / bench.GIB
-    return {"seconds": seconds, "model_gib": held, **host}
+    return {"seconds": seconds, "processor_seconds": worked, "model_gib": held, **host}
 
 
 def main() -> None:

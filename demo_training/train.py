@@ -171,19 +171,21 @@ def train_vae(work: Path, small_steps: int, full_steps: int, lr: float) -> None:
 
 # --- stage 2: tokenizer and latents -------------------------------------------------------------------------------
 
-# (height, width): how many scenes are stored, how many make a batch, and how often such a batch is drawn
+# (height, width): how many scenes are stored, how many make a batch, and how often such a batch is drawn, at first and
+# from step LARGER_FROM on
 SIZES = {
-    (128, 128): (14000, 48, 0.66),
-    (160, 160): (1200, 32, 0.05),
-    (192, 192): (1200, 24, 0.06),
-    (256, 256): (900, 14, 0.06),
-    (128, 192): (1200, 32, 0.04),
-    (192, 128): (1200, 32, 0.04),
-    (128, 256): (900, 24, 0.03),
-    (256, 128): (900, 24, 0.03),
-    (192, 256): (700, 18, 0.015),
-    (256, 192): (700, 18, 0.015),
+    (128, 128): (14000, 48, (0.66, 0.46)),
+    (160, 160): (1200, 32, (0.05, 0.05)),
+    (192, 192): (1200, 24, (0.06, 0.12)),
+    (256, 256): (900, 14, (0.06, 0.15)),
+    (128, 192): (1200, 32, (0.04, 0.05)),
+    (192, 128): (1200, 32, (0.04, 0.05)),
+    (128, 256): (900, 24, (0.03, 0.04)),
+    (256, 128): (900, 24, (0.03, 0.04)),
+    (192, 256): (700, 18, (0.015, 0.02)),
+    (256, 192): (700, 18, (0.015, 0.02)),
 }
+LARGER_FROM = 1650
 TOKENS = 32  # a caption with its template never takes more, so that a batch needs no mask
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -308,7 +310,7 @@ class Data:
     def batch(self, step: int):
         """(size, token ids (B, 32), lengths, latents (B, 16, h, w), noise, sigma (B,)) of one step."""
         rng, generator = random.Random(SEED * 7919 + step), torch.Generator().manual_seed(SEED * 7919 + step)
-        (size,) = rng.choices(list(SIZES), [share for _, _, share in SIZES.values()])
+        (size,) = rng.choices(list(SIZES), [shares[step >= LARGER_FROM] for _, _, shares in SIZES.values()])
         kept, stored = self.sizes[size]
         count = SIZES[size][1]
         chosen = [rng.randrange(len(kept)) for _ in range(count)]

@@ -9,8 +9,8 @@ class ZImagePromptEncode:
     """Prompt -> CONDITIONING."""
 
     DESCRIPTION = (
-        "Turns a prompt into conditioning, in the chat template that Z-Image was made for. Plain sentences work best; "
-        "what comes after 512 tokens is cut off. The encoder leaves the GPU afterwards."
+        "Turns a prompt into conditioning, in the chat template that Z-Image was made for. Plain sentences of up to "
+        "512 tokens work best. The encoder leaves the GPU afterwards."
     )
     SEARCH_ALIASES = ["z-image", "zimage", "prompt", "clip text encode", "text"]
     CATEGORY = "Z-Image INT4"

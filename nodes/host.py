@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import uuid
+from collections import deque
 from pathlib import Path
 
 import comfy.conds
@@ -35,6 +36,7 @@ EXTENSIONS = (".safetensors", ".sft")
 LATENT_CHANNELS = 16
 HONOURED_PATCHES = ("double_block", "noise_refiner")
 PROMPT_TOKENS = 512
+KEPT_PROMPTS = 4  # conditionings kept between steps: positive, negative, areas
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +146,12 @@ def check_lora(name: str) -> None:
 
 def say(text: str, node_id: str | None) -> None:
     """Show a line of text on a node, where this ComfyUI can."""
-    from server import PromptServer
+    if node_id is not None:
+        from server import PromptServer
 
-    send = getattr(getattr(PromptServer, "instance", None), "send_progress_text", None)
-    if send is not None and node_id is not None:
-        send(text, node_id)
+        send = getattr(getattr(PromptServer, "instance", None), "send_progress_text", None)
+        if send is not None:
+            send(text, node_id)
 
 
 # ---- MODEL ----------------------------------------------------------------------------------------------------
@@ -216,14 +219,10 @@ class DiffusionModel(torch.nn.Module):
 
         super().__init__()
         self.transformer = transformer
-        self.stages = {
-            "context_refiner": 0,
-            "noise_refiner": len(transformer.context_refiner),
-            "layers": len(transformer.context_refiner) + len(transformer.noise_refiner),
-        }
         blocks = [*transformer.context_refiner, *transformer.noise_refiner, *transformer.layers]
         self.streamer = BlockStreamer(blocks, transformer)
         self.stock_loras: dict = {}
+        self.prepared: deque[tuple] = deque(maxlen=KEPT_PROMPTS)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -249,9 +248,22 @@ class DiffusionModel(torch.nn.Module):
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
         run = BlockRunner(self, options, x)
         hooks = Hooks(run_block=run, attention=functools.partial(attend, options), rope=rope(options))
-        cond = run.cond = self.transformer.prepare(list(context), x.shape[-2] * 8, x.shape[-1] * 8, hooks)
+        run.cond = self.prepare(context, x.shape[-2] * 8, x.shape[-1] * 8, hooks, options)
         model = functools.partial(self.transformer, hooks=hooks)
-        return predict_flow(model, x, timesteps, cond)[:, :, :height, :width]
+        return predict_flow(model, x, timesteps, run.cond)[:, :, :height, :width]
+
+    def prepare(self, context: Tensor, height: int, width: int, hooks, options: dict):
+        """The core's `Conditioning`, made once for all steps of a prompt unless a node changes what is computed."""
+        changed = "optimized_attention_override" in options or any(options.get("patches", {}).values())
+        version = getattr(self.transformer, "adapter_version", 0)
+        key = (context.shape, context.dtype, context.device, height, width, hooks.rope, version)
+        for same, kept, cond in () if changed else self.prepared:
+            if same == key and torch.equal(kept, context):
+                return cond
+        cond = self.transformer.prepare(list(context), height, width, hooks)
+        if not changed:
+            self.prepared.append((key, context.clone(), cond))
+        return cond
 
 
 class BlockRunner:
@@ -270,7 +282,7 @@ class BlockRunner:
         if stage == "layers":
             total = len(self.module.transformer.layers)
             self.options.update(total_blocks=total, block_type="double", block_index=index)
-        out = self.module.streamer.run(self.module.stages[stage] + index, lambda: block(x, *args))
+        out = self.module.streamer.run_block(stage, index, block, x, *args)
         if stage == "noise_refiner":
             for patch in self.patches.get("noise_refiner", ()):
                 given = self._given(index, out, self.first, self.cond.context, *args)
@@ -321,8 +333,8 @@ def rope(options: dict) -> tuple[float, float, float, float] | None:
 
 def refuse(options: dict, control) -> None:
     """ValueError naming what a node asks for that Z-Image cannot honour; silence would give a wrong picture."""
-    asked = [f"the patch {name!r}" for name, found in options.get("patches", {}).items() if found]
-    asked = [what for what in asked if what not in {f"the patch {name!r}" for name in HONOURED_PATCHES}]
+    patches = options.get("patches", {})
+    asked = [f"the patch {name!r}" for name, found in patches.items() if found and name not in HONOURED_PATCHES]
     asked += [f"the replaced block {name!r}" for name, found in options.get("patches_replace", {}).items() if found]
     if control is not None:
         asked.append("a ControlNet of Stable Diffusion's kind")
@@ -502,6 +514,7 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
         super().unpatch_model(None, unpatch_weights=False)  # object patches and injections
         if unpatch_weights:
             self.set_adapters({})
+            self.module.prepared.clear()
             self.current_hooks = None
             self.model.current_weight_patches_uuid = None
             if device_to is not None and device_to != self.load_device:
@@ -816,6 +829,12 @@ def sample(model, positive, seed: int, steps: int, width: int, height: int, batc
         shape = (batch, LATENT_CHANNELS, height // 8, width // 8)
         latent = {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != channels:
+        raise ValueError(
+            f"the latent has {samples.shape[1]} channels, this model's have {channels}: encode the picture with the "
+            "Z-Image VAE Loader's VAE"
+        )
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]
     guider = comfy.samplers.CFGGuider(model)

@@ -1,8 +1,8 @@
 """What the benchmarks share, and `zimage bench`: linears and whole steps, every backend against dense ones, in one run.
 
 Weights are random and made on the device, layer by layer, so that nothing is downloaded and no file is needed. Times
-are medians of single calls (CUDA events on a GPU); the ways that are compared take turns, call by call, so that a
-clock that drifts or a neighbour that computes meets all of them alike: read the ratios, not the milliseconds.
+are medians of single calls (CUDA events on a GPU); ways that are compared take turns, call by call, so that a clock
+that drifts or a neighbour that computes meets all of them alike: read the ratios, not the milliseconds.
 
 Legend: M rows, N out, K in, R rank.
 """
@@ -14,6 +14,7 @@ import datetime
 import gc
 import json
 import platform
+import random
 import statistics
 import threading
 import time
@@ -45,40 +46,53 @@ CAPTION_TOKENS = 128
 CELL = 16  # pixels to a token's edge
 LARGE_ON_CPU = 1024  # width above which a CPU takes so long that once must do
 FLUSH_BYTES = 2**28  # more than any GPU's cache
-WARM_UP, LIMIT_S, SLOW = 2, 5.0, 10.0
+WARM_UP, LIMIT_S, SLOW = 2, 4.0, 3.0
 
 
-def medians_ms(calls: Mapping[str, Call], device: torch.device, repeats: int, warm_up: int = WARM_UP) -> dict[str, float]:
-    """Median time of each call in ms, the calls taking turns; a GPU's cache is flushed before each, as a model's
-    weights come from memory every time. Calls much slower than the fastest are timed once, and after LIMIT_S no
-    further round is begun."""
+def medians_ms(
+    calls: Mapping[str, Call], device: torch.device, repeats: int, warm_up: int = WARM_UP
+) -> dict[str, float]:
+    """Median time of each call in ms; a GPU's cache is flushed before each, as a model's weights come from memory.
+
+    Calls take turns in an order drawn anew each round, as what ran before is what the caches hold; those SLOW times
+    slower than the fastest come after the others, one by one. After LIMIT_S no further round is begun."""
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+
+    def once(name: str) -> float:
+        flush.zero_()
+        return _elapsed_ms(calls[name], device)
+
+    first = {name: min((once(name) for _ in range(warm_up)), default=0.0) for name in calls}
+    quick = [name for name in calls if first[name] <= SLOW * min(first.values())]
     times: dict[str, list[float]] = {name: [] for name in calls}
-    begun = time.perf_counter()
-    for i in range(warm_up + repeats):
-        if i > warm_up and time.perf_counter() - begun > LIMIT_S:
-            break
-        fastest = min((found[-1] for found in times.values() if found), default=0.0)
-        for name, call in calls.items():
-            if 0 < i != warm_up and times[name][-1] > SLOW * fastest:
-                continue
-            flush.zero_()
-            times[name].append(_elapsed_ms(call, device))
-    slow = {name: found[-1:] for name, found in times.items() if len(found) <= warm_up + 1}
-    return {name: statistics.median(slow.get(name) or found[warm_up:]) for name, found in times.items()}
+    order = random.Random(0)
+    for group in (quick, *([name] for name in calls if name not in quick)):
+        begun = time.perf_counter()
+        for i in range(repeats):
+            if i and time.perf_counter() - begun > LIMIT_S:
+                break
+            for name in order.sample(list(group), len(group)):
+                times[name].append(once(name))
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def _elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
-        begun = time.perf_counter()
+        clock = cpu_clock()[1]
+        begun = clock()
         call()
-        return (time.perf_counter() - begun) * 1e3
+        return (clock() - begun) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def cpu_clock() -> tuple[str, Callable[[], float]]:
+    """The clock for a CPU: with one thread the processor time of the process, which neighbours hardly change."""
+    return ("processor time", time.process_time) if torch.get_num_threads() == 1 else ("time", time.perf_counter)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
@@ -105,7 +119,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     if device.type == "cuda":
         facts |= {"gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1)}
     else:
-        facts |= {"threads": torch.get_num_threads()}
+        facts |= {"threads": torch.get_num_threads(), "clock": cpu_clock()[0]}
     return facts | {"unavailable": {name: why for name, why, _ in backends.report(device, dtype) if why}}
 
 
@@ -176,7 +190,7 @@ def _cell(value: object, form: str) -> str:
 
 def print_machine(facts: Mapping[str, object], peak: Mapping[str, float]) -> None:
     """The heading of a benchmark: machine, ceilings, and what cannot run here."""
-    size = f", {facts['gib']} GiB" if "gib" in facts else f", {facts['threads']} threads"
+    size = f", {facts['gib']} GiB" if "gib" in facts else f", threads: {facts['threads']} (measured: {facts['clock']})"
     print(f"{facts['device']}{size}, torch {facts['torch']}, {facts['dtype']}, {facts['date']}")
     print(f"measured ceilings: {peak['tflops']:.2f} TFLOP/s (square GEMM), {peak['gbps']:.0f} GB/s (copy)")
     for name, reason in facts["unavailable"].items():
@@ -255,12 +269,12 @@ def own_sides(
             load_transformer(path, device=device, dtype=dtype, backend=name, precision=precision), device, dtype
         )
 
-    def random(backend: Backend | None) -> Step:
+    def made(backend: Backend | None) -> Step:
         return step_of(random_model(config, device, dtype, backend, rank), device, dtype)
 
-    sides: dict[str, Callable[[], Step]] = {f"dense {dtype_name(dtype)}": partial(random, None)}
+    sides: dict[str, Callable[[], Step]] = {f"dense {dtype_name(dtype)}": partial(made, None)}
     for name, way in every_way(device, dtype).items() if rank else ():
-        sides[name] = partial(loaded, model, way.name, way.precision) if model else partial(random, way)
+        sides[name] = partial(loaded, model, way.name, way.precision) if model else partial(made, way)
     return sides
 
 
@@ -313,7 +327,7 @@ def add_ratios(rows: list[dict], bases: Mapping[str, str], same: Sequence[str]) 
             row[key] = row["ms"] / theirs if row["ms"] and theirs else None
 
 
-def blocks_linears(config: ZImageConfig) -> dict[str, tuple[int, int]]:
+def block_linears(config: ZImageConfig) -> dict[str, tuple[int, int]]:
     """The four linears of a block: name -> (N, K)."""
     d, f = config.dim, config.ffn_dim
     return {"qkv": (3 * d, d), "out": (d, d), "w3_w1": (2 * f, d), "w2": (d, f)}
@@ -433,7 +447,7 @@ def bench(model: str | None = None, device: str | None = None, size: int | None 
     facts, peak = machine(where, dtype), ceilings(where, dtype, 15)
     print_machine(facts, peak)
     rows = (size // CELL) ** 2 + CAPTION_TOKENS
-    linears = bench_linears(blocks_linears(config), rows, rank or DEMO_RANK, where, dtype, repeats, peak)
+    linears = bench_linears(block_linears(config), rows, rank or DEMO_RANK, where, dtype, repeats, peak)
     show_linears(f"The linears of one block, {rows} rows, rank {rank or DEMO_RANK}", linears)
     sides = own_sides(config, rank, where, dtype, Path(model) if model else None)
     steps = bench_steps(sides, [size], [1], where, repeats, warm_up, together=not on_gpu and not long)

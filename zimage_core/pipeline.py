@@ -444,7 +444,6 @@ class Pipeline:
         other = planning.conditioning_bytes(config, image_tokens, captions, e, fp16)
         other += planning.conditioning_bytes(config, image_tokens, tokens[-1:], e, fp16) if guided else 0
         other += planning.latents_bytes(height, width, pictures)
-        other += planning.kept_dense(config, info.rank, info.quantized_refiners, arithmetic, e)
         if self.transformer is None:
             weights = planning.transformer_weights(config, info.rank, info.quantized_refiners, e, arithmetic)
         else:

@@ -16,13 +16,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from .config import ZImageConfig
 from .offload import BUFFERS, Weights, fit
-from .vae import AUTO_PIXELS, TILES
+from .text_encoder import TextEncoderConfig
+from .vae import AUTO_PIXELS, TILES, VAEConfig
 
 GIB = 2**30
 CHUNK = 2**24  # elements that backends.reference unpacks at once
 KEPT_DENSE = 2**20  # elements up to which backends.reference keeps a weight's dense form
 ENCODER_CHUNK = 2**22  # weights that encoder_formats dequantizes at once
+CUBLAS = 2**25  # the workspace that torch gives cuBLAS on Hopper and later; a quarter of it before
 TOKENS_MULTIPLE = 32
 GROUP = 64
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
@@ -154,7 +157,7 @@ def libraries(device) -> int:
         return 0
     import torch
 
-    return 2**25 if torch.cuda.get_device_capability(device) >= (9, 0) else 8519680
+    return CUBLAS if torch.cuda.get_device_capability(device) >= (9, 0) else CUBLAS // 4
 
 
 # ---- weights --------------------------------------------------------------------------------------------------
@@ -173,6 +176,8 @@ def transformer_weights(config, rank: int, quantized_refiners: bool, e: int, ari
         if not quantized:
             return [n * k * e]
         sizes = [n * k // 2, *(e * size for size in (n * (k // GROUP), k, rank * k, n * rank))]
+        if arithmetic == "reference w4a16" and n * k <= KEPT_DENSE:
+            sizes.append(n * k * e)
         return sizes + ([4 * n] if arithmetic.startswith("triton w4a8") else [])
 
     def block(quantized: bool, modulated: bool) -> tuple[int, int]:
@@ -288,15 +293,6 @@ def transformer_need(config, rows: int, rank: int, arithmetic: str, fused: bool,
     return Need(workspace, activations)
 
 
-def kept_dense(config, rank: int, quantized_refiners: bool, arithmetic: str, e: int) -> int:
-    """Bytes of the dense weights that `backends.reference` keeps, all of them small ones (the bundled demo's)."""
-    if arithmetic != "reference w4a16":
-        return 0
-    d, f = config.dim, config.ffn_dim
-    blocks = config.n_layers + (2 * config.n_refiner_layers if quantized_refiners else 0)
-    return blocks * sum(k * n * e for k, n in ((d, 3 * d), (d, d), (d, 2 * f), (f, d)) if k * n <= KEPT_DENSE)
-
-
 def conditioning_bytes(config, image_tokens: int, captions: Sequence[int], e: int, fp16: bool = False) -> int:
     """Bytes of a `Conditioning`: refined caption tokens and the rotary angles of all tokens."""
     longest = max(map(padded, captions))
@@ -359,13 +355,14 @@ def vae_need(config, height: int, width: int, pictures: int, e: int, tile: int |
     """What decoding takes, whole or in tiles of `tile` cells, and the finished pictures in fp32."""
     area, values = height * width, vae_values(config)
     done = 12 * area  # a picture in fp32
+    latents = 4 * config.latent_channels * pictures * (height // config.downscale) * (width // config.downscale)
     if tile is None:
         working = round(values * area * e)
     else:
         edge = tile * config.downscale
         piece = min(edge, height) * min(edge, width)
         working = round((values * e + 12) * piece) + 16 * area
-    return Need(0, max(working + (pictures - 1) * done, 3 * pictures * done))
+    return Need(0, max(working + latents + (pictures - 1) * done, latents + 2 * pictures * done, 3 * pictures * done))
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------
@@ -461,6 +458,55 @@ def make_plan(
         )
     )
     return Plan(title, tuple(stages), budget, usable, tile or "auto")
+
+
+def full_size_plan(
+    height: int,
+    width: int,
+    budget: int | None,
+    *,
+    rank: int = 256,
+    encoder: str | None = "float8_e4m3fn",
+    tokens: int = 128,
+    arithmetic: str = "triton w4a8",
+    held: Mapping[str, int] | None = None,
+) -> Plan:
+    """The plan of one picture by Z-Image Turbo's models in bf16 on a recent GPU, without any file.
+
+    encoder: the form of its weights, None for prompts that are known.
+    """
+    config, vae_config, e = ZImageConfig(), VAEConfig(), 2
+    side = 8 * config.patch_size
+    image_tokens = padded((height // side) * (width // side))
+    part = None
+    if encoder is not None:
+        sizes = TextEncoderConfig()
+        stored = {}
+        c, f, d = sizes.hidden_size, sizes.intermediate_size, sizes.head_dim
+        q, k = sizes.num_heads * d, sizes.num_kv_heads * d
+        for i in range(sizes.num_layers):
+            for name, shape in enumerate(((q, c), (k, c), (k, c), (c, q), (f, c), (f, c), (c, f))):
+                stored[f"layers.{i}.{name}"] = (encoder, shape)
+            stored |= {f"layers.{i}.norm{j}": ("float", (n,)) for j, n in enumerate((c, c, d, d))}
+        part = Part(encoder_weights(stored, sizes.num_layers, e), encoder_need(sizes, tokens, [encoder], e))
+    return make_plan(
+        title=f"1 picture of {width} x {height}",
+        encoder=part,
+        transformer=Part(
+            transformer_weights(config, rank, True, e, arithmetic),
+            transformer_need(config, image_tokens + padded(tokens), rank, arithmetic, True, e),
+            conditioning_bytes(config, image_tokens, [tokens], e) + latents_bytes(height, width, 1),
+        ),
+        vae=vae_weights(vae_config, e),
+        vae_config=vae_config,
+        height=height,
+        width=width,
+        pictures=1,
+        vae_itemsize=e,
+        budget=budget,
+        libraries=CUBLAS,
+        held=held,
+    )
 
 
 def _beside(name: str, held: Mapping[str, int], room: float) -> tuple[str, ...]:

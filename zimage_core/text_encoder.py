@@ -315,7 +315,9 @@ def _checked_file(file) -> tuple[TextEncoderConfig, list[str]]:
     """The sizes of an open file's model, and the names of the weights that it needs."""
     check_model(file.weights, file.others, file.where)
     config = read_config(file.config, file.weights, file.where)
-    shapes = {name: tuple(t.shape) for name, t in TextEncoder(config, device="meta").state_dict().items()}
+    body = TextEncoder(config, device="meta", embedding=HostEmbedding)  # on meta, nn.Embedding takes seconds
+    shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    shapes |= {name: tuple(t.shape) for name, t in body.state_dict().items()}
     check_weights(file.weights, file.others, shapes, file.where)
     return config, list(shapes)
 

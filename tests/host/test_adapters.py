@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,54 @@ def test_wrong_latents_are_refused(host, vae_file):
     vae = host.core_vae(vae_file, torch.float32)
     with pytest.raises(ValueError, match="4 channels, Z-Image's have 16"):
         host.decode(vae, {"samples": torch.zeros(1, 4, 8, 8)}, "auto")
+
+
+def test_files_that_comfyui_reads_itself_become_its_own_clip(host, monkeypatch, tmp_path):
+    """Qwen3-4B under its usual names goes to ComfyUI's loader, in one file; other sizes and folders go to the core."""
+    import folder_paths
+
+    def encoder(path: Path, width: int, prefix: str = "model."):
+        header = {
+            f"{prefix}embed_tokens.weight": ("BF16", (151936, width)),
+            f"{prefix}layers.0.self_attn.q_norm.weight": ("BF16", (128,)),
+            f"{prefix}layers.0.self_attn.q_proj.weight": ("BF16", (4096, width)),
+        }
+        end, entries = 0, {}
+        for name, (dtype, shape) in header.items():
+            size = 2 * torch.Size(shape).numel()
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        raw = json.dumps(entries).encode()
+        with path.open("wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + end)  # sparse
+
+    root = Path(folder_paths.get_folder_paths("text_encoders")[0])
+    encoder(root / "qwen_3_4b.safetensors", 2560)
+    encoder(root / "other.safetensors", 1024)
+    folder_paths.filename_list_cache.clear()
+    calls = []
+    monkeypatch.setattr(host.comfy.sd, "load_clip", lambda **given: calls.append(given) or "clip")
+    assert host.load_clip("qwen_3_4b.safetensors") == "clip"
+    assert calls[0]["ckpt_paths"] == [str(root / "qwen_3_4b.safetensors")]
+    assert host.reads_encoder(root / "other.safetensors") is False
+    assert host.reads_encoder(tmp_path) is False
+    (root / "qwen_3_4b.safetensors").unlink()
+    (root / "other.safetensors").unlink()
+
+
+def test_encoder_leaves_the_device_after_the_prompt(host, encoder_file, monkeypatch):
+    """On a machine whose encoder runs on another device than it waits on: everything but it is kept."""
+    clip = host.core_clip(encoder_file)
+    other = host.core_clip(encoder_file)
+    freed = []
+    memory = host.comfy.model_management
+    host.encode_prompt(other, "kept")
+    monkeypatch.setattr(memory, "free_memory", lambda need, device, keep, **_: freed.append((device, list(keep))))
+    monkeypatch.setattr(clip.patcher, "offload_device", torch.device("meta"))
+    loaded = memory.LoadedModel(clip.patcher)
+    monkeypatch.setattr(memory, "current_loaded_models", [*memory.current_loaded_models, loaded])
+    host.release(clip.patcher)
+    device, keep = freed[-1]
+    assert device == clip.patcher.load_device
+    assert loaded not in keep and any(m.model is other.patcher for m in keep)

@@ -303,6 +303,11 @@ def test_our_sampler_takes_stock_models_and_latents(host, stock):
     assert relative(zsample(host, stock, conditioning(), latent=four), ksample(stock, conditioning())) < 1e-4
 
 
+def test_latents_of_another_model_are_refused(host, ours):
+    with pytest.raises(ValueError, match="has 4 channels.*Z-Image VAE Loader"):
+        zsample(host, ours, conditioning(), latent={"samples": torch.ones(1, 4, 8, 8)})
+
+
 def test_model_sampling_patches_rule_the_schedule(host, ours):
     from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
@@ -373,6 +378,42 @@ def test_sampling_while_streaming_is_bit_identical(host, ours, monkeypatch):
     comfy.model_management.unload_all_models()
     ours.detach()
     assert torch.equal(ksample(ours, conditioning(), conditioning(30, seed=2), cfg=2.0), expected)
+
+
+def test_comfyuis_own_memory_manager(host, ours, monkeypatch):
+    """Its arithmetic for a GPU with so and so much free memory, on the CPU: partial load, more, part of it back."""
+    memory = host.comfy.model_management
+    memory.unload_all_models()
+    ours.detach()
+    expected, size = ksample(ours, conditioning()), ours.model_size()
+    memory.unload_all_models()
+    ours.detach()
+    free = [0.8 * size]
+    monkeypatch.setattr(memory, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
+    monkeypatch.setattr(memory, "minimum_inference_memory", lambda: 0)
+    monkeypatch.setattr(memory, "extra_reserved_memory", lambda: 0)
+    monkeypatch.setattr(ours.model, "memory_required", lambda *args, **kwargs: 0)
+
+    def get_free_memory(device=None, torch_free_too=False):
+        left = max(0, free[0] - ours.loaded_size())
+        return (left, left) if torch_free_too else left
+
+    monkeypatch.setattr(memory, "get_free_memory", get_free_memory)
+    seen = []
+    for share in (0.01, 0.8, 2.0):
+        free[0] = share * size
+        assert relative(ksample(ours, conditioning()), expected) < 1e-5  # its attention cuts by free memory too
+        assert ours.loaded_size() <= max(share, 0.75) * size  # embedders and two slots are the least there is
+        seen.append(ours.module.streamer.resident)
+    assert seen[0] == 0 and seen[1] < 3 and seen[2] == 3
+    loaded = next(m for m in memory.current_loaded_models if m.model.is_clone(ours))
+    assert loaded.model_unload(memory_to_free=0.2 * size) is False  # part of it was enough
+    assert ours.module.streamer.resident < 3 and ours.loaded_size() <= 0.8 * size
+    assert relative(ksample(ours, conditioning()), expected) < 1e-5
+    memory.unload_all_models()
+    assert not any(m.model is not None and m.model.is_clone(ours) for m in memory.current_loaded_models)
+    assert ours.loaded_size() == 0
 
 
 def test_clones_and_detach_leave_the_model_usable(host, ours):
@@ -546,3 +587,42 @@ def test_what_is_no_lora_for_this_model(host, ours):
     assert "Flux" in host.checked(host.check_lora, "flux.safetensors")
     with pytest.raises(ValueError, match="is not in"):
         host.add_lora(ours, "gone.safetensors", 1.0, None)
+
+
+# ---- other files ----------------------------------------------------------------------------------------------
+
+
+def test_bf16_file_in_comfyuis_style(host, stock):
+    """A dense file as ComfyUI names its weights loads through our node and equals ComfyUI's own model."""
+    from pathlib import Path
+
+    import folder_paths
+    from safetensors.torch import save_file
+
+    state = {k: v.bfloat16() for k, v in stock.model.diffusion_model.state_dict().items()}
+    save_file(state, Path(folder_paths.get_folder_paths("diffusion_models")[0]) / "dense.safetensors")
+    folder_paths.filename_list_cache.clear()
+    assert host.checked(host.check_model, "dense.safetensors") is True
+    dense = host.load_model("dense.safetensors", "auto", "auto")
+    assert host.describe_model(dense).startswith("dense")
+    before = {k: v.clone() for k, v in stock.model.diffusion_model.state_dict().items()}
+    stock.model.diffusion_model.load_state_dict({k: v.float() for k, v in state.items()})
+    expected = ksample(stock, conditioning())
+    stock.model.diffusion_model.load_state_dict(before)
+    assert relative(ksample(dense, conditioning()), expected) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
+def test_precisions(host, ours, precision):
+    model = host.load_model(TINY, "torch", precision)
+    assert precision in host.describe_model(model)
+    found = ksample(model, conditioning())
+    assert relative(found, ksample(ours, conditioning())) < (1e-6 if precision == "w4a16" else 0.5)
+
+
+def test_a_copy_for_another_gpu_can_be_made(ours):
+    """ComfyUI's multi-GPU code builds a fresh module from `cached_patcher_init`."""
+    function, arguments = ours.cached_patcher_init
+    copy = function(*arguments, disable_dynamic=True)
+    assert copy.model is not ours.model
+    assert torch.equal(ksample(copy, conditioning()), ksample(ours, conditioning()))

@@ -69,10 +69,7 @@ def test_registered_and_described(server):
         assert node["description"] and node["display_name"].startswith("Z-Image") and node["output_tooltips"]
         assert node["python_module"] == "custom_nodes.zimage-int4"
         assert node.get("search_aliases", ["zimage"]), name
-    log = server.log.read_text(errors="replace")
-    assert "IMPORT FAILED" not in log
-    seconds = re.search(r"([\d.]+) seconds(?: \(.*\))?: .*zimage-int4", log)
-    assert seconds and float(seconds.group(1)) < 0.5, log[-3000:]
+    assert not re.search(r"IMPORT FAILED.*zimage-int4", server.log.read_text(errors="replace"))
 
 
 def test_web_files_are_served(server):
@@ -276,10 +273,13 @@ def test_errors_while_running_are_a_sentence(server, real_names):
     assert outcome(server.run(api())) == "success"
 
 
-def test_pack_registers_where_optional_libraries_are_missing(server):
-    """diffusers, triton, nunchaku, comfy-kitchen and the hub may be absent: only their own paths then fail."""
+def test_import_is_quick_and_needs_no_optional_library(server):
+    """diffusers, triton, nunchaku, gguf, peft and the hub may be absent: only what needs them then fails.
+
+    Beside ComfyUI's own imports the pack takes less than half a second of CPU time, its lists of files included.
+    """
     code = (
-        "import sys, importlib.util\n"
+        "import sys, time, importlib.util\n"
         "class Block:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in {'diffusers', 'triton', 'nunchaku', 'gguf', 'peft', 'huggingface_hub'}:\n"
@@ -287,15 +287,19 @@ def test_pack_registers_where_optional_libraries_are_missing(server):
         f"sys.path.insert(0, {os.environ['COMFYUI_PATH']!r})\n"
         "import comfy.cli_args; comfy.cli_args.args.cpu = True\n"
         "import comfy.sd, comfy.sample, comfy.samplers, nodes\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'huggingface_hub']: del sys.modules[name]\n"
         "sys.meta_path.insert(0, Block())\n"
-        "for name in [n for n in sys.modules if n.split('.')[0] in ('huggingface_hub',)]: del sys.modules[name]\n"
+        "start = time.process_time()\n"
         f"spec = importlib.util.spec_from_file_location('pack', {str(ROOT / '__init__.py')!r})\n"
         "pack = importlib.util.module_from_spec(spec); sys.modules['pack'] = pack; spec.loader.exec_module(pack)\n"
-        "print(len(pack.NODE_CLASS_MAPPINGS), [bool(n.INPUT_TYPES()) for n in pack.NODE_CLASS_MAPPINGS.values()])\n"
+        "inputs = [node.INPUT_TYPES() for node in pack.NODE_CLASS_MAPPINGS.values()]\n"
+        "print(len(inputs), time.process_time() - start)\n"
     )
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
     run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=server.base)
-    assert run.returncode == 0 and run.stdout.splitlines()[-1].startswith("7 ["), run.stderr[-2000:]
+    assert run.returncode == 0, run.stderr[-2000:]
+    nodes, seconds = run.stdout.splitlines()[-1].split()
+    assert nodes == "7" and float(seconds) < 0.5, seconds
 
 
 # ---- many runs ------------------------------------------------------------------------------------------------

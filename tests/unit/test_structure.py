@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "svdq_file": {"config", "keys", "layout", "transformer"},
     "lora": {"adapters", "checkpoint", "keys", "svdq", "tensorfiles"},
     "offload": set(),
-    "plan": {"offload", "vae"},
+    "plan": {"config", "offload", "text_encoder", "vae"},
     "solver": {"layout", "svdq"},
     "compare": set(),
     "calibrate": {"config", "sampler", "solver", "transformer"},
@@ -55,8 +55,12 @@ MAY_IMPORT = {
         *("backends", "checkpoint", "demo", "hub", "lora", "offload", "ops", "plan", "sampler"),
         *("text_encoder", "transformer", "vae"),
     },
+    "bench": {
+        *("", "adapters", "backends", "checkpoint", "config", "layout", "ops", "pipeline", "sampler", "svdq"),
+        "transformer",
+    },
     "cli": {
-        *("", "backends", "checkpoint", "compare", "demo", "hub", "lora", "offload", "pipeline", "quantize"),
+        *("", "backends", "bench", "checkpoint", "compare", "demo", "hub", "lora", "offload", "pipeline", "quantize"),
         *("quantize_encoder", "tensorfiles"),
     },
     "__main__": {"cli"},

@@ -1,0 +1,264 @@
+"""Does a memory budget hold, and what does streaming cost? Everything is counted by torch's allocator.
+
+Each row draws with the process limited to its budget (`torch.cuda.set_per_process_memory_fraction`, which does not
+count the CUDA context, about 0.5 GiB) and compares with a resident run: latents bit for bit, seconds of sampling,
+predicted against measured peak. Then many pictures in a row, with the memory held after each. The floor of streaming
+is the PCIe bandwidth of the same process.
+
+    python benchmarks/memory.py --synthetic /tmp/full   # full size with random weights, written there if need be
+    python benchmarks/memory.py --model MODEL --text-encoder ENCODER --vae VAE
+    python benchmarks/memory.py --dry-run               # the bundled demo on the CPU: tries the script itself
+
+Targets: 1024 x 1024 in 4.0 GiB within 1.05 times the resident time and in 2.5 GiB within 1.15, 512 x 512 in 2.0 GiB,
+2048 x 2048 in 8 GiB, prediction within 10 %, memory after the last picture within 1 % of that after the third.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from zimage_core import load_pipeline
+from zimage_core.config import ZImageConfig
+from zimage_core.demo import demo_files
+from zimage_core.pipeline import Pipeline
+from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
+from zimage_core.vae import VAE, VAEConfig
+
+GIB = 2**30
+# size, budget in GiB, seconds of sampling allowed as a multiple of the resident run's (None: it only has to fit)
+TARGETS = ((1024, 4.0, 1.05), (1024, 2.5, 1.15), (512, 2.0, None), (2048, 8.0, None))
+DRY_TARGETS = ((128, 0.06, None), (64, 0.055, None))
+WITHIN = 0.10  # of the measured peak
+DRIFT = 0.01
+PROMPT = "a small boat on a quiet lake at dawn, mist over the water"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget: what was predicted and measured, and whether the targets hold."""
+
+    size: int
+    budget_gib: float
+    streamed: int
+    blocks: int
+    predicted_gib: float
+    measured_gib: float | None
+    reserved_gib: float | None
+    seconds: float
+    resident_seconds: float
+    identical: bool
+    ok: bool
+
+
+def write_synthetic(
+    folder: Path,
+    transformer: ZImageConfig = ZImageConfig(),  # noqa: B008
+    encoder: TextEncoderConfig = TextEncoderConfig(),  # noqa: B008
+    vae: VAEConfig = VAEConfig(),  # noqa: B008
+    rank: int = 256,
+) -> dict[str, Path]:
+    """Model, FP8 encoder and VAE with random weights in a folder, those that are there already left alone."""
+    from make_synthetic import write_synthetic as write_transformer
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"model": "svdq-int4-synthetic", "text_encoder": "encoder-fp8", "vae": "vae"}
+    paths = {part: folder / f"{name}.safetensors" for part, name in names.items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tensor: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        if tensor.ndim == 1:
+            return torch.ones(tensor.shape, dtype=torch.bfloat16)
+        fan_in = tensor[0].numel()
+        return torch.empty(tensor.shape).normal_(0, fan_in**-0.5, generator=generator).to(dtype)
+
+    if not paths["model"].exists():
+        write_transformer(paths["model"], transformer, rank)
+    if not paths["text_encoder"].exists():
+        body = TextEncoder(encoder, device="meta").state_dict()
+        plain = ("embed_tokens.weight",)
+        state = {k: draw(v, torch.bfloat16 if k in plain else torch.float8_e4m3fn) for k, v in body.items()}
+        state[f"layers.{encoder.num_layers}.input_layernorm.weight"] = torch.ones(encoder.hidden_size)  # never read
+        save_file({f"model.{k}": v for k, v in state.items()}, paths["text_encoder"])
+    if not paths["vae"].exists():
+        with torch.device("meta"):
+            body = VAE(vae).state_dict()
+        save_file({k: draw(v) for k, v in body.items()}, paths["vae"])
+    return paths | {"tokenizer": demo_files()["tokenizer"]}
+
+
+def pipeline(arguments: argparse.Namespace, budget: float | None) -> Pipeline:
+    """A pipeline with a budget in GiB, None for everything resident."""
+    files = (arguments.model, arguments.text_encoder, arguments.vae)
+    device = "cpu" if arguments.dry_run else None
+    return load_pipeline(*files, tokenizer=arguments.tokenizer, device=device, vram_budget=budget)
+
+
+def limit(device: torch.device, budget: float | None) -> None:
+    """Let torch have so many GiB of a GPU, or all of it."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if budget is None else min(1.0, budget * GIB / total), device)
+
+
+def free(device: torch.device) -> None:
+    """Give back what the last pipeline held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def draw(pipe: Pipeline, size: int, steps: int, seed: int = 0) -> tuple[torch.Tensor, float]:
+    """The last latents of a picture, and the seconds that sampling took."""
+    seen = {}
+
+    def keep(done: int, total: int, image: torch.Tensor) -> None:
+        seen["latents"] = image.detach().cpu()
+
+    pipe(PROMPT, height=size, width=size, num_inference_steps=steps, generator=seed, on_step=keep)
+    return seen["latents"], next(stage.seconds for stage in pipe.stages if stage.name == "sample")
+
+
+def measure(arguments: argparse.Namespace, size: int, budget: float | None) -> dict:
+    """Draw twice with a budget, the second time for the clock; device peaks are those of the first."""
+    pipe = pipeline(arguments, budget)
+    limit(pipe.device, budget)
+    free(pipe.device)
+    latents, _ = draw(pipe, size, arguments.steps)
+    plan, peaks = pipe.plan, [stage.device_peak for stage in pipe.stages if stage.device_peak is not None]
+    reserved = torch.cuda.max_memory_reserved(pipe.device) if peaks else None
+    again, seconds = draw(pipe, size, arguments.steps)
+    found = {
+        "latents": latents,
+        "same": torch.equal(latents, again),
+        "seconds": seconds,
+        "plan": plan,
+        "peak": max(peaks) if peaks else None,
+        "reserved": reserved,
+        "device": pipe.device,
+    }
+    del pipe
+    free(found["device"])
+    return found
+
+
+def compare(arguments: argparse.Namespace, size: int, budget: float, factor: float | None, resident: dict) -> Row:
+    """One row of the table."""
+    found = measure(arguments, size, budget)
+    stage, predicted, peak = found["plan"].stage("transformer"), found["plan"].peak, found["peak"]
+    identical = found["same"] and resident["same"] and torch.equal(found["latents"], resident["latents"])
+    ok = identical and (factor is None or found["seconds"] <= factor * resident["seconds"])
+    if peak is not None:
+        ok = ok and abs(predicted - peak) <= WITHIN * peak and found["reserved"] <= budget * GIB
+    return Row(
+        size=size,
+        budget_gib=budget,
+        streamed=stage.blocks - stage.resident,
+        blocks=stage.blocks,
+        predicted_gib=predicted / GIB,
+        measured_gib=peak and peak / GIB,
+        reserved_gib=found["reserved"] and found["reserved"] / GIB,
+        seconds=found["seconds"],
+        resident_seconds=resident["seconds"],
+        identical=identical,
+        ok=ok,
+    )
+
+
+def bandwidth(device: torch.device, count: int = 2**27) -> float:
+    """GB/s from pinned host memory to the device, the median of ten copies of a block's size."""
+    on_cuda = device.type == "cuda"
+    source = torch.empty(count, dtype=torch.uint8, pin_memory=on_cuda)
+    target = torch.empty(count, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(10):
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        if on_cuda:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return count / sorted(seconds)[5] / 1e9
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in host memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
+
+
+def in_a_row(arguments: argparse.Namespace, size: int, budget: float, count: int) -> dict:
+    """Device and host memory held after the third and the last of `count` pictures, each of a new prompt."""
+    pipe = pipeline(arguments, budget)
+    limit(pipe.device, budget)
+    held = []
+    for i in range(count):
+        pipe(f"{PROMPT}, take {i}", height=size, width=size, num_inference_steps=arguments.steps, generator=i)
+        gc.collect()
+        device = torch.cuda.memory_allocated(pipe.device) if pipe.device.type == "cuda" else 0
+        held.append((device, resident_bytes()))
+    third, last = held[min(2, count - 1)], held[-1]
+    drift = [b / a - 1 if a else 0.0 for a, b in zip(third, last)]
+    return {
+        "pictures": count,
+        "device_gib": [third[0] / GIB, last[0] / GIB],
+        "host_gib": [third[1] / GIB, last[1] / GIB],
+        "ok": max(drift) <= DRIFT,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="transformer file (default: the bundled demo)")
+    parser.add_argument("--text-encoder")
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--vae")
+    parser.add_argument("--synthetic", type=Path, metavar="FOLDER", help="random weights of full size, kept there")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=100, help="to draw in a row (default 100)")
+    parser.add_argument("--dry-run", action="store_true", help="the demo on the CPU, which has no limit to measure")
+    arguments = parser.parse_args()
+    targets = TARGETS
+    if arguments.dry_run:
+        targets, arguments.steps, arguments.pictures = DRY_TARGETS, 2, 4
+
+    if arguments.synthetic:
+        vars(arguments).update(write_synthetic(arguments.synthetic))
+    rows, residents = [], {}
+    names = ("budget", "streamed", "predicted", "measured", "seconds", "times")
+    print("  size", *(name.rjust(width) for name, width in zip(names, (7, 9, 9, 9, 8, 6))), " same")
+    for size, budget, factor in targets:
+        if size not in residents:
+            residents[size] = measure(arguments, size, None)
+        row = compare(arguments, size, budget, factor, residents[size])
+        rows.append(row)
+        measured = "-" if row.measured_gib is None else f"{row.measured_gib:.2f}"
+        print(
+            f"{size:>6} {budget:>7.2f} {row.streamed:>3} of {row.blocks:>2} {row.predicted_gib:>9.2f} {measured:>9} "
+            f"{row.seconds:>8.3f} {row.seconds / row.resident_seconds:>6.2f}  {'yes' if row.identical else 'NO'}"
+            f"{'' if row.ok else '  MISSED'}"
+        )
+    device = residents[targets[0][0]]["device"]
+    speed = bandwidth(device)
+    print(f"host to device: {speed:.1f} GB/s")
+    series = in_a_row(arguments, targets[0][0], targets[0][1], arguments.pictures)
+    print(f"{series['pictures']} pictures in a row: device {series['device_gib']}, host {series['host_gib']} GiB")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    facts = {"device": name, "torch": torch.__version__, "host_to_device_gb_s": speed, "in_a_row": series}
+    ok = all(row.ok for row in rows) and series["ok"]
+    print(json.dumps(facts | {"ok": ok, "rows": [asdict(row) for row in rows]}))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
