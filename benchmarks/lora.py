@@ -92,9 +92,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     if args.model:
-        model = load_transformer(
-            args.model, device=device, dtype=dtype, backend=args.backend, precision=args.precision
-        )
+        model = load_transformer(args.model, device=device, dtype=dtype, backend=args.backend, precision=args.precision)
     else:
         config = ZImageConfig() if on_gpu else SMALL
         backend = select(args.backend, args.precision, device=device, dtype=dtype)
@@ -117,7 +115,7 @@ def main() -> None:
             lora.apply(model, stack)
             cond = model.prepare([caption], size, size)
             step = partial(model, latents, t, cond)
-            seconds[name] = bench.medians_ms({name: step}, device, repeats)[name] / 1e3
+            seconds[name] = bench.medians_ms({name: step}, device, repeats, flush=False)[name] / 1e3
             outputs[name] = model(latents, t, cond).float()
             memory[name] = sum(b.numel() * b.element_size() for b in model.buffers()) / 2**20
         changes = {}

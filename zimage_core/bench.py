@@ -50,16 +50,16 @@ WARM_UP, LIMIT_S, SLOW = 2, 4.0, 3.0
 
 
 def medians_ms(
-    calls: Mapping[str, Call], device: torch.device, repeats: int, warm_up: int = WARM_UP
+    calls: Mapping[str, Call], device: torch.device, repeats: int, warm_up: int = WARM_UP, flush: bool = True
 ) -> dict[str, float]:
-    """Median time of each call in ms; a GPU's cache is flushed before each, as a model's weights come from memory.
+    """Median time of each call in ms; before each a GPU's cache is flushed, as a model's weights come from memory.
 
     Calls take turns in an order drawn anew each round, as what ran before is what the caches hold; those SLOW times
     slower than the fastest come after the others, one by one. After LIMIT_S no further round is begun."""
-    flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    cache = torch.empty(FLUSH_BYTES if flush and device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
     def once(name: str) -> float:
-        flush.zero_()
+        cache.zero_()
         return _elapsed_ms(calls[name], device)
 
     first = {name: min((once(name) for _ in range(warm_up)), default=0.0) for name in calls}
@@ -304,7 +304,7 @@ def bench_steps(
                     if on_gpu:
                         torch.cuda.reset_peak_memory_stats(device)
                     calls = {name: at(size, batch) for name, at in steps.items()}
-                    found: Mapping[str, float | None] = medians_ms(calls, device, repeats, warm_up)
+                    found: Mapping[str, float | None] = medians_ms(calls, device, repeats, warm_up, flush=False)
                     del calls
                 except torch.cuda.OutOfMemoryError:
                     found = dict.fromkeys(group)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import backends
+
 FP16_MAX = 65504.0
 
 
@@ -79,10 +81,8 @@ TORCH = Ops(norm_scale, norm_gate_add, norm_rope, swiglu)
 
 def select(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
     """The kernels where Triton runs, a 16-bit dtype is used, and the backend asked for is not plain torch."""
-    from .backends import triton
-
-    if backend in ("reference", "torch") or head_dim & (head_dim - 1) or triton.unavailable(device, dtype):
+    refused = backends.load("triton").unavailable(device, dtype)
+    if backend in ("reference", "torch") or head_dim & (head_dim - 1) or refused:
         return TORCH
-    from .backends import fused
-
-    return Ops(fused.norm_scale, fused.norm_gate_add, fused.norm_rope, fused.swiglu)
+    fused = backends.load("fused")
+    return Ops(*(getattr(fused, name) for name in Ops._fields))

@@ -504,8 +504,9 @@ class Pipeline:
         free, total = torch.cuda.mem_get_info(self.device)
         ours = torch.cuda.memory_reserved(self.device)
         others = torch.cuda.memory_allocated(self.device) - sum(self._held().values())
-        allowed = total * torch.cuda.get_per_process_memory_fraction(self.device)
-        return int(min(free + ours, allowed) - max(others, 0))
+        if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.6 and later
+            total *= torch.cuda.get_per_process_memory_fraction(self.device)
+        return int(min(free + ours, total) - max(others, 0))
 
     def _make_room(self, name: str) -> planning.Stage:
         """Send to the host what may not be on the device during a stage; returns its plan."""
@@ -538,4 +539,3 @@ class Pipeline:
         seconds = time.perf_counter() - start
         device_peak = torch.cuda.max_memory_allocated(self.device) if on_cuda else None
         self.stages.append(Stage(name, seconds, device_peak, host_peak()))
-

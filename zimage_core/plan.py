@@ -102,7 +102,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan for people, a few lines."""
-        limit = "no limit" if self.budget is None else f"budget {self.budget / GIB:.2f} GiB"
+        limit = "no limit" if self.budget is None else f"budget {readable(self.budget)}"
         rows = [("GiB", "weights", "on device", "activations", "buffers", "peak", "")]
         for stage in self.stages:
             parts = (stage.weights, stage.on_device, stage.activations, stage.workspace + stage.other, stage.peak)
@@ -110,7 +110,7 @@ class Plan:
             note = f"{streamed} of {stage.blocks} blocks streamed" if streamed else stage.note
             rows.append((stage.name, *(f"{part / GIB:.2f}" for part in parts), note))
         widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = [f"{self.title}, {limit}, predicted peak {self.peak / GIB:.2f} GiB"]
+        lines = [f"{self.title}, {limit}, predicted peak {readable(self.peak)}"]
         for name, *numbers, note in rows:
             cells = [n.rjust(w) for n, w in zip(numbers, widths[1:])]
             lines.append("  ".join((f"  {name:<{widths[0]}}", *cells, note)).rstrip())
@@ -136,6 +136,11 @@ def parse_budget(text: str | int | float | None) -> int | str | None:
     if match is None or match[2] not in UNITS or not float(match[1]):
         raise ValueError(f"vram budget: expected auto or a size such as 4GiB or 3500MiB, found {text!r}")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def readable(count: int) -> str:
+    """Bytes as GiB, or MiB where that tells more."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 4 else f"{count / 2**20:.0f} MiB"
 
 
 def reserve(budget: int) -> int:
@@ -240,9 +245,7 @@ def vae_weights(config, e: int) -> Weights:
 # ---- activations ----------------------------------------------------------------------------------------------
 
 
-def linear_need(
-    arithmetic: str, k: int, n: int, rank: int, rows: int, e: int, fp16: bool = False
-) -> tuple[int, int]:
+def linear_need(arithmetic: str, k: int, n: int, rank: int, rows: int, e: int, fp16: bool = False) -> tuple[int, int]:
     """(buffer, activations) that a linear takes beside its input and its output, at its widest moment."""
     if arithmetic == "dense":
         return 0, 0
@@ -522,6 +525,6 @@ def _beside(name: str, held: Mapping[str, int], room: float) -> tuple[str, ...]:
 def _too_small(name: str, needed: int, budget: int, title: str) -> ValueError:
     least = next(b for b in range(2**26, 2**50, 2**26) if b - reserve(b) >= needed)
     return ValueError(
-        f"vram budget {budget / GIB:.2f} GiB: the {name} needs {needed / GIB:.2f} GiB for {title} even when all that "
-        f"can be streamed is; give at least {least / GIB:.2f} GiB, or draw smaller or fewer pictures at a time"
+        f"vram budget {readable(budget)}: the {name} needs {readable(needed)} for {title} even when all that can be "
+        f"streamed is; give at least {readable(least)}, or draw smaller or fewer pictures at a time"
     )

@@ -1,6 +1,7 @@
 """Shared parts of the tests in a real ComfyUI.
 
-COMFYUI_PATH names a checkout; COMFYUI_PYTHON the interpreter that runs it where it is not the one that runs pytest.
+COMFYUI_PATH names a checkout; COMFYUI_PYTHON the interpreter that runs it where it is not the one that runs pytest;
+COMFYUI_ARGS more arguments for its main.py.
 Tests marked `inside` import ComfyUI into this process (CPU); the others start its server and talk HTTP.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -98,6 +100,7 @@ class Server:
         command = [PYTHON, str(COMFYUI / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base}/user/comfyui.db"]
         command += ["--disable-api-nodes", "--disable-auto-launch", *args]
+        command += shlex.split(os.environ.get("COMFYUI_ARGS", ""))
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -33,7 +33,10 @@ const queue = ms => new Promise(done => {
   const end = (how, detail) => done({ how, detail })
   window.app.api.addEventListener('execution_error', e => end('error', e.detail.exception_message), { once: true })
   window.app.api.addEventListener('execution_success', () => end('success'), { once: true })
-  window.app.queuePrompt(0, 1).then(ok => ok === false && end('refused', JSON.stringify(window.app.lastNodeErrors)))
+  window.app.queuePrompt(0, 1).then(() => {
+    const errors = window.app.lastNodeErrors
+    if (Object.keys(errors ?? {}).length) end('refused', JSON.stringify(errors))
+  })
   setTimeout(() => end('timeout'), ms)
 })
 try {

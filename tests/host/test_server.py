@@ -148,11 +148,11 @@ def test_stock_sampler_custom_advanced(server):
 
 
 def test_stock_lora_loader_gives_the_same_picture(server, real_names):
-    ours = api("zimage_lora")
-    stock = api("zimage_lora")
+    file = {"n8__lora_name": "zimage_lora.safetensors"}
+    ours, stock = api("zimage_lora", **file), api("zimage_lora", **file)
     inputs = {"model": ["1", 0], "lora_name": "zimage_lora.safetensors", "strength_model": 1.0}
     stock["8"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
-    plain = api("zimage_lora", n8__strength=0.0)
+    plain = api("zimage_lora", n8__strength=0.0, **file)
     found, expected, without = (pixels(server.images(server.run(w))[0]) for w in (stock, ours, plain))
     assert abs(found - expected).max() <= 2
     assert abs(expected - without).max() > 2

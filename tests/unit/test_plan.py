@@ -5,6 +5,7 @@ Kernels and attention that do not run there are replaced by functions that alloc
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 import weakref
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zimage_core import backends, load_pipeline, ops, plan
+from zimage_core import backends, cli, load_pipeline, ops, plan
 from zimage_core.adapters import Linear
 from zimage_core.backends import Backend, reference, triton
 from zimage_core.checkpoint import identify, load_transformer
@@ -234,9 +235,7 @@ def test_weights_from_the_header_are_those_of_the_model(tiny_files):
         model = load_transformer(tiny_files["model"], dtype=dtype, backend="reference", precision=precision)
         arithmetic = plan.arithmetic(model.backend, torch.device("cpu"))
         blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
-        found = plan.transformer_weights(
-            info.config, info.rank, info.quantized_refiners, dtype.itemsize, arithmetic
-        )
+        found = plan.transformer_weights(info.config, info.rank, info.quantized_refiners, dtype.itemsize, arithmetic)
         assert found == weights(blocks, model)
     model = meta_transformer(CONFIG, "triton w4a8", 256, BF16)
     blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
@@ -423,6 +422,19 @@ def test_the_plan_for_json_and_for_people(unlimited):
     lines = unlimited.plan.table().splitlines()
     assert lines[0].startswith("1 picture of 48 x 64, no limit, predicted peak")
     assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_the_command_line_prints_the_plan_and_keeps_it(tiny_files, tmp_path, capsys, caplog):
+    options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
+    size = ["--width=48", "--height=64", "--steps=1", "--seed=1", f"--out={tmp_path / 'cat.png'}"]
+    assert cli.main(["generate", "a cat", "--device=cpu", "--json", "--vram-budget=60MiB", *options, *size]) == 0
+    assert "1 picture of 48 x 64, budget 60 MiB, predicted peak" in caplog.text
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert facts["budget_gib"] == round(60 / 1024, 4) and [s["name"] for s in facts["stages"]][1] == "transformer"
+    for budget, words in (("lots", "expected auto or a size"), ("1MiB", "give at least")):
+        assert cli.main(["generate", "a cat", "--device=cpu", f"--vram-budget={budget}", *options, *size]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert words in line
 
 
 def test_a_full_size_plan_without_a_file_is_that_of_its_parts():

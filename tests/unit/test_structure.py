@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "backends.*": {"backends", "backends.*", "layout"},
     "adapters": set(),
     "svdq": {"adapters", "backends", "layout"},
-    "ops": set(),
+    "ops": {"backends"},
     "transformer": {"adapters", "config", "ops", "svdq"},
     "encoder_formats": {"adapters", "tensorfiles"},
     "text_encoder": {"adapters", "encoder_formats", "svdq", "tensorfiles"},
