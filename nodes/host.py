@@ -219,6 +219,8 @@ class DiffusionModel(torch.nn.Module):
 
         super().__init__()
         self.transformer = transformer
+        self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes ask for them
+        self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
         blocks = [*transformer.context_refiner, *transformer.noise_refiner, *transformer.layers]
         self.streamer = BlockStreamer(blocks, transformer)
         self.stock_loras: dict = {}
@@ -669,6 +671,13 @@ def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
 class WholePatcher(comfy.model_patcher.ModelPatcher):
     """A patcher for modules that are on the device whole or not at all."""
 
+    def model_size(self) -> int:
+        from ..zimage_core.encoder_formats import HostEmbedding
+        from ..zimage_core.offload import module_bytes
+
+        on_host = (m for m in self.model.modules() if isinstance(m, HostEmbedding))
+        return module_bytes(self.model) - sum(map(module_bytes, on_host))
+
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         return super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
 
@@ -709,7 +718,13 @@ class CoreEncoder(torch.nn.Module):
         """-> (1, L, C) fp32, no pooled vector, the mask: what ComfyUI's Z-Image encoder gives."""
         outputs = []
         for row in tokens["zimage"]:
-            outputs.append(self.encoder(torch.tensor([[pair[0] for pair in row]])).float())
+            ids, words = [pair[0] for pair in row], self.encoder.config.vocab_size
+            if max(ids) >= words:
+                raise ValueError(
+                    f"the tokenizer gives token {max(ids)}, this text encoder knows {words}: put the tokenizer files "
+                    "that belong to it beside it"
+                )
+            outputs.append(self.encoder(torch.tensor([ids])).float())
         cond = torch.cat(outputs).to(comfy.model_management.intermediate_device())
         return cond, None, {"attention_mask": torch.ones(cond.shape[:2], dtype=torch.int64)}
 

@@ -195,6 +195,13 @@ def test_files_that_comfyui_reads_itself_become_its_own_clip(host, monkeypatch, 
     (root / "other.safetensors").unlink()
 
 
+def test_size_of_the_encoder_without_the_table_that_stays_on_the_host(host, encoder_file):
+    clip = host.core_clip(encoder_file)
+    assert clip.patcher.model_size() == sum(p.nbytes for p in clip.cond_stage_model.encoder.layers.parameters())
+    with pytest.raises(ValueError, match="token 200000, this text encoder knows 151936"):
+        clip.encode_from_tokens({"zimage": [[(200000, 1.0)]]})
+
+
 def test_encoder_leaves_the_device_after_the_prompt(host, encoder_file, monkeypatch):
     """On a machine whose encoder runs on another device than it waits on: everything but it is kept."""
     clip = host.core_clip(encoder_file)
@@ -205,6 +212,7 @@ def test_encoder_leaves_the_device_after_the_prompt(host, encoder_file, monkeypa
     monkeypatch.setattr(memory, "free_memory", lambda need, device, keep, **_: freed.append((device, list(keep))))
     monkeypatch.setattr(clip.patcher, "offload_device", torch.device("meta"))
     loaded = memory.LoadedModel(clip.patcher)
+    loaded.real_model = lambda: clip.patcher.model
     monkeypatch.setattr(memory, "current_loaded_models", [*memory.current_loaded_models, loaded])
     host.release(clip.patcher)
     device, keep = freed[-1]

@@ -9,6 +9,7 @@ import torch
 
 TINY = "svdq-int4_r32-z-image-tiny.safetensors"
 CAPTION = 64
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 STEPS = 4
 
 
@@ -252,6 +253,63 @@ def test_what_cannot_be_honoured_is_refused_by_name(ours, change, name):
     with pytest.raises(ValueError, match=f"cannot honour.*{name}"):
         ksample(clone, conditioning())
     ksample(ours, conditioning(), steps=1)
+
+
+def patch_nodes() -> dict[str, tuple]:
+    """Every stock node that takes a MODEL and settings only: {name: (class, the MODEL's input, default settings)}."""
+    import nodes
+
+    found = {}
+    for name, node in sorted(nodes.NODE_CLASS_MAPPINGS.items()):
+        if name.startswith("ZImage") or "orchCompile" in name or not getattr(node, "RETURN_TYPES", None):
+            continue
+        required = node.INPUT_TYPES().get("required", {})
+        linked = [n for n, d in required.items() if isinstance(d[0], str) and d[0] not in WIDGETS]
+        if list(node.RETURN_TYPES)[0] != "MODEL" or [required[n][0] for n in linked] != ["MODEL"]:
+            continue
+        settings = {}
+        for setting, definition in required.items():
+            options = definition[1] if len(definition) > 1 else {}
+            listed = definition[0] if isinstance(definition[0], list) else options.get("options")
+            settings[setting] = options.get("default", listed[0] if listed else None)
+        settings.pop(linked[0])
+        if None not in settings.values():
+            found[name] = (node, linked[0], settings)
+    return found
+
+
+def test_every_stock_node_that_patches_a_model(host, ours, stock):
+    """Each does to our MODEL what it does to ComfyUI's own, or is refused by name; none is ignored."""
+    import asyncio
+
+    import nodes
+
+    asyncio.run(nodes.init_builtin_extra_nodes())
+    prompts = (conditioning(), conditioning(30, seed=2))
+    plain, wrong, refused = ksample(ours, *prompts, cfg=2.0, steps=2), [], []
+    for name, (node, model, settings) in patch_nodes().items():
+
+        def result(patcher, node=node, model=model, settings=settings):
+            v3 = node.FUNCTION == "EXECUTE_NORMALIZED"
+            out = (node.execute if v3 else getattr(node(), node.FUNCTION))(**{model: patcher}, **settings)
+            return ksample((out.args if hasattr(out, "args") else out)[0], *prompts, cfg=2.0, steps=2)
+
+        try:
+            expected = result(stock)
+        except (KeyError, AttributeError, RuntimeError, TypeError):
+            continue  # made for another architecture
+        try:
+            found = result(ours)
+        except ValueError as error:
+            refused.append(name)
+            if not str(error).startswith("Z-Image cannot honour"):
+                wrong.append(f"{name}: {error}")
+            continue
+        if relative(found, expected) > 1e-4:
+            wrong.append(f"{name}: differs by {relative(found, expected)}")
+    assert wrong == []
+    assert {"HyperTile", "PerturbedAttentionGuidance"} <= set(refused) and len(refused) < 12
+    assert torch.equal(ksample(ours, *prompts, cfg=2.0, steps=2), plain)
 
 
 def test_wrong_conditioning_is_refused(ours):

@@ -210,3 +210,11 @@ def test_versions_agree():
     import zimage_core
 
     assert f'version = "{zimage_core.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_requirements_are_those_of_the_project_without_torch():
+    """ComfyUI's manager reads requirements.txt; it must name what pyproject.toml does, and leave torch alone."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    listed = {line for line in lines if not line.startswith("#")}
+    block = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\ndependencies = [")[2].partition("]")[0]
+    assert listed == set(re.findall(r'"([^"]+)"', block)) - {"torch"}
