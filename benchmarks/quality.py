@@ -66,12 +66,12 @@ def random_layer(width: int, outliers: bool, seed: int) -> tuple[Tensor, Tensor]
     return weight, inputs / inputs.std() * channels * (0.3 * normal(len(inputs), 1)).exp()
 
 
-def deepcompressor(weight: Tensor, rank: int, stats: InputStats) -> Parts:
+def deepcompressor(weight: Tensor, rank: int, stats: InputStats, absmax: Tensor) -> Parts:
     """Its published steps, without GPTQ."""
     rows = stats.rows[:SEARCH_ROWS]
     outputs = rows @ weight.T
     best, least, down = None, math.inf, None
-    x, w = stats.absmax.clamp(min=1e-5), weight.abs().amax(0).clamp(min=1e-5)
+    x, w = absmax.clamp(min=1e-5), weight.abs().amax(0).clamp(min=1e-5)
     alphas = [i / 20 for i in range(1, 20)]
     for alpha, beta in [(0, 0), *((a, 0) for a in alphas), *((a, 1 - a) for a in alphas)]:
         smooth = (x**alpha / w**beta).to(torch.bfloat16).float()
@@ -103,10 +103,10 @@ def as_parts(weights: SVDQWeights) -> Parts:
     return Parts(*(t.float() for t in (w.smooth_factor, w.proj_up, w.proj_down, codes, w.wscales)))
 
 
-def quantized(weight: Tensor, rank: int, stats: InputStats) -> Iterator[tuple[str, Parts]]:
+def quantized(weight: Tensor, rank: int, stats: InputStats, absmax: Tensor) -> Iterator[tuple[str, Parts]]:
     """Every method's answer."""
     yield "svd + nearest", as_parts(svdq_from_dense(weight, rank))
-    yield "deepcompressor", (parts := deepcompressor(weight, rank, stats))
+    yield "deepcompressor", (parts := deepcompressor(weight, rank, stats, absmax))
     yield "deepcompressor + gptq", with_gptq(parts, weight, stats)
     yield "calibrated (ours)", as_parts(svdq_calibrated(weight, rank, stats))
 
@@ -123,7 +123,8 @@ def measure_layers(width: int, rank: int, seeds: int) -> list[dict]:
                 stats.add(chunk)
             test = inputs[CALIBRATION_ROWS:]
             outputs = test @ weight.T
-            for method, parts in quantized(weight, rank, stats):
+            absmax = inputs[:CALIBRATION_ROWS].abs().amax(0)
+            for method, parts in quantized(weight, rank, stats, absmax):
                 errors = [squared_error(parts, test, outputs, bits).sqrt().item() for bits in PRECISIONS.values()]
                 found.setdefault(method, []).append(errors)
                 print(f"{kind}, seed {seed}, {method}: {errors}", flush=True)

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -120,6 +121,17 @@ def build_parser() -> Parser:
     p.add_argument("src", help="BF16 transformer, file or folder")
     p.add_argument("dst", type=Path, help="safetensors file to write")
     p.add_argument("--rank", type=int, default=256, help="of the low-rank branch, a multiple of 16 (default 256)")
+    p.add_argument("--text-encoder", type=Path, help="Qwen3-4B, to calibrate with (default: the one of SRC's folder)")
+    p.add_argument("--tokenizer", type=Path, help="its tokenizer.json or folder (default: beside it)")
+    p.add_argument("--no-calibration", action="store_true", help="from the weights alone: quicker, larger error")
+    p.add_argument(
+        "--merge",
+        type=lora_option,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to make part of the weights first; may be repeated",
+    )
     p.add_argument("--device", default="cpu", help="where to compute (default cpu)")
 
     p = commands.add_parser("quantize-encoder", help="write a smaller text encoder file from a BF16 one")
@@ -133,6 +145,21 @@ def build_parser() -> Parser:
     p.set_defaults(run=inspect)
     p.add_argument("file", type=Path)
     p.add_argument("--json", action="store_true", help="as one JSON object")
+
+    p = commands.add_parser("compare", help="draw the same seeds with several models, side by side, with PSNR and SSIM")
+    p.set_defaults(run=compare)
+    p.add_argument("prompt")
+    p.add_argument("--models", nargs="+", required=True, help="transformer files or folders; the first is the measure")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a row of pictures each (default 0 1)")
+    p.add_argument("--out", type=Path, default=Path("zimage-compare.png"), help="PNG to write (zimage-compare.png)")
+    p.add_argument("--width", type=int, help="pixels, a multiple of 16")
+    p.add_argument("--height", type=int, help="likewise")
+    p.add_argument("--steps", type=int, default=8, help="1 to 100 (default 8)")
+    p.add_argument("--text-encoder", help="Qwen3-4B folder or file, for all models")
+    p.add_argument("--tokenizer", help="its tokenizer.json or folder (default: beside it)")
+    p.add_argument("--vae", help="VAE file or folder, for all models")
+    p.add_argument("--json", action="store_true", help="end with a line of scores")
+    _add_runtime(p)
 
     p = commands.add_parser("doctor", help="tell what this machine can run, and why not")
     p.set_defaults(run=doctor)
@@ -313,16 +340,73 @@ def save_png(picture, path: Path, texts: Mapping[str, str]) -> None:
 
 
 def quantize(args: argparse.Namespace) -> int:
-    """Write the INT4 file and print its path."""
-    from .quantize import quantize_checkpoint
+    """Write the INT4 file, calibrated where there is a text encoder, and print its path."""
+    from .quantize import calibration_captions, calibration_defaults, quantize_checkpoint
 
+    encoder = args.text_encoder or Path(args.src) / "text_encoder"
+    cap_feats, size = None, 0
+    if not args.no_calibration:
+        if args.text_encoder is None and not encoder.is_dir():
+            print(
+                "zimage: without --text-encoder the file is made from the weights alone, with a larger error than a "
+                "calibrated one; --no-calibration asks for that",
+                file=sys.stderr,
+            )
+        else:
+            prompts, size = calibration_defaults(args.device)
+            cap_feats = calibration_captions(encoder, prompts, tokenizer=args.tokenizer, device=args.device)
     progress = Progress()
     progress.start("quantize", 1)
     try:
-        quantize_checkpoint(args.src, args.dst, rank=args.rank, device=args.device, progress=progress.step)
+        quantize_checkpoint(
+            args.src,
+            args.dst,
+            rank=args.rank,
+            cap_feats=cap_feats,
+            size=size,
+            merge=args.merge,
+            device=args.device,
+            progress=progress.step,
+        )
     finally:
         progress.finish()
     print(args.dst)
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Draw the sheet and print the scores."""
+    targets = output_paths(args.out, 1)
+    from .compare import compare
+    from .pipeline import load_pipeline
+
+    def loader(model: str):
+        return lambda: load_pipeline(
+            model, args.text_encoder, args.vae, tokenizer=args.tokenizer, device=args.device, dtype=args.dtype
+        )
+
+    progress = Progress()
+    progress.start("compare", len(args.models) * len(args.seeds))
+    try:
+        sheet, scores = compare(
+            args.prompt,
+            {model: loader(model) for model in args.models},
+            args.seeds,
+            height=args.height,
+            width=args.width,
+            steps=args.steps,
+            progress=progress.step,
+        )
+    finally:
+        progress.finish()
+    save_png(sheet, targets[0], {"prompt": args.prompt, "seeds": json.dumps(args.seeds)})
+    print(targets[0])
+    for score in scores:
+        print(f"{score.label}, seed {score.seed}: PSNR {score.psnr:.2f} dB, SSIM {score.ssim:.4f}")
+    if args.json:
+        # equal pictures have an infinite PSNR, for which JSON has no number
+        rows = [vars(score) | {"psnr": score.psnr if math.isfinite(score.psnr) else None} for score in scores]
+        print(json.dumps({"sheet": str(targets[0]), "scores": rows}))
     return 0
 
 

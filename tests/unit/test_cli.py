@@ -270,8 +270,47 @@ def test_quantize_then_inspect_and_draw(tiny_files, tmp_path, capsys):
     size = ["--width=32", "--height=32", "--steps=1", f"--out={tmp_path / 'small.png'}"]
     assert cli.main(["generate", "a cat", *files, *size]) == 0
     capsys.readouterr()
-    code = cli.main(["quantize", str(small), str(tmp_path / "again.safetensors")])
+    code = cli.main(["quantize", str(small), str(tmp_path / "again.safetensors"), "--no-calibration"])
     assert "expected a BF16 model" in refused(capsys, code)
+
+
+def test_quantize_calibrates_where_there_is_an_encoder(tiny_files, tmp_path, monkeypatch, capsys):
+    """What the options hand to the quantizer, whose own tests run it."""
+    from zimage_core import quantize
+
+    asked = []
+    monkeypatch.setattr(quantize, "quantize_checkpoint", lambda *a, **k: asked.append(k))
+    src, dst = str(tiny_files["model"]), str(tmp_path / "out.safetensors")
+    encoder = [f"--text-encoder={tiny_files['text_encoder']}"]
+    assert cli.main(["quantize", src, dst, "--rank=32", "--merge=a.safetensors:0.8", *encoder]) == 0
+    assert len(asked[0]["cap_feats"]) == 6 and asked[0]["size"] == 256
+    assert (asked[0]["rank"], asked[0]["merge"]) == (32, [("a.safetensors", 0.8)])
+    assert capsys.readouterr().err == ""
+    assert cli.main(["quantize", src, dst]) == 0
+    assert asked[1]["cap_feats"] is None
+    assert "without --text-encoder" in capsys.readouterr().err
+    assert cli.main(["quantize", src, dst, "--no-calibration", *encoder]) == 0
+    assert asked[2]["cap_feats"] is None
+    assert capsys.readouterr().err == ""
+
+
+def test_compare_writes_a_sheet_and_scores(tmp_path, capsys):
+    """The demo's BF16 source against its INT4 file."""
+    from zimage_core.demo import demo_files
+
+    files = {name: str(path) for name, path in demo_files().items()}
+    models = [str(ROOT / "demo_training" / "z-image-demo-bf16.safetensors"), files["model"]]
+    parts = [f"--{name.replace('_', '-')}={files[name]}" for name in ("text_encoder", "tokenizer", "vae")]
+    size = ["--width=128", "--height=128", "--seeds", "0", "--device=cpu"]
+    out = tmp_path / "sheet.png"
+    prompt = "a red star on a white background"
+    assert cli.main(["compare", prompt, "--models", *models, *parts, *size, f"--out={out}", "--json"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["sheet"] == str(out) and Image.open(out).width > 2 * 128
+    assert [row["label"] for row in last["scores"]] == [models[1]]
+    assert last["scores"][0]["psnr"] > 25 and last["scores"][0]["ssim"] > 0.9
+    code = cli.main(["compare", "a red star", "--models", models[0], *parts, *size])
+    assert "two models or more" in refused(capsys, code)
 
 
 def test_the_draw_command_of_the_readme_follows_its_prompt(tmp_path, monkeypatch, capsys):

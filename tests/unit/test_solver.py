@@ -64,7 +64,6 @@ def test_sample_is_kept_out_of_the_second_moments():
     assert sampled == sorted(set(sampled)) and sampled[0] < 200 and sampled[-1] > len(rows) - 200
     others = rows[[i for i in range(len(rows)) if i not in set(sampled)]]
     torch.testing.assert_close(stats.second_moments(), others.T @ others / len(others), atol=1e-4, rtol=1e-3)
-    assert torch.equal(stats.absmax, rows.abs().amax(0))
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(100, WIDTH), torch.ones(1, WIDTH), torch.eye(WIDTH)[:5] * 1e4])
