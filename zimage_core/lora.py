@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Rows, Terms
-from .keys import FUSED_PARTS, lora_leaf, lora_refused, lora_target
+from .keys import FUSED_PARTS, is_lora, lora_leaf, lora_refused, lora_target
 from .tensorfiles import open_tensors
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -133,7 +133,8 @@ def read_plan(name: str, shapes: Shapes, metadata: Mapping[str, str]) -> tuple[l
         else:
             groups[module][leaf] = key
     if not groups:
-        what = next((f"one for {m}" for p, m in OTHER_MODELS if any(re.search(p, key) for key in shapes)), "none")
+        others = (f"one for {m}" for p, m in OTHER_MODELS if any(re.search(p, key) for key in shapes))
+        what = next(others, "none") if is_lora(shapes) else "another kind of file"
         example = f" (keys such as {unmatched[0]!r})" if unmatched else ""
         raise ValueError(f"{name}: expected a LoRA for Z-Image, found {what}{example}; {REMEDY}")
 

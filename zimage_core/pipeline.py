@@ -73,7 +73,8 @@ def find_files(model=None, text_encoder=None, vae=None, tokenizer=None) -> Model
     """The four files of a pipeline, all there; no model at all means the bundled demo.
 
     `model` may be a whole diffusers folder, whose parts are then the defaults. The tokenizer is looked for beside
-    the encoder unless named. Raises ValueError for a part that is not named or not there.
+    the encoder unless named. Raises ValueError for a transformer that cannot be read, or a part that is not named or
+    not there.
     """
     demo = model is None
     if demo:
@@ -85,6 +86,7 @@ def find_files(model=None, text_encoder=None, vae=None, tokenizer=None) -> Model
         whole = (root / "transformer").is_dir()
         parts = {name: root / name for name in ("text_encoder", "tokenizer", "vae")} if whole else {}
         parts["model"] = root / "transformer" if whole else root
+    checkpoint.identify(parts["model"])
     if text_encoder is not None:
         parts["text_encoder"] = Path(text_encoder)
         parts.pop("tokenizer", None)
@@ -171,7 +173,6 @@ def load_pipeline(
     budget that cannot be used.
     """
     files = find_files(model, text_encoder, vae, tokenizer)
-    checkpoint.identify(files.model)
     budget = planning.parse_budget(vram_budget)
     device = choose_device(device)
     return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget)

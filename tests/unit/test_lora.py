@@ -616,7 +616,7 @@ BROKEN = {
     "GLoRA": ({f"{W2}.a1.weight": torch.ones(2, 3)}, "GLoRA is not read"),
     "Flux": ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(1, 1)}, "found one for Flux"),
     "SD": ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(1, 1)}, "Stable Diffusion"),
-    "nothing": ({"x": torch.ones(1)}, "expected a LoRA for Z-Image, found none"),
+    "nothing": ({"x": torch.ones(1)}, "expected a LoRA for Z-Image, found another kind of file"),
 }
 
 

@@ -185,6 +185,7 @@ def test_files_are_checked_before_anything_is_loaded(tiny_files, tmp_path):
 
 def test_a_whole_diffusers_folder(tiny_files, tmp_path):
     (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "model.safetensors").symlink_to(tiny_files["model"])
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "vae").mkdir()
