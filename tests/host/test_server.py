@@ -24,6 +24,7 @@ IDS = {
     "ZImageLoraLoader",
     "ZImageVAELoader",
     "ZImageVAEDecode",
+    "ZImageLoraStack",
 }
 WORKFLOWS = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
 DEMO = "bundled demo"
