@@ -225,16 +225,13 @@ def describe_plan(patcher: ZImagePatcher, width: int, height: int, pictures: int
     need, weights = patcher.need(width, height, pictures), patcher.weights()
     patcher.check_budget(need, what)
     if patcher.budget is None:
-        return (
-            f"{what}: weights {readable(weights.total)} + activations {readable(need)}; blocks are streamed where "
-            "ComfyUI gives less"
-        )
+        return f"{what}: {readable(weights.total)} weights + {readable(need)} to draw"
     keep = fit(weights.blocks, weights.slot, patcher.budget - need - weights.rest)
     streamed = len(weights.blocks) - len(keep)
     held = weights.rest + sum(weights.blocks[i] for i in keep) + (BUFFERS * weights.slot if streamed else 0)
     how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
-    parts = f"weights {readable(held)} + activations {readable(need)}"
-    return f"{what}: {parts} of {readable(patcher.budget)}, {how}"
+    parts = f"{readable(held)} weights + {readable(need)} to draw"
+    return f"{what}: {parts}; budget {readable(patcher.budget)}, {how}"
 
 
 def try_plan(patcher: ZImagePatcher, width: int, height: int) -> str:
@@ -690,7 +687,7 @@ def add_loras(model, stack: list[tuple[str, float]], node_id: str | None):
         loaded = lora.load_lora(path)
         loaded.check(model.module.transformer)
         n.add_lora(loaded, strength)
-        lines.append(loaded.summary())
+        lines.append(loaded.summary().replace(str(path), path.name))
     say("\n".join(lines) or "no LoRA chosen", node_id)
     return n
 
@@ -933,6 +930,7 @@ def sample(
             "Z-Image VAE Loader's VAE"
         )
     if isinstance(model, ZImagePatcher):
+        model.set_adapters(model.patches)  # those of the run before are not in this one's plan
         say(describe_plan(model, 8 * samples.shape[-1], 8 * samples.shape[-2], samples.shape[0]), node_id)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -474,7 +475,7 @@ def test_comfyuis_own_memory_manager(host, ours, monkeypatch):
     assert ours.loaded_size() == 0
 
 
-def test_budget_caps_the_resident_blocks(host, ours, monkeypatch):
+def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
     """The loader's vram_budget: fewer blocks, the same latents, kept by clones, and never more than it says."""
     import comfy.model_management
 
@@ -495,15 +496,19 @@ def test_budget_caps_the_resident_blocks(host, ours, monkeypatch):
         assert model.loaded_size() + need <= model.budget
         streamed = 3 - streamer.resident
         plan = host.describe_plan(model, 96, 64)
-        assert plan.startswith("96 x 64: weights") and "\n" not in plan
+        assert plan.startswith("96 x 64: ") and " weights + " in plan and "\n" not in plan
         assert plan.endswith(f"{streamed} of 3 blocks streamed" if streamed else "nothing streamed")
         said = []
         monkeypatch.setattr(host, "say", lambda text, node_id, said=said: said.append(text))
         zsample(host, model, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
         assert said == [plan]
+        with_lora = host.add_loras(model, [(loras[0], 1.0)], None) if streamed < 3 else model
+        zsample(host, with_lora, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
+        zsample(host, model, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
+        assert said[-1] == plan  # without the bytes of the LoRA before
         function, arguments = model.cached_patcher_init
         assert function(*arguments, disable_dynamic=True).budget == model.budget
-    assert "blocks are streamed where" in host.describe_plan(ours, 1024, 1024)
+    assert re.fullmatch(r"1024 x 1024: \d+ MiB weights \+ \S+ [GM]iB to draw", host.describe_plan(ours, 1024, 1024))
 
 
 def test_budget_that_cannot_hold_is_refused(host, ours):
@@ -716,6 +721,7 @@ def test_a_stack_is_a_chain(host, ours, stock, loras, monkeypatch):
     expected = ksample(chain, conditioning())
     assert relative(expected, plain) > 1e-2
     reports, said[:] = list(said), []
+    assert reports[0].startswith("one.safetensors: ") and "keys matched" in reports[0]
     assert torch.equal(ksample(lora_stack(ours, *stack), conditioning()), expected)
     assert said == ["\n".join(reports)] and len(reports) == 3
     one = lora_stack(lora_stack(ours, *stack[:2]), ("none", 1.0), stack[2])
