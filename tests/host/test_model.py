@@ -730,6 +730,7 @@ def test_a_stack_is_a_chain(host, ours, stock, loras, monkeypatch):
         assert torch.equal(ksample(nothing, conditioning()), plain)
     other = ksample(lora_stack(stock, *stack), conditioning())  # a MODEL that is not ours
     assert torch.equal(other, ksample(stock_chain, conditioning()))
+    assert relative(ksample(stock, conditioning()), plain) < 1e-4  # and its weights are its own again
 
 
 # ---- other files ----------------------------------------------------------------------------------------------
