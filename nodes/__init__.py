@@ -2,7 +2,7 @@
 
 from .conditioning import ZImagePromptEncode
 from .loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
-from .lora import ZImageLoraLoader
+from .lora import ZImageLoraLoader, ZImageLoraStack
 from .sampling import ZImageSampler
 from .vae import ZImageVAEDecode
 
@@ -14,6 +14,7 @@ NODE_CLASS_MAPPINGS = {
     "ZImageLoraLoader": ZImageLoraLoader,
     "ZImageVAELoader": ZImageVAELoader,
     "ZImageVAEDecode": ZImageVAEDecode,
+    "ZImageLoraStack": ZImageLoraStack,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -24,4 +25,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ZImageLoraLoader": "Z-Image LoRA Loader",
     "ZImageVAELoader": "Z-Image VAE Loader",
     "ZImageVAEDecode": "Z-Image VAE Decode",
+    "ZImageLoraStack": "Z-Image LoRA Stack",
 }

@@ -36,6 +36,8 @@ EXTENSIONS = (".safetensors", ".sft")
 LATENT_CHANNELS = 16
 HONOURED_PATCHES = ("double_block", "noise_refiner")
 PROMPT_TOKENS = 512
+NO_LORA = "none"
+GIB = 2**30
 KEPT_PROMPTS = 4  # conditionings kept between steps: positive, negative, areas
 
 logger = logging.getLogger(__name__)
@@ -157,8 +159,12 @@ def say(text: str, node_id: str | None) -> None:
 # ---- MODEL ----------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, backend: str, precision: str) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL from a file of `diffusion_models`, its weights on ComfyUI's offload device."""
+def load_model(name: str, backend: str, precision: str, budget: float = 0.0) -> ZImagePatcher:
+    """A MODEL from a file of `diffusion_models`, its weights on ComfyUI's offload device.
+
+    budget: GiB that its weights and activations may take, 0 for what ComfyUI gives. ValueError where not even the
+    smallest picture fits it.
+    """
     from ..zimage_core.checkpoint import load_transformer
 
     path = find("diffusion_models", name, "model")
@@ -169,13 +175,16 @@ def load_model(name: str, backend: str, precision: str) -> comfy.model_patcher.M
         path, device=offload, dtype=dtype, backend=backend, precision=precision, compute_device=device
     )
     patcher = wrap_transformer(transformer, device, offload)
-    patcher.cached_patcher_init = (_reload_model, (name, backend, precision))
+    patcher.cached_patcher_init = (_reload_model, (name, backend, precision, budget))
+    if budget:
+        patcher.budget = round(budget * GIB)
+        patcher.check_budget(patcher.need(16, 16), "the smallest picture")
     return patcher
 
 
-def _reload_model(name: str, backend: str, precision: str, disable_dynamic: bool = False):
+def _reload_model(name: str, backend: str, precision: str, budget: float, disable_dynamic: bool = False):
     """What ComfyUI calls for another copy of the model (one per GPU)."""
-    return load_model(name, backend, precision)
+    return load_model(name, backend, precision, budget)
 
 
 def wrap_transformer(transformer, device: torch.device, offload: torch.device) -> ZImagePatcher:
@@ -204,7 +213,33 @@ def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
     info, backend = transformer.checkpoint, transformer.backend
     name = backend and {"reference": "torch", "kitchen": "comfy-kitchen"}.get(backend.name, backend.name)
     kind = f"INT4 r{info.rank}, {name} {backend.precision}" if backend else f"{info.format} {info.dtype}"
-    return f"{kind}, {patcher.model_size() / 2**30:.2f} GiB"
+    return f"{kind}, {patcher.model_size() / GIB:.2f} GiB"
+
+
+def describe_plan(patcher: ZImagePatcher, width: int, height: int, pictures: int = 1) -> str:
+    """One line on what pictures of a size will take of the device; ValueError where the budget does not hold them."""
+    from ..zimage_core.offload import BUFFERS, fit
+    from ..zimage_core.plan import readable
+
+    what = f"{width} x {height}" if pictures == 1 else f"{pictures} of {width} x {height}"
+    need, weights = patcher.need(width, height, pictures), patcher.weights()
+    patcher.check_budget(need, what)
+    if patcher.budget is None:
+        return f"{what}: {readable(weights.total)} weights + {readable(need)} to draw"
+    keep = fit(weights.blocks, weights.slot, patcher.budget - need - weights.rest)
+    streamed = len(weights.blocks) - len(keep)
+    held = weights.rest + sum(weights.blocks[i] for i in keep) + (BUFFERS * weights.slot if streamed else 0)
+    how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
+    parts = f"{readable(held)} weights + {readable(need)} to draw"
+    return f"{what}: {parts}; budget {readable(patcher.budget)}, {how}"
+
+
+def try_plan(patcher: ZImagePatcher, width: int, height: int) -> str:
+    """`describe_plan`, or the sentence why a picture of this size will not go; smaller ones may."""
+    try:
+        return describe_plan(patcher, width, height)
+    except ValueError as error:
+        return str(error)
 
 
 class ModelConfig(comfy.supported_models.ZImage):
@@ -353,6 +388,7 @@ class ZImageModel(comfy.model_base.Lumina2):
     def __init__(self, model_config, transformer, device=None):
         comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLOW, device=device)
         self.diffusion_model = DiffusionModel(transformer)
+        self.expected = 0.0  # bytes of activations that ComfyUI last asked for: those of the run it is loading for
 
     def extra_conds(self, **kwargs) -> dict:
         for key, what in (
@@ -377,6 +413,10 @@ class ZImageModel(comfy.model_base.Lumina2):
         return {}
 
     def memory_required(self, input_shape, cond_shapes=None) -> float:
+        self.expected = self.activations(input_shape)
+        return self.expected
+
+    def activations(self, input_shape) -> float:
         """Bytes of activations and of the backend's buffers for latents of a shape (B, 16, H/8, W/8), as planned.
 
         Captions are taken to be at their longest, and one per picture.
@@ -455,7 +495,8 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.loras: tuple = ()  # (Lora, strength) of ZImageLoraLoader; stock loaders' are in self.patches
+        self.loras: tuple = ()  # (Lora, strength) of our LoRA nodes; stock loaders' are in self.patches
+        self.budget: int | None = None  # bytes for weights and activations, None: what ComfyUI gives
 
     @property
     def module(self) -> DiffusionModel:
@@ -468,8 +509,34 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
 
     def clone(self, *args, **kwargs):
         n = super().clone(*args, **kwargs)
-        n.loras = self.loras
+        n.loras, n.budget = self.loras, self.budget
         return n
+
+    def weights(self):
+        """The bytes of the module as it is now, an `offload.Weights`."""
+        from ..zimage_core.offload import weights
+
+        return weights(self.module.streamer.blocks, self.module.transformer)
+
+    def need(self, width: int, height: int, pictures: int = 1) -> float:
+        """Bytes of activations for pictures of a size, beside the weights."""
+        return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
+
+    def check_budget(self, need: float, what: str) -> None:
+        """ValueError where the budget does not hold the activations `need` with every block streamed."""
+        from ..zimage_core.offload import BUFFERS
+        from ..zimage_core.plan import readable
+
+        if self.budget is None:
+            return
+        weights = self.weights()
+        least = min(weights.rest + BUFFERS * weights.slot, weights.total) + need
+        if least > self.budget:
+            raise ValueError(
+                f"vram_budget {readable(self.budget)}: {what} needs {readable(least)} even with every block streamed; "
+                f"give the Z-Image INT4 Model Loader at least {math.ceil(least / GIB * 100) / 100:.2f} GiB, "
+                "or 0 for what ComfyUI gives, or draw smaller or fewer pictures at a time"
+            )
 
     def add_lora(self, lora, strength: float) -> None:
         self.loras += ((lora, strength),)
@@ -495,6 +562,7 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         with self.use_ejected():
             self.set_adapters(self.patches)
+            self.check_budget(self.model.expected, "this picture")
             self.current_hooks = None
             self._place(device_to, math.inf if full_load else lowvram_model_memory)
             self.model.current_weight_patches_uuid = self.patches_uuid
@@ -503,7 +571,9 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def _place(self, device, allowance: float) -> int:
-        """Move blocks to fit the allowance; returns how many bytes more than before are on the device."""
+        """Move blocks to fit allowance and budget; returns how many bytes more than before are on the device."""
+        if self.budget is not None:
+            allowance = min(allowance, self.budget - self.model.expected)
         before = self.model.model_loaded_weight_memory
         self.model.model_loaded_weight_memory = self.module.streamer.place(device, allowance)
         self.model.model_lowvram = bool(self.module.streamer.host)
@@ -602,19 +672,23 @@ def stock_loras(patches: dict, known: dict) -> list[tuple]:
     return found
 
 
-def add_lora(model, name: str, strength: float, node_id: str | None):
-    """A clone of MODEL with one LoRA more; a MODEL that is not ours gets it ComfyUI's way."""
+def add_loras(model, stack: list[tuple[str, float]], node_id: str | None):
+    """A clone of MODEL with more LoRAs, (name, strength) each; a MODEL that is not ours gets them ComfyUI's way."""
     from ..zimage_core import lora
 
-    path = find("loras", name, "lora")
+    paths = [(find("loras", name, "lora"), strength) for name, strength in stack if name != NO_LORA]
     if not isinstance(model, ZImagePatcher):
-        weights = comfy.utils.load_torch_file(str(path), safe_load=True)
-        return comfy.sd.load_lora_for_models(model, None, weights, strength, 0)[0]
-    loaded = lora.load_lora(path)
-    loaded.check(model.module.transformer)
-    n = model.clone()
-    n.add_lora(loaded, strength)
-    say(loaded.summary(), node_id)
+        for path, strength in paths:
+            weights = comfy.utils.load_torch_file(str(path), safe_load=True)
+            model = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)[0]
+        return model
+    n, lines = model.clone(), []
+    for path, strength in paths:
+        loaded = lora.load_lora(path)
+        loaded.check(model.module.transformer)
+        n.add_lora(loaded, strength)
+        lines.append(loaded.summary().replace(str(path), path.name))
+    say("\n".join(lines) or "no LoRA chosen", node_id)
     return n
 
 
@@ -836,8 +910,13 @@ def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float
     return comfy.samplers.calculate_sigmas(sampling, "simple", total)[-(steps + 1) :].cpu()
 
 
-def sample(model, positive, seed: int, steps: int, width: int, height: int, batch: int, latent: dict | None, denoise):
-    """Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple, cfg 1) does; returns a LATENT."""
+def sample(
+    model, positive, seed: int, steps: int, width: int, height: int, batch: int, latent: dict | None, denoise, node_id
+):
+    """Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple, cfg 1) does; returns a LATENT.
+
+    The node shows first what it will take of the device.
+    """
     import latent_preview
 
     if latent is None:
@@ -850,6 +929,9 @@ def sample(model, positive, seed: int, steps: int, width: int, height: int, batc
             f"the latent has {samples.shape[1]} channels, this model's have {channels}: encode the picture with the "
             "Z-Image VAE Loader's VAE"
         )
+    if isinstance(model, ZImagePatcher):
+        model.set_adapters(model.patches)  # those of the run before are not in this one's plan
+        say(describe_plan(model, 8 * samples.shape[-1], 8 * samples.shape[-2], samples.shape[0]), node_id)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]
     guider = comfy.samplers.CFGGuider(model)

@@ -61,6 +61,22 @@ class ZImageINT4ModelLoader:
                     },
                 ),
             },
+            "optional": {
+                "vram_budget": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1024.0,
+                        "step": 0.1,
+                        "round": 0.01,
+                        "advanced": True,
+                        "tooltip": "GiB of GPU memory that the model may take while it draws, weights and activations "
+                        "together: blocks that do not fit wait in RAM, the picture stays the same. 0 takes what "
+                        "ComfyUI gives.",
+                    },
+                ),
+            },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
@@ -68,9 +84,9 @@ class ZImageINT4ModelLoader:
     def VALIDATE_INPUTS(cls, model_name):
         return host.checked(host.check_model, model_name)
 
-    def load(self, model_name, backend, precision, unique_id=None):
-        model = host.load_model(model_name, BACKENDS[backend], precision)
-        host.say(host.describe_model(model), unique_id)
+    def load(self, model_name, backend, precision, vram_budget=0.0, unique_id=None):
+        model = host.load_model(model_name, BACKENDS[backend], precision, vram_budget)
+        host.say(f"{host.describe_model(model)}\n{host.try_plan(model, 1024, 1024)}", unique_id)
         return (model,)
 
 

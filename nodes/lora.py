@@ -1,8 +1,11 @@
-"""The LoRA node."""
+"""The LoRA nodes: one LoRA, or several."""
 
 from __future__ import annotations
 
 from . import host
+
+SLOTS = (1, 2, 3, 4)
+STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
 
 class ZImageLoraLoader:
@@ -31,10 +34,7 @@ class ZImageLoraLoader:
                 "strength": (
                     "FLOAT",
                     {
-                        "default": 1.0,
-                        "min": -10.0,
-                        "max": 10.0,
-                        "step": 0.01,
+                        **STRENGTH,
                         "tooltip": "How strongly it acts: 0 is as if it were not there, negative turns it round.",
                     },
                 ),
@@ -47,4 +47,52 @@ class ZImageLoraLoader:
         return host.checked(host.check_lora, lora_name)
 
     def load(self, model, lora_name, strength, unique_id=None):
-        return (host.add_lora(model, lora_name, strength, unique_id),)
+        return (host.add_loras(model, [(lora_name, strength)], unique_id),)
+
+
+class ZImageLoraStack:
+    """MODEL -> MODEL with up to four LoRAs."""
+
+    DESCRIPTION = (
+        "Applies up to four LoRAs to the model, each with its own strength: the same as a chain of Z-Image LoRA "
+        "Loaders. What did not match is shown on the node."
+    )
+    SEARCH_ALIASES = ["z-image", "zimage", "lora", "lora stack", "multi lora", "load lora", "style"]
+    CATEGORY = "Z-Image INT4/loaders"
+    FUNCTION = "load"
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("The model with the LoRAs; the one that came in stays without them.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        names = [host.NO_LORA, *host.choices("loras", "lora")]
+        inputs = {"model": ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."})}
+        for i in SLOTS:
+            inputs[f"lora_{i}"] = (
+                names,
+                {
+                    "default": host.NO_LORA,
+                    "tooltip": "A .safetensors file in models/loras that was trained for Z-Image; none leaves the "
+                    "slot empty.",
+                },
+            )
+            inputs[f"strength_{i}"] = (
+                "FLOAT",
+                {**STRENGTH, "tooltip": f"How strongly lora_{i} acts: 0 not at all, negative turns it round."},
+            )
+        return {"required": inputs, "hidden": {"unique_id": "UNIQUE_ID"}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora_1, lora_2, lora_3, lora_4):
+        for name in (lora_1, lora_2, lora_3, lora_4):
+            answer = True if name == host.NO_LORA else host.checked(host.check_lora, name)
+            if answer is not True:
+                return answer
+        return True
+
+    def load(
+        self, model, lora_1, strength_1, lora_2, strength_2, lora_3, strength_3, lora_4, strength_4, unique_id=None
+    ):
+        stack = [(lora_1, strength_1), (lora_2, strength_2), (lora_3, strength_3), (lora_4, strength_4)]
+        return (host.add_loras(model, stack, unique_id),)

@@ -86,6 +86,7 @@ class ZImageSampler:
                     },
                 ),
             },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
@@ -96,5 +97,6 @@ class ZImageSampler:
                 return f"{name} {value}: it must be a multiple of {CELL} from {CELL} to {MAX_SIZE}; try {near}"
         return True
 
-    def sample(self, model, positive, seed, steps, width, height, batch_size, latent=None, denoise=1.0):
-        return (host.sample(model, positive, seed, steps, width, height, batch_size, latent, denoise),)
+    def sample(self, model, positive, seed, steps, width, height, batch_size, latent=None, denoise=1.0, unique_id=None):
+        args = (model, positive, seed, steps, width, height, batch_size, latent, denoise)
+        return (host.sample(*args, unique_id),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -331,7 +332,7 @@ def test_merging_and_saving_are_refused(ours):
 
 
 def zsample(host, model, positive, *, seed=7, steps=STEPS, width=96, height=64, batch=1, latent=None, denoise=1.0):
-    return host.sample(model, positive, seed, steps, width, height, batch, latent, denoise)["samples"]
+    return host.sample(model, positive, seed, steps, width, height, batch, latent, denoise, None)["samples"]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
@@ -474,6 +475,57 @@ def test_comfyuis_own_memory_manager(host, ours, monkeypatch):
     assert ours.loaded_size() == 0
 
 
+def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
+    """The loader's vram_budget: fewer blocks, the same latents, kept by clones, and never more than it says."""
+    import comfy.model_management
+
+    expected = ksample(ours, conditioning())
+    comfy.model_management.unload_all_models()
+    need, size = ours.model.activations([1, 16, 8, 12]), ours.model_size()
+    weights = ours.weights()
+    least = weights.rest + 2 * weights.slot + need
+    for share, resident in ((1.01, 3), (0.75, (0, 1, 2)), (0.0, 0)):
+        budget = max(share * size + need, least + 2**10) / 2**30
+        model = host.load_model(TINY, "torch", "w4a16", budget)
+        assert model.budget == model.clone().clone().budget == round(budget * 2**30)
+        assert torch.equal(ksample(model.clone(), conditioning()), expected)
+        streamer = model.module.streamer
+        assert streamer.resident in (resident if isinstance(resident, tuple) else (resident,))
+        assert model.loaded_size() + need <= model.budget
+        model.load(torch.device("cpu"), full_load=True)
+        assert model.loaded_size() + need <= model.budget
+        streamed = 3 - streamer.resident
+        plan = host.describe_plan(model, 96, 64)
+        assert plan.startswith("96 x 64: ") and " weights + " in plan and "\n" not in plan
+        assert plan.endswith(f"{streamed} of 3 blocks streamed" if streamed else "nothing streamed")
+        said = []
+        monkeypatch.setattr(host, "say", lambda text, node_id, said=said: said.append(text))
+        zsample(host, model, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
+        assert said == [plan]
+        with_lora = host.add_loras(model, [(loras[0], 1.0)], None) if streamed < 3 else model
+        zsample(host, with_lora, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
+        zsample(host, model, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
+        assert said[-1] == plan  # without the bytes of the LoRA before
+        function, arguments = model.cached_patcher_init
+        assert function(*arguments, disable_dynamic=True).budget == model.budget
+    assert re.fullmatch(r"1024 x 1024: \d+ MiB weights \+ \S+ [GM]iB to draw", host.describe_plan(ours, 1024, 1024))
+
+
+def test_budget_that_cannot_hold_is_refused(host, ours):
+    """At the loader where nothing fits, else for the picture that does not; the next one that does is drawn."""
+    with pytest.raises(ValueError, match=r"vram_budget 1 MiB: the smallest picture needs .* at least 0\.\d\d GiB, or"):
+        host.load_model(TINY, "torch", "w4a16", 1 / 1024)
+    expected = ksample(ours, conditioning())
+    budget = (ours.model_size() + ours.model.activations([1, 16, 8, 12])) / 2**30
+    model = host.load_model(TINY, "torch", "w4a16", budget)
+    large = {"samples": torch.zeros(1, 16, 256, 256)}
+    for draw in (ksample, lambda *args, **more: zsample(host, *args, **more)):
+        with pytest.raises(ValueError, match="vram_budget .* needs .* smaller or fewer pictures"):
+            draw(model, conditioning(), latent=large)
+        assert torch.equal(ksample(model, conditioning()), expected)
+    assert "vram_budget" in host.try_plan(model, 2048, 2048)
+
+
 def test_clones_and_detach_leave_the_model_usable(host, ours):
     expected = ksample(ours, conditioning())
     clone = ours.clone().clone()
@@ -554,19 +606,19 @@ def test_loras_of_both_loaders_equal_patched_stock_weights(host, ours, stock, lo
         for name, strength in stack:
             expected = stock_loader(expected, name, strength)
             stock_way = stock_loader(stock_way, name, strength)
-            ours_way = host.add_lora(ours_way, name, strength, None)
+            ours_way = host.add_loras(ours_way, [(name, strength)], None)
         expected = ksample(expected, conditioning())
         assert relative(expected, plain) > 1e-2
         assert relative(ksample(ours_way, conditioning()), expected) < 1e-3
         assert relative(ksample(stock_way, conditioning()), expected) < 1e-3
-        mixed = stock_loader(host.add_lora(ours, *stack[0], None), *stack[-1]) if len(stack) > 1 else ours_way
+        mixed = stock_loader(host.add_loras(ours, [stack[0]], None), *stack[-1]) if len(stack) > 1 else ours_way
         assert relative(ksample(mixed, conditioning()), expected) < 1e-3
     assert torch.equal(ksample(ours, conditioning()), plain)
 
 
 def test_branches_with_different_loras_do_not_disturb_each_other(host, ours, loras):
     plain = ksample(ours, conditioning())
-    one, two = (host.add_lora(ours, name, 1.0, None) for name in loras)
+    one, two = (host.add_loras(ours, [(name, 1.0)], None) for name in loras)
     first, second = ksample(one, conditioning()), ksample(two, conditioning())
     assert relative(first, second) > 1e-2
     for _ in range(2):
@@ -574,13 +626,13 @@ def test_branches_with_different_loras_do_not_disturb_each_other(host, ours, lor
         assert torch.equal(ksample(ours, conditioning()), plain)
         assert torch.equal(ksample(two, conditioning()), second)
         assert torch.equal(ksample(one.clone(), conditioning()), first)
-    assert torch.equal(ksample(host.add_lora(ours, loras[0], 0.0, None), conditioning()), plain)
+    assert torch.equal(ksample(host.add_loras(ours, [(loras[0], 0.0)], None), conditioning()), plain)
 
 
 def test_loras_while_streaming(host, ours, loras, monkeypatch):
     import comfy.model_management
 
-    one = host.add_lora(ours, loras[0], 1.0, None)
+    one = host.add_loras(ours, [(loras[0], 1.0)], None)
     expected, plain = ksample(one, conditioning()), ksample(ours, conditioning())
     load = type(ours).load
     comfy.model_management.unload_all_models()
@@ -641,10 +693,44 @@ def test_what_is_no_lora_for_this_model(host, ours):
     )
     folder_paths.filename_list_cache.clear()
     with pytest.raises(ValueError, match="3840"):
-        host.add_lora(ours, "wide.safetensors", 1.0, None)
+        host.add_loras(ours, [("wide.safetensors", 1.0)], None)
     assert "Flux" in host.checked(host.check_lora, "flux.safetensors")
     with pytest.raises(ValueError, match="is not in"):
-        host.add_lora(ours, "gone.safetensors", 1.0, None)
+        host.add_loras(ours, [("gone.safetensors", 1.0)], None)
+
+
+def lora_stack(model, *stack):
+    """`ZImageLoraStack` on a model, its other slots empty."""
+    from zimage_pack.nodes.lora import ZImageLoraStack
+
+    slots = {"lora": [name for name, _ in stack] + ["none"] * 4, "strength": [s for _, s in stack] + [1.0] * 4}
+    names = ("lora_1", "lora_2", "lora_3", "lora_4")
+    assert ZImageLoraStack.VALIDATE_INPUTS(**dict(zip(names, slots["lora"]))) is True
+    given = {f"{kind}_{i + 1}": slots[kind][i] for i in range(4) for kind in slots}
+    return ZImageLoraStack().load(model, **given)[0]
+
+
+def test_a_stack_is_a_chain(host, ours, stock, loras, monkeypatch):
+    said, plain = [], ksample(ours, conditioning())
+    monkeypatch.setattr(host, "say", lambda text, node_id: said.append(text))
+    stack = ((loras[0], 0.7), (loras[1], -0.4), (loras[0], 0.2))
+    chain, stock_chain = ours, stock
+    for name, strength in stack:
+        chain = host.add_loras(chain, [(name, strength)], None)
+        stock_chain = stock_loader(stock_chain, name, strength)
+    expected = ksample(chain, conditioning())
+    assert relative(expected, plain) > 1e-2
+    reports, said[:] = list(said), []
+    assert reports[0].startswith("one.safetensors: ") and "keys matched" in reports[0]
+    assert torch.equal(ksample(lora_stack(ours, *stack), conditioning()), expected)
+    assert said == ["\n".join(reports)] and len(reports) == 3
+    one = lora_stack(lora_stack(ours, *stack[:2]), ("none", 1.0), stack[2])
+    assert torch.equal(ksample(one, conditioning()), expected)
+    for nothing in (lora_stack(ours), lora_stack(ours, (loras[0], 0.0), (loras[1], 0.0))):
+        assert torch.equal(ksample(nothing, conditioning()), plain)
+    other = ksample(lora_stack(stock, *stack), conditioning())  # a MODEL that is not ours
+    assert torch.equal(other, ksample(stock_chain, conditioning()))
+    assert relative(ksample(stock, conditioning()), plain) < 1e-4  # and its weights are its own again
 
 
 # ---- other files ----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ IDS = (
     "ZImageLoraLoader",
     "ZImageVAELoader",
     "ZImageVAEDecode",
+    "ZImageLoraStack",
 )
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 REAL_FILES = {

@@ -10,6 +10,7 @@ const NODES = new Set([
   "ZImageLoraLoader",
   "ZImageVAELoader",
   "ZImageVAEDecode",
+  "ZImageLoraStack",
 ])
 const OURS = /zimage_core|nodes[\\/]host\.py/ // a stock sampler that ran our model
 
