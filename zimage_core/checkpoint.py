@@ -223,7 +223,7 @@ def load_transformer(
                 linear=svdq if quantized else Linear,
                 refiner_linear=svdq if info.quantized_refiners else Linear,
             )
-        sources = _match(files, _expected(model, info.rank))
+        sources = match_tensors(files, expected_tensors(model, info.rank))
         model.backend = select(backend, precision, device=compute_device, dtype=dtype) if quantized else None
         model.use(ops.select(backend, compute_device, dtype, info.config.head_dim))
 
@@ -244,7 +244,7 @@ def load_transformer(
     return model.eval()
 
 
-def _expected(model: ZImageTransformer, rank: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+def expected_tensors(model: ZImageTransformer, rank: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Target tensor -> (shape, dtypes allowed) of everything that the model reads from its file."""
     from .svdq import SVDQLinear
 
@@ -270,7 +270,9 @@ def _expected(model: ZImageTransformer, rank: int) -> dict[str, tuple[tuple[int,
     return expected
 
 
-def _match(files: TensorFiles, expected: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]) -> dict[str, list[str]]:
+def match_tensors(
+    files: TensorFiles, expected: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+) -> dict[str, list[str]]:
     """Target tensor -> its source keys in row order; strict about unmatched, missing and misshapen ones."""
     found: dict[str, dict[str | None, str]] = {}
     for key in files.tensors:

@@ -18,7 +18,7 @@ import torch
 
 from . import calibrate
 from .adapters import Linear
-from .checkpoint import _expected, _match, identify
+from .checkpoint import expected_tensors, identify, match_tensors
 from .config import ZImageConfig
 from .keys import diffusers_svdq_module
 from .lora import Bias, Delta, Lora, compose, load_lora
@@ -147,7 +147,7 @@ class _Source:
         self.device = device
         with torch.device("meta"):
             model = ZImageTransformer(config, linear=Linear)
-        self.keys = _match(files, _expected(model, rank=0))
+        self.keys = match_tensors(files, expected_tensors(model, rank=0))
         self.changes: dict[str, list[tuple[Delta, float]]] = {}
         for lora, strength in loras:
             for target, deltas in lora.check(model).items():
@@ -165,9 +165,7 @@ class _Source:
         changes = self.changes.get(module or name)
         return self._merged(whole, module, leaf, changes) if changes else whole
 
-    def _merged(
-        self, tensor: torch.Tensor, module: str, leaf: str, changes: list[tuple[Delta, float]]
-    ) -> torch.Tensor:
+    def _merged(self, tensor: torch.Tensor, module: str, leaf: str, changes: list[tuple[Delta, float]]) -> torch.Tensor:
         """The tensor with the changes in it, in fp32."""
         tensor = tensor.float()
         shifts = [(delta, strength) for delta, strength in changes if isinstance(delta, Bias)]
@@ -191,9 +189,7 @@ class _Job:
 
     STEP_COST, LINEAR_COST = 1, 8  # of drawing with a block and of quantizing a linear, as the progress counts them
 
-    def __init__(
-        self, source: _Source, out: StreamedFile, rank: int, skip_refiners: bool, progress: Progress | None
-    ):
+    def __init__(self, source: _Source, out: StreamedFile, rank: int, skip_refiners: bool, progress: Progress | None):
         self.source = source
         self.out = out
         self.rank = rank
