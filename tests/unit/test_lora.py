@@ -758,7 +758,6 @@ def test_command_line(tiny_files, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("style", ["frame", "grey"])
-@pytest.mark.skipif(not all(path.is_file() for path in demo_loras().values()), reason="no demo LoRAs in this checkout")
 def test_the_bundled_loras_show_with_strength(style, monkeypatch):
     """Read from the pixels: the frame grows pink, the colours go."""
     import numpy as np
