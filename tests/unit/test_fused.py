@@ -1,4 +1,4 @@
-"""The fused kernels against plain torch: in Triton's interpreter on the CPU, and compiled for every GPU generation."""
+"""The fused kernels against plain torch, on a GPU or in Triton's interpreter, and compiled for every GPU generation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-def interpreted():
-    """Run under TRITON_INTERPRET=1: each kernel against `ops` in fp32, on rounded 16-bit inputs."""
+def check_kernels(device: str):
+    """Each kernel against `ops` in fp32, on rounded 16-bit inputs; on the CPU under TRITON_INTERPRET=1."""
     from zimage_core import ops
     from zimage_core.backends import fused
 
     gen = torch.Generator().manual_seed(0)
 
     def random(*shape, dtype, scale=1.0):
-        return (torch.randn(*shape, generator=gen) * scale).to(dtype)
+        return (torch.randn(*shape, generator=gen) * scale).to(device, dtype)
 
     for dtype, stream in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
         rounding = torch.finfo(dtype).eps
@@ -49,21 +49,23 @@ def interpreted():
         for batch, angles, heads, width in ((1, 1, 3, 128), (2, 2, 6, 64), (2, 1, 6, 64)):
             qkv = random(batch, 5, 3, heads, width, dtype=dtype)
             norms = random(width, dtype=dtype), random(width, dtype=dtype)
-            angle = torch.randn(angles, 5, 1, width // 2, generator=gen)
+            angle = random(angles, 5, 1, width // 2, dtype=torch.float32)
             expected = ops.norm_rope(qkv.float(), *(n.float() for n in norms), 1e-5, angle.cos(), angle.sin())
             found = fused.norm_rope(qkv, *norms, 1e-5, angle.cos(), angle.sin())
             for name, a, b in zip("qkv", found, expected, strict=True):
                 check(a, b, name)
 
-    big = torch.full((1, 1, 256), 300.0, dtype=torch.float16)
+    big = torch.full((1, 1, 256), 300.0, dtype=torch.float16, device=device)
     assert fused.swiglu(torch.cat((big, big), -1)).isfinite().all()
     assert fused.norm_gate_add(big, big / 0.0, big[0, 0], 1e-5, None).isfinite().all()
 
 
 def test_kernels_equal_torch():
-    code = "import runpy, sys; runpy.run_path(sys.argv[1])['interpreted']()"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", code, __file__], env=environment, capture_output=True, text=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['check_kernels'](sys.argv[2])"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-c", code, __file__, device]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
