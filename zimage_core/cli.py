@@ -282,7 +282,7 @@ def generate(args: argparse.Namespace) -> int:
                 "name": stage.name,
                 "seconds": round(stage.seconds, 4),
                 "device_peak_gib": _gib(stage.device_peak),
-                "process_peak_gib": _gib(stage.host_peak),
+                "host_peak_gib": _gib(stage.host_peak),
             }
             for stage in pipeline.stages
         ]

@@ -61,7 +61,10 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage took: seconds, and peak bytes on the device and in the process so far (None where unknown)."""
+    """What one stage took: seconds, and peak bytes on the device and resident in the host's memory while it ran.
+
+    device_peak is None on a CPU, host_peak where the system does not count a stage's own (it does on Linux).
+    """
 
     name: str
     seconds: float
@@ -146,11 +149,20 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return chosen
 
 
-def host_peak() -> int | None:
-    """Peak resident bytes of this process, None where the system does not tell."""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
+def reset_host_peak() -> bool:
+    """Let the system count this process's peak of resident memory from now on; False where it cannot (proc(5))."""
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def host_peak() -> int:
+    """Peak resident bytes of this process since `reset_host_peak`, files that it has mapped included."""
+    with open("/proc/self/status") as status:
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
-    return None
 
 
 def load_pipeline(
@@ -531,6 +543,7 @@ class Pipeline:
         if on_cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
+        counted = reset_host_peak()
         if self._on_stage:
             self._on_stage(name, steps)
         start = time.perf_counter()
@@ -539,4 +552,4 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
         device_peak = torch.cuda.max_memory_allocated(self.device) if on_cuda else None
-        self.stages.append(Stage(name, seconds, device_peak, host_peak()))
+        self.stages.append(Stage(name, seconds, device_peak, host_peak() if counted else None))
