@@ -1,8 +1,9 @@
 """From a prompt to pictures: which files are read, when each model is on the device, and the order of the stages.
 
 prompt -> token ids -> cap_feats -> (encoder leaves) -> Conditioning -> latents -> (B, H, W, 3) -> pictures.
-The models come up one after the other, within a budget as `plan` shares it out before work starts (`Pipeline.plan`);
-every stage's seconds and peak memory are kept in `Pipeline.stages`.
+The models are on the device one after the other, within a budget as `plan` shares it out before work starts
+(`Pipeline.plan`); without a budget, transformer and VAE wait there for the next picture where there is room for both.
+Every stage's seconds and peak memory are kept in `Pipeline.stages`.
 
 Source of the interface: huggingface/diffusers `pipelines/z_image@v0.42.1`.
 """
@@ -180,8 +181,9 @@ def load_pipeline(
     """A pipeline over checked files; the models themselves are read when the first picture needs them.
 
     Without a model it draws with the bundled demo. vram_budget ("4GiB", or a number of GiB) limits what is on the
-    device at once: what does not fit is streamed from the host, with the same results; "auto" is what is free there,
-    None everything. Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or
+    device at once: what does not fit is streamed from the host, with the same results, and two models are never there
+    together. "auto" is what is free there, None everything; with either, transformer and VAE stay for the next picture
+    where both fit. Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or
     budget that cannot be used.
     """
     files = find_files(model, text_encoder, vae, tokenizer)
@@ -487,6 +489,7 @@ class Pipeline:
             pictures=pictures,
             vae_itemsize=vae_e,
             budget=self._budget(),
+            together=not isinstance(self.vram_budget, int),
             libraries=planning.libraries(self.device),
             held=self._held(),
         )
