@@ -28,10 +28,11 @@ from torch import Tensor
 
 from . import backends, checkpoint, lora, ops, sampler
 from . import plan as planning
-from .offload import BlockStreamer, module_bytes
+from .config import ZImageConfig
+from .offload import BlockStreamer, Weights, module_bytes
 from .offload import weights as weights_of
 from .text_encoder import check_text_encoder, encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
-from .transformer import PIXELS_PER_CELL, Conditioning, Hooks
+from .transformer import PIXELS_PER_CELL, Conditioning, Hooks, ZImageTransformer
 from .vae import decode_image, load_vae, out_of_memory, read_vae_config
 
 if TYPE_CHECKING:
@@ -190,6 +191,11 @@ def load_pipeline(
     budget = planning.parse_budget(vram_budget)
     device = choose_device(device)
     return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget)
+
+
+def blocks_of(model: ZImageTransformer) -> list[torch.nn.Module]:
+    """The transformer's blocks in the order in which they run."""
+    return [*model.context_refiner, *model.noise_refiner, *model.layers]
 
 
 class Pipeline:
@@ -398,8 +404,7 @@ class Pipeline:
                     precision=self.precision,
                     compute_device=self.device,
                 )
-                blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
-                self._streamer = BlockStreamer(blocks, model)
+                self._streamer = BlockStreamer(blocks_of(model), model)
         lora.apply(self.transformer, self.loras)
         tight = self._too_much is not None and pixels >= self._too_much
         self._streamer.place(self.device, 0 if tight else stage.allowance)
@@ -459,10 +464,12 @@ class Pipeline:
         other = planning.conditioning_bytes(config, image_tokens, captions, e, fp16)
         other += planning.conditioning_bytes(config, image_tokens, tokens[-1:], e, fp16) if guided else 0
         other += planning.latents_bytes(height, width, pictures)
-        if self.transformer is None:
-            weights = planning.transformer_weights(config, info.rank, info.quantized_refiners, e, arithmetic)
-        else:
+        if self.transformer is not None:
+            lora.apply(self.transformer, self.loras)
             weights = weights_of(self._streamer.blocks, self.transformer)
+        else:
+            weights = planning.transformer_weights(config, info.rank, info.quantized_refiners, e, arithmetic)
+            weights = self._with_loras(weights, config)
         transformer = planning.Part(
             weights, planning.transformer_need(config, rows, info.rank, arithmetic, fused, e, fp16), other
         )
@@ -492,6 +499,25 @@ class Pipeline:
             together=not isinstance(self.vram_budget, int),
             libraries=planning.libraries(self.device),
             held=self._held(),
+        )
+
+    def _with_loras(self, weights: Weights, config: ZImageConfig) -> Weights:
+        """The transformer's bytes with the LoRAs, which are counted on a model without memory.
+
+        ValueError for a LoRA that does not fit.
+        """
+        if not self.loras:
+            return weights
+        with torch.device("meta"):
+            model = ZImageTransformer(config).to(self.dtype)
+        blocks = blocks_of(model)
+        before = weights_of(blocks, model)
+        lora.apply(model, self.loras)
+        after = weights_of(blocks, model)
+        return Weights(
+            weights.rest + after.rest - before.rest,
+            tuple(own + y - x for own, x, y in zip(weights.blocks, before.blocks, after.blocks, strict=True)),
+            weights.slot + after.slot - before.slot,
         )
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
