@@ -1,6 +1,7 @@
 """How close a small text encoder file stays to bf16: cosine of cap_feats, token by token, for every form that is read.
 
     python benchmarks/encoder.py [--captions 100] [--layers 35]
+    python benchmarks/encoder.py --full-size FOLDER    # seconds and host memory of Qwen3-4B in INT8, on the CPU
 
 Three models: the bundled demo's encoder, which is trained but small (2 layers, 128 wide); random weights 256 wide and 2
 layers deep, the model of the tests; and random weights 512 wide and as deep as Qwen3-4B. The random ones have tails,
@@ -9,15 +10,21 @@ them, everything is computed in fp32, and the cosine is to the unrounded weights
 these weights is shown by tests/oracle/test_encoder_formats.py.
 
 Q4_K and Q6_K are rounded plainly, where llama.cpp searches for better scales; their blocks of 256 weights go over two
-rows of the demo's 128. Which layers an "FP8 mixed" file leaves in bf16 is its maker's choice; here it is every third.
-A table for people, the last line is JSON.
+rows of the demo's 128. Which layers an "FP8 mixed" file leaves in bf16 is its maker's choice; here it is every third
+linear, which is about what the size of the real file (5.6 GB) leaves room for.
+
+--full-size writes a sparse file of the real names and shapes there, whose zeros take no room on the disk, loads it and
+encodes a prompt. A table for people, the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import struct
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,8 +34,15 @@ from torch import Tensor
 from zimage_core import bench
 from zimage_core.demo import demo_files
 from zimage_core.encoder_formats import dequantize
+from zimage_core.pipeline import host_peak, reset_host_peak
 from zimage_core.quantize_encoder import int8_rows, nvfp4_rows
-from zimage_core.text_encoder import TextEncoder, TextEncoderConfig, load_text_encoder, load_tokenizer
+from zimage_core.text_encoder import (
+    TextEncoder,
+    TextEncoderConfig,
+    encode_prompts,
+    load_text_encoder,
+    load_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 FP8_MAX, FP4_MAX = 448.0, 6.0
@@ -175,6 +189,54 @@ def measure(model: str, encoder: TextEncoder, captions: list[list[int]]) -> list
     return rows
 
 
+def write_full_size(path: Path, config: TextEncoderConfig) -> None:
+    """Qwen3-4B in quanto's INT8, all of it zeros."""
+    with torch.device("meta"):
+        shapes = {f"model.{name}": tuple(t.shape) for name, t in TextEncoder(config).state_dict().items()}
+    shapes[f"model.layers.{config.num_layers}.input_layernorm.weight"] = (config.hidden_size,)  # never read
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        parts = {name: ("BF16", 2, shape)}
+        if name.endswith("_proj.weight"):
+            parts = {f"{name}._data": ("I8", 1, shape), f"{name}._scale": ("BF16", 2, (shape[0], 1))}
+        for key, (dtype, size, sides) in parts.items():
+            start, end = end, end + size * math.prod(sides)
+            header[key] = {"dtype": dtype, "shape": sides, "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
+
+
+@torch.no_grad()
+def measure_full_size(folder: Path, config: TextEncoderConfig) -> list[dict]:
+    """A row for loading and for two prompts: seconds, peak of anonymous memory and of everything resident."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "qwen3-4b-int8-zeros.safetensors"
+    write_full_size(path, config)
+    tokenizer = load_tokenizer(demo_files()["tokenizer"])
+    encoder, rows = None, []
+    for what in ("load", "first prompt", "second prompt"):
+        counted = reset_host_peak()
+        begun = time.perf_counter()
+        with bench.host_memory() as held:
+            if encoder is None:
+                encoder = load_text_encoder(path)
+            else:
+                (feats,) = encode_prompts(encoder, tokenizer, f"a large green circle on black, {what}")
+                assert feats.shape[1] == config.hidden_size
+        row = {"what": what, "seconds": time.perf_counter() - begun, "file_gb": path.stat().st_size / 1e9}
+        resident = host_peak() / 2**30 if counted else None
+        rows.append(row | {"anonymous_gib": held.get("peak_gib"), "resident_gib": resident})
+    return rows
+
+
+FULL_COLUMNS = {
+    "what": "stage",
+    "seconds": "s|.1f",
+    "anonymous_gib": "anonymous memory, GiB more|.2f",
+    "resident_gib": "resident with mapped files, GiB|.2f",
+}
 COLUMNS = {
     "form": "form",
     "bits": "bits|.1f",
@@ -188,7 +250,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--layers", type=int, default=TextEncoderConfig.num_layers, help="of the deep random model")
+    parser.add_argument("--full-size", type=Path, metavar="FOLDER")
     args = parser.parse_args()
+    machine = bench.machine(torch.device("cpu"), torch.bfloat16 if args.full_size else torch.float32)
+    if args.full_size:
+        rows = measure_full_size(args.full_size, TextEncoderConfig())
+        print(bench.table(rows, FULL_COLUMNS))
+        return bench.print_json("encoder, full size", machine, rows=rows)
     sys.path.insert(0, str(ROOT / "demo_training"))
     import scenes
 
@@ -206,8 +274,7 @@ def main() -> None:
         facts = own[0]
         print(f"\n{model}: {facts['layers']} layers, {facts['width']} wide, {facts['tokens']} tokens, ", end="")
         print(f"residual stream grows {facts['growth']:.1f}-fold\n\n{bench.table(own, COLUMNS)}")
-    device = torch.device("cpu")
-    bench.print_json("encoder", bench.machine(device, torch.float32), rows=rows, target=TARGET)
+    bench.print_json("encoder", machine, rows=rows, target=TARGET)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from zimage_core import cli
 from zimage_core.demo import demo_files
 from zimage_core.encoder_formats import FORMS, HostEmbedding, StoredLinear, StoredWeight, dequantize
 from zimage_core.quantize_encoder import quantize_encoder
-from zimage_core.text_encoder import load_text_encoder, load_tokenizer
+from zimage_core.text_encoder import TextEncoderConfig, check_text_encoder, load_text_encoder, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -491,6 +491,15 @@ def test_eight_bit_files_of_a_trained_encoder(tmp_path, benchmark, form):
     found = benchmark.features(load_text_encoder(tmp_path, dtype=torch.float32), captions)
     cosine = torch.cosine_similarity(found, reference, dim=1)
     assert benchmark.TARGET <= cosine.min() < 1
+
+
+def test_the_benchmark_of_the_full_size_with_a_small_one(tmp_path, benchmark):
+    small = TextEncoderConfig(512, 512, 1024, 3, 8, 4, 64)
+    rows = benchmark.measure_full_size(tmp_path, small)
+    assert [row["what"] for row in rows] == ["load", "first prompt", "second prompt"]
+    (path,) = tmp_path.iterdir()
+    assert check_text_encoder(path)[0] == small
+    assert path.stat().st_blocks * 512 < path.stat().st_size / 10, "sparse on the disk"
 
 
 # ---------------------------------------------------------------- in memory
