@@ -229,6 +229,7 @@ def generate(args: argparse.Namespace) -> int:
         backend=args.backend,
         precision=args.precision,
         vram_budget=args.vram_budget,
+        once=True,
     )
     pipeline.hold_budget()
     pipeline.set_loras(args.lora)
@@ -251,7 +252,7 @@ def generate(args: argparse.Namespace) -> int:
     finally:
         progress.finish()
 
-    backend = getattr(pipeline.transformer, "backend", None)
+    backend = pipeline.used_backend
     settings = {
         "width": pictures[0].width,
         "height": pictures[0].height,

@@ -178,19 +178,21 @@ def load_pipeline(
     backend: str = "auto",
     precision: str = "auto",
     vram_budget: str | float | None = "auto",
+    once: bool = False,
 ) -> Pipeline:
     """A pipeline over checked files; the models themselves are read when the first picture needs them.
 
     Without a model it draws with the bundled demo. vram_budget ("4GiB", or a number of GiB) limits what is on the
     device at once: what does not fit is streamed from the host, with the same results, and two models are never there
     together. "auto" is what is free there, None everything; with either, transformer and VAE stay for the next picture
-    where both fit. Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or
+    where both fit. once is for a pipeline that is called a single time: the transformer is dropped when it has drawn,
+    before the VAE comes. Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or
     budget that cannot be used.
     """
     files = find_files(model, text_encoder, vae, tokenizer)
     budget = planning.parse_budget(vram_budget)
     device = choose_device(device)
-    return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget)
+    return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget, once)
 
 
 def blocks_of(model: ZImageTransformer) -> list[torch.nn.Module]:
@@ -209,6 +211,7 @@ class Pipeline:
         backend: str,
         precision: str,
         vram_budget: int | str | None = "auto",
+        once: bool = False,
     ):
         self.files = files
         self.device = device
@@ -216,6 +219,8 @@ class Pipeline:
         self.backend = backend
         self.precision = precision
         self.vram_budget = vram_budget  # bytes, "auto" or None
+        self.once = once
+        self.used_backend: backends.Backend | None = None  # of the transformer, None for a dense one
         self.transformer: torch.nn.Module | None = None
         self.vae: torch.nn.Module | None = None
         self.plan: planning.Plan | None = None
@@ -287,6 +292,10 @@ class Pipeline:
                 return self._denoise(latents, sigmas, cond, negative, guidance_scale, on_step, hooks)
 
             latents = self._with_less(sample, batch * height * width)
+        if self.once:
+            del model, sample
+            self.transformer = self._streamer = None
+            self._empty_cache()
         return self._decode(latents)
 
     def _denoise(
@@ -405,6 +414,7 @@ class Pipeline:
                     compute_device=self.device,
                 )
                 self._streamer = BlockStreamer(blocks_of(model), model)
+                self.used_backend = model.backend
         lora.apply(self.transformer, self.loras)
         tight = self._too_much is not None and pixels >= self._too_much
         self._streamer.place(self.device, 0 if tight else stage.allowance)
@@ -496,7 +506,7 @@ class Pipeline:
             pictures=pictures,
             vae_itemsize=vae_e,
             budget=self._budget(),
-            together=not isinstance(self.vram_budget, int),
+            together=not (self.once or isinstance(self.vram_budget, int)),
             libraries=planning.libraries(self.device),
             held=self._held(),
         )

@@ -472,6 +472,40 @@ def test_without_a_budget_models_stay_where_there_is_room(small, together, monke
     assert not any({"transformer", "VAE"} <= there for there in together[2:])
 
 
+def test_the_command_line_has_one_model_at_a_time_without_a_budget_too(tiny_files, tmp_path, monkeypatch, capsys):
+    """It draws once, so what has done its part is dropped: no model is alive when the next one is read."""
+    alive, seen = weakref.WeakSet(), []
+
+    def watch(owner, name):
+        plain = getattr(owner, name)
+
+        def load(*args, **options):
+            seen.append((name, len(alive)))
+            model = plain(*args, **options)
+            alive.add(model)
+            return model
+
+        monkeypatch.setattr(owner, name, load)
+
+    watch(pipeline, "load_text_encoder")
+    watch(pipeline.checkpoint, "load_transformer")
+    watch(pipeline, "load_vae")
+    options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
+    size = ["--width=48", "--height=64", "--steps=1", "--seed=1", f"--out={tmp_path / 'cat.png'}"]
+    assert cli.main(["generate", "a cat", "--device=cpu", "--json", *options, *size]) == 0
+    assert seen == [("load_text_encoder", 0), ("load_transformer", 0), ("load_vae", 0)]
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["backend"] == "reference" and not any(stage["beside"] for stage in facts["plan"]["stages"])
+
+
+def test_a_pipeline_for_once_draws_again_all_the_same(unlimited, tiny_files):
+    once = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a16", once=True)
+    (expected,) = unlimited("a cat", **SIZE)
+    for _ in range(2):
+        assert once("a cat", **SIZE)[0].tobytes() == expected.tobytes()
+        assert once.transformer is None and once.plan.stage("VAE").beside == ()
+
+
 def test_a_budget_that_is_too_small_is_told_before_any_work(small):
     small.vram_budget = 2**10
     stages = []
