@@ -38,7 +38,7 @@ COLUMNS = {
     "name": "stage",
     "seconds": "s|.2f",
     "device_peak_gib": "device peak GiB|.2f",
-    "process_peak_gib": "process peak GiB|.2f",
+    "host_peak_gib": "host peak GiB|.2f",
 }
 
 

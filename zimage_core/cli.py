@@ -229,6 +229,7 @@ def generate(args: argparse.Namespace) -> int:
         backend=args.backend,
         precision=args.precision,
         vram_budget=args.vram_budget,
+        once=True,
     )
     pipeline.hold_budget()
     pipeline.set_loras(args.lora)
@@ -251,7 +252,7 @@ def generate(args: argparse.Namespace) -> int:
     finally:
         progress.finish()
 
-    backend = getattr(pipeline.transformer, "backend", None)
+    backend = pipeline.used_backend
     settings = {
         "width": pictures[0].width,
         "height": pictures[0].height,
@@ -282,7 +283,7 @@ def generate(args: argparse.Namespace) -> int:
                 "name": stage.name,
                 "seconds": round(stage.seconds, 4),
                 "device_peak_gib": _gib(stage.device_peak),
-                "process_peak_gib": _gib(stage.host_peak),
+                "host_peak_gib": _gib(stage.host_peak),
             }
             for stage in pipeline.stages
         ]

@@ -3,9 +3,9 @@
 A byte allowance becomes a number of whole blocks that stay on the device, spread evenly over the model; the
 others live on the host and are brought into one of two fixed device slots for the time of their run, on CUDA from
 pinned memory on a second stream, the next one while the current one computes. All tensors of a block, adapters
-included, lie in one flat buffer, so that a block is one copy. Weights never change, so nothing travels back and
-results are bit-identical to a resident model. The model knows nothing of this: it is asked to run its blocks
-through `BlockStreamer.run_block`.
+included, lie in one flat buffer, so that a block is one copy, or in a few where torch would round one up to nearly
+twice its size. Weights never change, so nothing travels back and results are bit-identical to a resident model. The
+model knows nothing of this: it is asked to run its blocks through `BlockStreamer.run_block`.
 
 The slots are allocated once and reused under events of our own, so that the caching allocator, which knows nothing
 of the second stream, never hands their memory to anyone while a copy is under way.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 ALIGNMENT = 256
 BUFFERS = 2
+WHOLE = 2**22  # bytes that are not worth a copy of their own
 
 Slot = tuple[dict, str, Tensor]
 """Where a module keeps a tensor: its `_parameters` or `_buffers`, the name in it, the tensor."""
@@ -88,6 +89,28 @@ def _aligned(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
+def share_buffers(sizes: Sequence[int]) -> list[list[int]]:
+    """Which tensors of these sizes share a host buffer, by index.
+
+    torch rounds page-locked buffers up to powers of two. Where that adds more than an eighth, as many tensors as fit
+    half of it lie together, the larger ones first, and so on with the rest.
+    """
+    groups, rest = [], list(range(len(sizes)))
+    while rest:
+        total = sum(sizes[i] for i in rest)
+        room = 1 << max(total - 1, 0).bit_length()
+        group = []
+        if total > WHOLE and room > 1.125 * total:
+            room //= 2
+            for i in sorted(rest, key=lambda i: -sizes[i]):
+                if sizes[i] <= room:
+                    group.append(i)
+                    room -= sizes[i]
+        groups.append(sorted(group or rest))
+        rest = [i for i in rest if i not in groups[-1]]
+    return groups
+
+
 def _pinned(count: int) -> Tensor:
     """Page-locked bytes, or ordinary ones where the system has no more of those."""
     try:
@@ -98,34 +121,48 @@ def _pinned(count: int) -> Tensor:
 
 
 class HostBlock:
-    """One block on the host: all its tensors are views of one flat (pinned) buffer."""
+    """One block on the host: all its tensors are views of a flat (pinned) buffer, or of a few of them."""
 
     def __init__(self, block: nn.Module, pin: bool):
         found = list(slots(block))
-        self.bytes = flat_bytes(block)
+        sizes = [_aligned(tensor.numel() * tensor.element_size()) for _, _, tensor in found]
+        self.bytes = sum(sizes)
         self.pinned = pin
-        self.flat = _pinned(self.bytes) if pin else torch.empty(self.bytes, dtype=torch.uint8)
-        self.entries = []  # (holder, name, dtype, shape, stride, offset in elements, home)
-        typed, offset = Typed(self.flat), 0
-        for holder, name, tensor in found:
-            stride = torch.empty_like(tensor, device="meta").stride()  # that of the tensor, without holes
-            place = (tensor.dtype, tensor.shape, stride, offset // tensor.element_size())
-            home = typed.view(*place)
-            home.copy_(tensor)
-            if isinstance(tensor, nn.Parameter):
-                home = nn.Parameter(home, requires_grad=False)
-            holder[name] = home
-            self.entries.append((holder, name, *place, home))
-            offset += _aligned(tensor.numel() * tensor.element_size())
+        self.buffers = []
+        entries = {}  # (holder, name, dtype, shape, stride, offset in a slot in elements, home)
+        start = 0  # of the buffer in a slot
+        for group in share_buffers(sizes):
+            count = sum(sizes[i] for i in group)
+            flat = _pinned(count) if pin else torch.empty(count, dtype=torch.uint8)
+            typed, offset = Typed(flat), 0
+            for i in group:
+                holder, name, tensor = found[i]
+                size = tensor.element_size()
+                stride = torch.empty_like(tensor, device="meta").stride()  # that of the tensor, without holes
+                home = typed.view(tensor.dtype, tensor.shape, stride, offset // size)
+                home.copy_(tensor)
+                if isinstance(tensor, nn.Parameter):
+                    home = nn.Parameter(home, requires_grad=False)
+                holder[name] = home
+                entries[i] = (holder, name, tensor.dtype, tensor.shape, stride, (start + offset) // size, home)
+                offset += sizes[i]
+            self.buffers.append(flat)
+            start += count
+        self.entries = [entries[i] for i in range(len(found))]
+
+    def in_slot(self, slot: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The copies that bring the block into a slot: (target, source)."""
+        parts = slot[: self.bytes].split([len(flat) for flat in self.buffers])
+        return list(zip(parts, self.buffers, strict=True))
 
     def current(self, block: nn.Module) -> bool:
-        """False where the block's tensors are no longer in the buffer (an adapter came or went, the block moved)."""
-        found, start = list(slots(block)), self.flat.data_ptr()
+        """False where the block's tensors are no longer at home (an adapter came or went, the block moved)."""
+        found = list(slots(block))
         return len(found) == len(self.entries) and all(
             holder is entry[0]
             and tensor.dtype is entry[2]
             and tensor.shape == entry[3]
-            and (not tensor.numel() or tensor.data_ptr() == start + entry[5] * tensor.element_size())
+            and (not tensor.numel() or tensor.data_ptr() == entry[6].data_ptr())
             for (holder, _, tensor), entry in zip(found, self.entries, strict=True)
         )
 
@@ -157,9 +194,10 @@ class CopyAtOnce:
     def __init__(self, device: torch.device):
         pass
 
-    def start(self, slot: int, target: Tensor, source: Tensor) -> None:
-        """Begin to fill a slot, not before its last use is over."""
-        target.copy_(source)
+    def start(self, slot: int, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Begin to fill a slot by copies (target, source), not before its last use is over."""
+        for target, source in copies:
+            target.copy_(source)
 
     def wait(self, slot: int) -> None:
         """Let what is computed from now on see what was last copied into a slot."""
@@ -183,10 +221,11 @@ class CopyOnStream(CopyAtOnce):
         for slot in range(BUFFERS):
             self.used(slot)
 
-    def start(self, slot: int, target: Tensor, source: Tensor) -> None:
+    def start(self, slot: int, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
         with torch.cuda.stream(self.stream):
             self.stream.wait_event(self.free[slot])
-            target.copy_(source, non_blocking=True)
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
             self.copied[slot].record(self.stream)
 
     def wait(self, slot: int) -> None:
@@ -358,4 +397,4 @@ class BlockStreamer:
         slot, home = free[0], self.host[index]
         self._in_buffer[index] = slot
         with torch.inference_mode(False), torch.no_grad():
-            self._copies.start(slot, self._buffers[slot].flat[: home.bytes], home.flat)
+            self._copies.start(slot, home.in_slot(self._buffers[slot].flat))

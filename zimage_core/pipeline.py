@@ -1,8 +1,9 @@
 """From a prompt to pictures: which files are read, when each model is on the device, and the order of the stages.
 
 prompt -> token ids -> cap_feats -> (encoder leaves) -> Conditioning -> latents -> (B, H, W, 3) -> pictures.
-The models come up one after the other, within a budget as `plan` shares it out before work starts (`Pipeline.plan`);
-every stage's seconds and peak memory are kept in `Pipeline.stages`.
+The models are on the device one after the other, within a budget as `plan` shares it out before work starts
+(`Pipeline.plan`); without a budget, transformer and VAE wait there for the next picture where there is room for both.
+Every stage's seconds and peak memory are kept in `Pipeline.stages`.
 
 Source of the interface: huggingface/diffusers `pipelines/z_image@v0.42.1`.
 """
@@ -27,10 +28,11 @@ from torch import Tensor
 
 from . import backends, checkpoint, lora, ops, sampler
 from . import plan as planning
-from .offload import BlockStreamer, module_bytes
+from .config import ZImageConfig
+from .offload import BlockStreamer, Weights, module_bytes
 from .offload import weights as weights_of
 from .text_encoder import check_text_encoder, encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
-from .transformer import PIXELS_PER_CELL, Conditioning, Hooks
+from .transformer import PIXELS_PER_CELL, Conditioning, Hooks, ZImageTransformer
 from .vae import decode_image, load_vae, out_of_memory, read_vae_config
 
 if TYPE_CHECKING:
@@ -61,7 +63,10 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage took: seconds, and peak bytes on the device and in the process so far (None where unknown)."""
+    """What one stage took: seconds, and peak bytes on the device and resident in the host's memory while it ran.
+
+    device_peak is None on a CPU, host_peak where the system does not count a stage's own (it does on Linux).
+    """
 
     name: str
     seconds: float
@@ -146,11 +151,20 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return chosen
 
 
-def host_peak() -> int | None:
-    """Peak resident bytes of this process, None where the system does not tell."""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
+def reset_host_peak() -> bool:
+    """Let the system count this process's peak of resident memory from now on; False where it cannot (proc(5))."""
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def host_peak() -> int:
+    """Peak resident bytes of this process since `reset_host_peak`, files that it has mapped included."""
+    with open("/proc/self/status") as status:
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
-    return None
 
 
 def load_pipeline(
@@ -164,18 +178,26 @@ def load_pipeline(
     backend: str = "auto",
     precision: str = "auto",
     vram_budget: str | float | None = "auto",
+    once: bool = False,
 ) -> Pipeline:
     """A pipeline over checked files; the models themselves are read when the first picture needs them.
 
     Without a model it draws with the bundled demo. vram_budget ("4GiB", or a number of GiB) limits what is on the
-    device at once: what does not fit is streamed from the host, with the same results; "auto" is what is free there,
-    None everything. Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or
+    device at once: what does not fit is streamed from the host, with the same results, and two models are never there
+    together. "auto" is what is free there, None everything; with either, transformer and VAE stay for the next picture
+    where both fit. once is for a pipeline that is called a single time: the transformer is dropped when it has drawn,
+    before the VAE comes. Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or
     budget that cannot be used.
     """
     files = find_files(model, text_encoder, vae, tokenizer)
     budget = planning.parse_budget(vram_budget)
     device = choose_device(device)
-    return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget)
+    return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget, once)
+
+
+def blocks_of(model: ZImageTransformer) -> list[torch.nn.Module]:
+    """The transformer's blocks in the order in which they run."""
+    return [*model.context_refiner, *model.noise_refiner, *model.layers]
 
 
 class Pipeline:
@@ -189,6 +211,7 @@ class Pipeline:
         backend: str,
         precision: str,
         vram_budget: int | str | None = "auto",
+        once: bool = False,
     ):
         self.files = files
         self.device = device
@@ -196,6 +219,8 @@ class Pipeline:
         self.backend = backend
         self.precision = precision
         self.vram_budget = vram_budget  # bytes, "auto" or None
+        self.once = once
+        self.used_backend: backends.Backend | None = None  # of the transformer, None for a dense one
         self.transformer: torch.nn.Module | None = None
         self.vae: torch.nn.Module | None = None
         self.plan: planning.Plan | None = None
@@ -267,6 +292,10 @@ class Pipeline:
                 return self._denoise(latents, sigmas, cond, negative, guidance_scale, on_step, hooks)
 
             latents = self._with_less(sample, batch * height * width)
+        if self.once:
+            del model, sample
+            self.transformer = self._streamer = None
+            self._empty_cache()
         return self._decode(latents)
 
     def _denoise(
@@ -384,8 +413,8 @@ class Pipeline:
                     precision=self.precision,
                     compute_device=self.device,
                 )
-                blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
-                self._streamer = BlockStreamer(blocks, model)
+                self._streamer = BlockStreamer(blocks_of(model), model)
+                self.used_backend = model.backend
         lora.apply(self.transformer, self.loras)
         tight = self._too_much is not None and pixels >= self._too_much
         self._streamer.place(self.device, 0 if tight else stage.allowance)
@@ -445,10 +474,12 @@ class Pipeline:
         other = planning.conditioning_bytes(config, image_tokens, captions, e, fp16)
         other += planning.conditioning_bytes(config, image_tokens, tokens[-1:], e, fp16) if guided else 0
         other += planning.latents_bytes(height, width, pictures)
-        if self.transformer is None:
-            weights = planning.transformer_weights(config, info.rank, info.quantized_refiners, e, arithmetic)
-        else:
+        if self.transformer is not None:
+            lora.apply(self.transformer, self.loras)
             weights = weights_of(self._streamer.blocks, self.transformer)
+        else:
+            weights = planning.transformer_weights(config, info.rank, info.quantized_refiners, e, arithmetic)
+            weights = self._with_loras(weights, config)
         transformer = planning.Part(
             weights, planning.transformer_need(config, rows, info.rank, arithmetic, fused, e, fp16), other
         )
@@ -475,8 +506,28 @@ class Pipeline:
             pictures=pictures,
             vae_itemsize=vae_e,
             budget=self._budget(),
+            together=not (self.once or isinstance(self.vram_budget, int)),
             libraries=planning.libraries(self.device),
             held=self._held(),
+        )
+
+    def _with_loras(self, weights: Weights, config: ZImageConfig) -> Weights:
+        """The transformer's bytes with the LoRAs, which are counted on a model without memory.
+
+        ValueError for a LoRA that does not fit.
+        """
+        if not self.loras:
+            return weights
+        with torch.device("meta"):
+            model = ZImageTransformer(config).to(self.dtype)
+        blocks = blocks_of(model)
+        before = weights_of(blocks, model)
+        lora.apply(model, self.loras)
+        after = weights_of(blocks, model)
+        return Weights(
+            weights.rest + after.rest - before.rest,
+            tuple(own + y - x for own, x, y in zip(weights.blocks, before.blocks, after.blocks, strict=True)),
+            weights.slot + after.slot - before.slot,
         )
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
@@ -531,6 +582,7 @@ class Pipeline:
         if on_cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
+        counted = reset_host_peak()
         if self._on_stage:
             self._on_stage(name, steps)
         start = time.perf_counter()
@@ -539,4 +591,4 @@ class Pipeline:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
         device_peak = torch.cuda.max_memory_allocated(self.device) if on_cuda else None
-        self.stages.append(Stage(name, seconds, device_peak, host_peak()))
+        self.stages.append(Stage(name, seconds, device_peak, host_peak() if counted else None))

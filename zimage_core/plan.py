@@ -1,10 +1,11 @@
 """What a picture will take of the device's memory, told before work starts, and what is streamed to keep a budget.
 
-Text encoder, transformer and VAE are on the device one after the other (one that is not needed stays only where the
-budget holds it beside the stage at hand), so a budget must hold the largest of three stages: weights that stay, two
-slots for streamed blocks, activations, a backend's buffers. The activations are
-counted from the code: the tensors alive at the widest moments of a block, in bytes per token or pixel. A test runs
-the models under a counter of live storages and holds these formulas against it.
+Text encoder, transformer and VAE are on the device one after the other, so a budget must hold the largest of three
+stages: weights that stay, two slots for streamed blocks, activations, a backend's buffers. Where no budget is given
+(`together`), the transformer and the VAE wait there for the next picture as long as what is free holds them beside the
+stage at hand; the encoder never does. The activations are counted from the code: the tensors alive at the widest
+moments of a block, in bytes per token or pixel. A test runs the models under a counter of live storages and holds these
+formulas against it.
 
 Legend: D width, F feed-forward width, H heads, K head width of a model (K in, N out, R rank of a linear); e bytes of
 its dtype, s of the residual stream (4 where the dtype is fp16). All sizes are bytes.
@@ -107,7 +108,8 @@ class Plan:
         for stage in self.stages:
             parts = (stage.weights, stage.on_device, stage.activations, stage.workspace + stage.other, stage.peak)
             streamed = stage.blocks - stage.resident
-            note = f"{streamed} of {stage.blocks} blocks streamed" if streamed else stage.note
+            notes = [f"{streamed} of {stage.blocks} blocks streamed"] if streamed else []
+            note = ", ".join((*notes, *filter(None, (stage.note,)), *(f"{other} stays" for other in stage.beside)))
             rows.append((stage.name, *(f"{part / GIB:.2f}" for part in parts), note))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = [f"{self.title}, {limit}, predicted peak {readable(self.peak)}"]
@@ -392,14 +394,16 @@ def make_plan(
     pictures: int,
     vae_itemsize: int,
     budget: int | None,
+    together: bool,
     libraries: int = 0,
     held: Mapping[str, int] | None = None,
 ) -> Plan:
     """Share a budget out.
 
-    encoder is None where the prompts are known already; libraries is what cuBLAS and the like hold for good; held
-    tells bytes that "transformer" and "VAE" have on the device now, from the picture before. Raises ValueError where
-    the budget does not hold a stage even with every block streamed.
+    encoder is None where the prompts are known already; together lets a model stay on the device through another's
+    stage where there is room for both; libraries is what cuBLAS and the like hold for good; held tells bytes that
+    "transformer" and "VAE" have on the device now, from the picture before. Raises ValueError where the budget does not
+    hold a stage even with every block streamed.
     """
     usable = None if budget is None else budget - reserve(budget)
     room = float("inf") if usable is None else usable
@@ -416,7 +420,7 @@ def make_plan(
             on_device += BUFFERS * weights.slot
         if on_device > allowance:
             raise _too_small(name, fixed + on_device, budget, title)
-        beside = _beside(name, held, allowance - on_device)
+        beside = _beside(name, held, allowance - on_device) if together else ()
         others = sum(held[other] for other in beside)
         stages.append(
             Stage(
@@ -444,7 +448,7 @@ def make_plan(
             break
     else:
         raise _too_small("VAE", peak, budget, title)
-    beside = _beside("VAE", held, room - peak)
+    beside = _beside("VAE", held, room - peak) if together else ()
     stages.append(
         Stage(
             name="VAE",
@@ -472,11 +476,12 @@ def full_size_plan(
     encoder: str | None = "float8_e4m3fn",
     tokens: int = 128,
     arithmetic: str = "triton w4a8",
+    together: bool = False,
     held: Mapping[str, int] | None = None,
 ) -> Plan:
     """The plan of one picture by Z-Image Turbo's models in bf16 on a recent GPU, without any file.
 
-    encoder: the form of its weights, None for prompts that are known.
+    encoder: the form of its weights, None for prompts that are known; together and held as for `make_plan`.
     """
     config, vae_config, e = ZImageConfig(), VAEConfig(), 2
     side = 8 * config.patch_size
@@ -507,6 +512,7 @@ def full_size_plan(
         pictures=1,
         vae_itemsize=e,
         budget=budget,
+        together=together,
         libraries=CUBLAS,
         held=held,
     )

@@ -7,16 +7,20 @@ compared with the unquantized model (must be as accurate as the form allows).
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_core import cli
+from zimage_core.demo import demo_files
 from zimage_core.encoder_formats import FORMS, HostEmbedding, StoredLinear, StoredWeight, dequantize
 from zimage_core.quantize_encoder import quantize_encoder
-from zimage_core.text_encoder import load_text_encoder
+from zimage_core.text_encoder import TextEncoderConfig, check_text_encoder, load_text_encoder, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -432,6 +436,70 @@ def test_dequantizers_equal_the_gguf_packages_on_any_bytes(gguf, kind):
     expected = torch.from_numpy(gguf.quants.dequantize(codes.numpy(), which))
     assert expected.shape == (8, 3 * block)
     assert torch.equal(dequantize(kind, {"codes": codes}), expected)
+
+
+# ---------------------------------------------------------------- how accurate
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).parents[2] / "benchmarks" / "encoder.py"
+    spec = importlib.util.spec_from_file_location("encoder_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_rounds_weights_as_the_files_do(original, gguf, benchmark):
+    weight = original["layers.1.mlp.down_proj.weight"].float()
+
+    def in_gguf(kind):
+        data = gguf_bytes(gguf, weight, kind)
+        return torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).copy())
+
+    codes, scale = to_fp8(weight)
+    halves = weight.to(torch.bfloat16)
+    quanto_scale = halves.abs().amax(1, keepdim=True) / 127
+    written = {
+        "INT8, quanto": (halves / quanto_scale).round().float() * quanto_scale.float(),
+        "FP8 scaled (e4m3)": codes.float() * scale,
+        "NVFP4, ComfyUI": to_nvfp4(weight)[-1],
+        "GGUF Q8_0": in_gguf("Q8_0"),
+        "GGUF Q6_K": in_gguf("Q6_K"),
+        "GGUF Q4_K": in_gguf("Q4_K"),
+    }
+    for form, expected in written.items():
+        found = benchmark.FORMS[form][1](weight)
+        assert (found != expected).float().mean() < 2e-3, form  # ties may be rounded either way
+        assert (found - expected).norm() < 0.2 * (expected - weight).norm(), form
+
+
+@pytest.mark.parametrize("form", ["INT8", "FP8 scaled", "FP8 mixed"])
+def test_eight_bit_files_of_a_trained_encoder(tmp_path, benchmark, form):
+    """The demo's: every token within the target; benchmarks/README.md has the figures of 100 captions and all forms."""
+    source = demo_files()["text_encoder"]
+    tokenizer = load_tokenizer(demo_files()["tokenizer"])
+    captions = [tokenizer(f"a small {colour} star on a black background") for colour in ("red", "blue", "white")]
+    reference = benchmark.features(load_text_encoder(source, dtype=torch.float32), captions)
+    path = tmp_path / "model.safetensors"
+    if form == "INT8":
+        quantize_encoder(source, path)
+    else:
+        shutil.copy(source / "config.json", tmp_path)
+        weights = {n.removeprefix("model."): t for n, t in load_file(source / "model.safetensors").items()}
+        {"FP8 scaled": fp8_scaled, "FP8 mixed": fp8_mixed}[form](path, weights)
+    found = benchmark.features(load_text_encoder(tmp_path, dtype=torch.float32), captions)
+    cosine = torch.cosine_similarity(found, reference, dim=1)
+    assert benchmark.TARGET <= cosine.min() < 1
+
+
+def test_the_benchmark_of_the_full_size_with_a_small_one(tmp_path, benchmark):
+    small = TextEncoderConfig(512, 512, 1024, 3, 8, 4, 64)
+    rows = benchmark.measure_full_size(tmp_path, small)
+    assert [row["what"] for row in rows] == ["load", "first prompt", "second prompt"]
+    (path,) = tmp_path.iterdir()
+    assert check_text_encoder(path)[0] == small
+    assert path.stat().st_blocks * 512 < path.stat().st_size / 10, "sparse on the disk"
 
 
 # ---------------------------------------------------------------- in memory

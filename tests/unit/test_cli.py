@@ -70,7 +70,7 @@ def test_generate_writes_a_png_that_knows_its_settings(generate, tmp_path, capsy
     report = json.loads(last)
     assert report["images"] == [{"path": str(out), "seed": 3}]
     assert [stage["name"] for stage in report["stages"]][-1] == "decode"
-    assert all({"seconds", "device_peak_gib", "process_peak_gib"} <= stage.keys() for stage in report["stages"])
+    assert all({"seconds", "device_peak_gib", "host_peak_gib"} <= stage.keys() for stage in report["stages"])
     assert not list(tmp_path.glob(".*")), "no temporary file may stay behind"
 
 

@@ -18,6 +18,8 @@ from zimage_core.config import ZImageConfig
 from zimage_core.demo import demo_loras
 from zimage_core.encoder_formats import StoredLinear
 from zimage_core.lora import Lora, load_lora
+from zimage_core.offload import weights
+from zimage_core.pipeline import blocks_of, load_pipeline
 from zimage_core.svdq import SVDQLinear
 from zimage_core.tensorfiles import read_header
 from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
@@ -710,8 +712,6 @@ def files(tmp_path_factory):
 
 
 def test_pipeline_draws_with_loras_and_without_them_again(tiny_files, files):
-    from zimage_core.pipeline import load_pipeline
-
     pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32")
 
     def draw(*loras):
@@ -728,6 +728,51 @@ def test_pipeline_draws_with_loras_and_without_them_again(tiny_files, files):
         assert len(pictures) == 3 and plain not in pictures
         assert draw((path, 0.0)) == plain
     assert draw() == plain and pipe.transformer is model
+
+
+@pytest.mark.parametrize(
+    ("style", "precision"),
+    [
+        ("every linear", "w4a16"),
+        *(("every linear", "w4a4"), ("norms and tokens", "w4a4"), ("LoHa 24", "w4a4"), ("LoKr w2 factored", "w4a4")),
+        *(("DoRA out", "w4a4"), ("DoRA in, k", "w4a4"), ("OFT", "w4a4"), ("diff", "w4a4")),
+    ],
+)
+def test_the_plan_counts_loras_before_the_model_is_read(tiny_files, style, precision):
+    """Weights as planned from headers are those of the model with its adapters, on the device and in a slot."""
+    if style == "every linear":
+        chosen = [(Lora.from_pairs(random_pairs(rank=6)), 0.5), (Lora.from_pairs(random_pairs(1, 20)), 1.0)]
+    elif style == "norms and tokens":
+        tensors = {"layers.0.attention_norm1.diff": torch.ones(DIM), "x_pad_token.diff": torch.ones(1, DIM)}
+        chosen = [(Lora.from_tensors({f"diffusion_model.{k}": t for k, t in tensors.items()}), 1.0)]
+    else:
+        module, leaves = next(f[1:3] for f in FORMATS if f[0] == style)
+        chosen = [(Lora.from_tensors({f"diffusion_model.{module}.{k}": t for k, t in leaves.items()}), 1.0)]
+    pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision=precision, vram_budget=64)
+    planned = []
+    for loras in ([], chosen):
+        pipe.transformer = pipe._streamer = None
+        pipe.set_loras(loras)
+        pipe("a cat", 32, 32, 1, generator=1)
+        found = weights(blocks_of(pipe.transformer), pipe.transformer)
+        stage = pipe.plan.stage("transformer")
+        assert stage.weights == found.total
+        planned.append(found)
+        pipe("a cat", 32, 32, 1, generator=1)  # and once it has been read
+        assert pipe.plan.stage("transformer").weights == found.total
+    assert planned[1].total > planned[0].total
+    pipe.set_loras([])
+    pipe("a cat", 32, 32, 1, generator=1)
+    assert pipe.plan.stage("transformer").weights == planned[0].total
+
+
+def test_a_lora_that_does_not_fit_is_told_before_any_work(tiny_files):
+    pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32")
+    pipe.set_loras([(Lora.from_pairs({"layers.7.attention.to_q": (torch.ones(1, DIM), torch.ones(DIM, 1))}), 1.0)])
+    stages = []
+    with pytest.raises(ValueError, match="expected a model with layers.7"):
+        pipe("a cat", 32, 32, 1, on_stage=lambda *stage: stages.append(stage))
+    assert not stages
 
 
 def test_command_line(tiny_files, files, tmp_path, capsys):
@@ -761,8 +806,6 @@ def test_command_line(tiny_files, files, tmp_path, capsys):
 def test_the_bundled_loras_show_with_strength(style, monkeypatch):
     """Read from the pixels: the frame grows pink, the colours go."""
     import numpy as np
-
-    from zimage_core.pipeline import load_pipeline
 
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "demo_training")
     import train_lora

@@ -6,6 +6,7 @@ waits for it and not before, so that a missing wait shows as wrong weights.
 
 from __future__ import annotations
 
+import functools
 import types
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 
 from zimage_core import offload
-from zimage_core.adapters import Terms
+from zimage_core.adapters import Linear, Terms
 from zimage_core.checkpoint import load_transformer
+from zimage_core.config import ZImageConfig
 from zimage_core.offload import BUFFERS, BlockStreamer, CopyAtOnce, fit, flat_bytes, module_bytes
+from zimage_core.svdq import SVDQLinear
 from zimage_core.text_encoder import load_text_encoder
-from zimage_core.transformer import Hooks
+from zimage_core.transformer import Hooks, ZImageTransformer
 
 CPU = torch.device("cpu")
 PLAIN = Hooks()
@@ -31,16 +34,16 @@ class Lazy(CopyAtOnce):
         self.busy: set[int] = set()
         self.log: list[tuple[str, int]] = []
 
-    def start(self, slot, target, source):
+    def start(self, slot, copies):
         assert slot not in self.busy, "a slot is overwritten while a block runs from it"
         self.log.append(("start", slot))
-        self.waiting[slot] = (target, source)
-        target.fill_(0xFF)  # whoever reads it too early gets NaN
+        self.waiting[slot] = copies
+        for target, _ in copies:
+            target.fill_(0xFF)  # whoever reads it too early gets NaN
 
     def wait(self, slot):
         self.log.append(("wait", slot))
-        if slot in self.waiting:
-            target, source = self.waiting.pop(slot)
+        for target, source in self.waiting.pop(slot, ()):
             target.copy_(source)
         self.busy.add(slot)
 
@@ -212,11 +215,46 @@ def terms(linear, rank: int, generator) -> Terms:
     return Terms(down=down * 0.1, up=torch.randn(linear.out_features, rank, generator=generator).bfloat16() * 0.1)
 
 
-def test_a_transformer_streams_bit_identically_with_and_without_adapters(model):
+def rounded(size: int) -> int:
+    """What torch page-locks for a buffer."""
+    return 1 << (size - 1).bit_length()
+
+
+@pytest.mark.parametrize("rank", [None, 0, 16, 32, 128])
+def test_page_locked_buffers_waste_little(rank):
+    """Blocks of the real width, dense (None) or of rank 256 with a LoRA of another rank."""
+    linear = Linear if rank is None else functools.partial(SVDQLinear, rank=256 + rank, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = ZImageTransformer(ZImageConfig(n_layers=1, n_refiner_layers=1), linear).to(torch.bfloat16)
+    sizes = [offload._aligned(t.numel() * t.element_size()) for _, _, t in offload.slots(model.layers[0])]
+    groups = offload.share_buffers(sizes)
+    assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+    assert len(groups) <= 4, "copies for each block"
+    locked = sum(rounded(sum(sizes[i] for i in group)) for group in groups)
+    assert sum(sizes) <= locked <= (1.25 if rank is None else 1.05) * sum(sizes)
+    assert (len(groups) == 1) == (rank == 0), "with rank 256 alone a block just fits 128 MiB"
+
+
+def test_small_blocks_and_full_ones_are_one_copy():
+    assert offload.share_buffers([]) == []
+    assert offload.share_buffers([2**20, 100]) == [[0, 1]]
+    assert offload.share_buffers([2**26, 2**26]) == [[0, 1]]
+    assert offload.share_buffers([2**26 + 1]) == [[0]], "a single tensor cannot be shared out"
+    assert offload.share_buffers([2**25, 2**26, 3 * 2**23]) == [[0, 1, 2]], "120 of 128 MiB"
+    assert offload.share_buffers([2**25, 2**26, 2**24]) == [[1], [0], [2]]
+    assert offload.share_buffers([2**20, 2**26, 2**20]) == [[1], [0, 2]]
+
+
+@pytest.mark.parametrize("whole", [2**40, 0])
+def test_a_transformer_streams_bit_identically_with_and_without_adapters(model, monkeypatch, whole):
+    """With one buffer for each block, and with several."""
+    monkeypatch.setattr(offload, "WHOLE", whole)
     blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
     plain = draw(model)
     streamer = BlockStreamer(blocks, model, copies=Lazy)
     hooks = Hooks(run_block=streamer.run_block)
+    streamer.place(CPU, 0)
+    assert {len(home.buffers) > 1 for home in streamer.host.values()} == {whole == 0}
     for allowance in (0, module_bytes(model) * 0.8, 1e12):
         used = streamer.place(CPU, allowance)
         assert used <= max(allowance, offload.weights(blocks, model).rest + BUFFERS * max(map(flat_bytes, blocks)))
@@ -290,7 +328,7 @@ def test_on_cuda_copies_wait_for_the_last_use_and_computing_waits_for_the_copy(m
     monkeypatch.setattr(torch, "cuda", types.SimpleNamespace(**fake))
     copies = offload.CopyOnStream(torch.device("cuda"))
     target = types.SimpleNamespace(copy_=lambda source, non_blocking: log.append(f"copy, non_blocking {non_blocking}"))
-    copies.start(1, target, None)
+    copies.start(1, [(target, None), (target, None)])
     copies.wait(1)
     copies.used(1)
     copies.drain()
@@ -299,6 +337,7 @@ def test_on_cuda_copies_wait_for_the_last_use_and_computing_waits_for_the_copy(m
         "main records event free 1",
         "(",
         "copies waits for event free 1",
+        "copy, non_blocking True",
         "copy, non_blocking True",
         "copies records event copied 1",
         ")",

@@ -42,6 +42,40 @@ def test_stages_run_in_order_and_a_known_prompt_needs_no_encoder(tiny_files):
     assert names(draw) == ["load text encoder", "encode prompt", "sample", "decode"]
 
 
+@pytest.mark.skipif(not pipeline.reset_host_peak(), reason="the system does not count a stage's own host memory")
+def test_a_stage_has_its_own_host_peak(draw):
+    """128 MiB touched and freed in one stage are in its peak and not in the next one's."""
+
+    def touch(name, steps):
+        if name == "sample":
+            torch.ones(2**25).sum()
+
+    draw("a cat", **SIZE, on_stage=touch)
+    peaks = {stage.name: stage.host_peak for stage in draw.stages}
+    assert peaks["sample"] - peaks["decode"] > 100 * 2**20
+
+
+def test_where_the_system_counts_no_stage_the_host_peak_is_left_out(draw, monkeypatch):
+    monkeypatch.setattr(pipeline, "reset_host_peak", lambda: False)
+    draw("a cat", **SIZE)
+    assert {stage.host_peak for stage in draw.stages} == {None}
+
+
+def test_a_stage_has_its_own_device_peak(tiny_files, monkeypatch):
+    """The counter begins anew, when the stage before is over, and is read when this one is."""
+    log = []
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: log.append(name) or len(log))
+    draw = load_pipeline(**tiny_files, device="cpu")
+    draw.device = torch.device("cuda:0")
+    for stage in ("first", "second"):
+        with draw._stage(stage):
+            log.append(stage)
+    begin, end = ["synchronize", "reset_peak_memory_stats"], ["synchronize", "max_memory_allocated"]
+    assert log == [*begin, "first", *end, *begin, "second", *end]
+    assert [stage.device_peak for stage in draw.stages] == [5, 10]
+
+
 def test_the_prompt_memory_is_bounded(draw, monkeypatch):
     monkeypatch.setattr(pipeline, "CACHED_PROMPTS", 2)
     draw(["one", "two", "three"], **SIZE)

@@ -6,10 +6,12 @@ Kernels and attention that do not run there are replaced by functions that alloc
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +19,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zimage_core import backends, cli, load_pipeline, ops, plan
+from zimage_core import backends, cli, load_pipeline, ops, pipeline, plan
 from zimage_core.adapters import Linear
 from zimage_core.backends import Backend, reference, triton
 from zimage_core.checkpoint import identify, load_transformer
 from zimage_core.config import ZImageConfig
 from zimage_core.encoder_formats import FORMS, StoredLinear
-from zimage_core.offload import flat_bytes, module_bytes, weights
+from zimage_core.offload import BlockStreamer, flat_bytes, module_bytes, weights
 from zimage_core.svdq import SVDQLinear, SVDQWeights
 from zimage_core.text_encoder import TextEncoder, TextEncoderConfig, check_text_encoder, load_text_encoder
 from zimage_core.transformer import Hooks, ZImageTransformer
@@ -252,9 +254,9 @@ def test_weights_from_the_header_are_those_of_the_model(tiny_files):
 # ---- sharing a budget out -------------------------------------------------------------------------------------
 
 
-def full_plan(budget: float | None, size: int = 1024, encoder: str | None = "float8_e4m3fn", held=None) -> plan.Plan:
+def full_plan(budget: float | None, size: int = 1024, encoder: str | None = "float8_e4m3fn", **options) -> plan.Plan:
     """The plan of the full-size r256 model on a GPU with fp8."""
-    return plan.full_size_plan(size, size, budget and int(budget * GIB), encoder=encoder, held=held)
+    return plan.full_size_plan(size, size, budget and int(budget * GIB), encoder=encoder, **options)
 
 
 @pytest.mark.parametrize(("size", "budget"), [(1024, 4.0), (1024, 2.5), (512, 2.0), (2048, 8.0)])
@@ -270,16 +272,32 @@ def test_more_budget_streams_less_and_none_streams_nothing():
     assert resident == sorted(resident) and resident[0] < resident[-1] == 34
     free = full_plan(None)
     assert all(stage.resident == stage.blocks for stage in free.stages)
-    assert free.stage("VAE").beside == ("transformer",) and "no limit" in free.table()
+    assert "no limit" in free.table()
 
 
-def test_models_are_together_only_where_they_fit():
-    tight, roomy = full_plan(5.5), full_plan(16)
+@pytest.mark.parametrize("budget", [None, 4.0, 5.5, 80])
+def test_a_budget_holds_one_model_at_a_time(budget):
+    """Whatever its size and whatever is there from the picture before: the peak is that of the largest stage alone."""
+    held = {"transformer": 2 * GIB, "VAE": GIB // 6}
+    for found in (full_plan(budget), full_plan(budget, held=held)):
+        assert all(stage.beside == () for stage in found.stages)
+        own = [s.on_device + s.activations + s.workspace + plan.CUBLAS for s in found.stages]
+        assert found.peak - max(own) < 2**26  # conditioning, latents
+        assert "stays" not in found.table()
+
+
+def test_without_a_budget_models_are_together_only_where_they_fit():
+    tight, roomy = full_plan(5.5, together=True), full_plan(16, together=True)
     assert tight.stage("VAE").beside == () and tight.peak <= tight.usable
-    assert roomy.stage("VAE").beside == ("transformer",)
+    assert roomy.stage("VAE").beside == ("transformer",) == full_plan(None, together=True).stage("VAE").beside
+    assert roomy.peak == roomy.stage("VAE").peak > full_plan(16).peak
     held = {"transformer": 4 * GIB, "VAE": GIB // 6}
-    assert full_plan(6.0, held=held).stage("text encoder").beside == ("VAE",)
-    assert full_plan(16, held=held).stage("text encoder").beside == ("transformer", "VAE")
+    assert full_plan(6.0, held=held, together=True).stage("text encoder").beside == ("VAE",)
+    both = full_plan(16, held=held, together=True)
+    assert both.stage("text encoder").beside == ("transformer", "VAE")
+    encoder, transformer, vae = both.table().splitlines()[2:]
+    assert encoder.endswith("transformer stays, VAE stays") and transformer.endswith("VAE stays")
+    assert vae.endswith("transformer stays")
 
 
 def test_large_pictures_and_small_budgets_decode_in_tiles():
@@ -324,6 +342,32 @@ def test_other_budgets_are_refused(text):
         plan.parse_budget(text)
 
 
+def test_readme_tells_what_fits():
+    """Its table, cell by cell, and the least budgets that it names."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").partition("## What fits my card")[2]
+    text = text.partition("\n## ")[0]
+    heading, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    sizes = [int(cell.split(" x ")[0]) for cell in heading[1:]]
+    context = float(re.search(r"the ([\d.]+) GiB that CUDA itself takes", text)[1])
+    assert (heading[0], sizes, len(rows)) == ("card", [512, 1024, 1536, 2048], 4)
+    for card, *cells in rows:
+        for size, cell in zip(sizes, cells, strict=True):
+            found = full_plan(float(card.removesuffix(" GB")) - context, size)
+            stage = found.stage("transformer")
+            streamed = stage.blocks - stage.resident
+            expected = f"streams {streamed}" if streamed else f"all resident, {found.peak / GIB:.1f} GiB"
+            tiles = ", VAE in tiles" if found.stage("VAE").note else ""
+            assert cell.replace(f" of {stage.blocks} blocks", "") == expected + tiles, (card, size)
+            encoder = found.stage("text encoder")
+            assert (encoder.resident < encoder.blocks) == (card in ("3 GB", "4 GB")), "up to 4 GB it is streamed"
+    least = re.findall(r"([\d.]+) GiB for\s(\d+) x", text)
+    assert [size for _, size in least] == ["1024", "2048"]
+    for budget, size in least:
+        assert full_plan(float(budget), int(size))
+        with pytest.raises(ValueError, match="vram budget"):
+            full_plan(float(budget) - 0.1, int(size))
+
+
 # ---- in the pipeline, where a CPU stands in for the device ------------------------------------------------------
 
 SIZE = {"height": 64, "width": 48, "num_inference_steps": 2, "generator": 1}
@@ -355,26 +399,111 @@ def limit(pipe) -> None:
 def test_a_budget_changes_nothing_in_the_picture(unlimited, small):
     (expected,) = unlimited("a cat", **SIZE)
     limit(small)
+    resident = []
     for _ in range(2):
-        (found,) = small("a cat", **SIZE)
+        (found,) = small("a cat", **SIZE, on_step=lambda *_: resident.append(small._streamer.resident))
         assert found.tobytes() == expected.tobytes()
-        assert small._streamer.resident == 0
         assert small.plan.peak <= small.plan.usable == small.vram_budget
+    assert resident == [0] * 4
     (again,) = small("a dog", **SIZE, guidance_scale=2.0, negative_prompt="a cat")
     assert again.tobytes() == unlimited("a dog", **SIZE, guidance_scale=2.0, negative_prompt="a cat")[0].tobytes()
 
 
-def test_models_leave_the_device_for_one_another(small, monkeypatch):
-    limit(small)
-    events = []
-    from zimage_core.offload import BlockStreamer
+@pytest.fixture
+def together(monkeypatch):
+    """The models on the device whenever one comes or goes, as sets."""
+    there, seen = set(), []
 
-    leave = BlockStreamer.leave
-    monkeypatch.setattr(plan, "_beside", lambda name, held, room: ())  # as where nothing else fits
-    monkeypatch.setattr(BlockStreamer, "leave", lambda self: events.append("transformer leaves") or leave(self))
-    small("a cat", **SIZE, on_stage=lambda name, steps: events.append(name))
-    assert events.index("sample") < events.index("transformer leaves") < events.index("decode")
-    assert small._held().keys() == {"VAE"}
+    def note(name: str, comes: bool) -> None:
+        (there.add if comes else there.discard)(name)
+        seen.append(frozenset(there))
+
+    def watch(owner, attribute: str, name: str, comes=lambda *_: True, when=lambda *_: True) -> None:
+        plain = getattr(owner, attribute)
+
+        def watched(*args, **options):
+            if when(*args):
+                note(name, comes(*args))
+            return plain(*args, **options)
+
+        monkeypatch.setattr(owner, attribute, watched)
+
+    def of_transformer(streamer, *_):
+        return streamer._model is not None
+
+    watch(BlockStreamer, "place", "transformer", when=of_transformer)
+    watch(BlockStreamer, "leave", "transformer", comes=lambda *_: False, when=of_transformer)
+    watch(pipeline, "load_vae", "VAE")
+    watch(VAE, "to", "VAE", comes=lambda vae, place: place != "cpu")  # a torch.device where it comes
+    load = pipeline.load_text_encoder
+
+    def load_encoder(*args, **options):
+        note("text encoder", True)
+        encoder = load(*args, **options)
+        weakref.finalize(encoder, note, "text encoder", False)
+        return encoder
+
+    monkeypatch.setattr(pipeline, "load_text_encoder", load_encoder)
+    return seen
+
+
+@pytest.mark.parametrize("budget", ["too small for two", 2**40])
+def test_under_a_budget_no_two_models_are_on_the_device(small, request, budget):
+    limit(small)
+    if isinstance(budget, int):
+        small.vram_budget = budget
+    together = request.getfixturevalue("together")  # watches from here on
+    for prompt in ("a cat", "a dog"):
+        small(prompt, **SIZE)
+    assert set(together) == {frozenset(), *(frozenset([name]) for name in ("text encoder", "transformer", "VAE"))}
+
+
+def test_without_a_budget_models_stay_where_there_is_room(small, together, monkeypatch):
+    small.vram_budget = "auto"
+    monkeypatch.setattr(type(small), "_budget", lambda self: 2**40)  # free on the device
+    for prompt in ("a cat", "a dog"):
+        small(prompt, **SIZE)
+    assert together[-1] == {"transformer", "VAE"}
+    assert small.plan.stage("VAE").beside == ("transformer",)
+    together.clear()
+    monkeypatch.setattr(plan, "_beside", lambda name, held, room: ())  # as where no other fits
+    small("a bird", **SIZE)
+    small("a cat", **SIZE)
+    assert not any({"transformer", "VAE"} <= there for there in together[2:])
+
+
+def test_the_command_line_has_one_model_at_a_time_without_a_budget_too(tiny_files, tmp_path, monkeypatch, capsys):
+    """It draws once, so what has done its part is dropped: no model is alive when the next one is read."""
+    alive, seen = weakref.WeakSet(), []
+
+    def watch(owner, name):
+        plain = getattr(owner, name)
+
+        def load(*args, **options):
+            seen.append((name, len(alive)))
+            model = plain(*args, **options)
+            alive.add(model)
+            return model
+
+        monkeypatch.setattr(owner, name, load)
+
+    watch(pipeline, "load_text_encoder")
+    watch(pipeline.checkpoint, "load_transformer")
+    watch(pipeline, "load_vae")
+    options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
+    size = ["--width=48", "--height=64", "--steps=1", "--seed=1", f"--out={tmp_path / 'cat.png'}"]
+    assert cli.main(["generate", "a cat", "--device=cpu", "--json", *options, *size]) == 0
+    assert seen == [("load_text_encoder", 0), ("load_transformer", 0), ("load_vae", 0)]
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["backend"] == "reference" and not any(stage["beside"] for stage in facts["plan"]["stages"])
+
+
+def test_a_pipeline_for_once_draws_again_all_the_same(unlimited, tiny_files):
+    once = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a16", once=True)
+    (expected,) = unlimited("a cat", **SIZE)
+    for _ in range(2):
+        assert once("a cat", **SIZE)[0].tobytes() == expected.tobytes()
+        assert once.transformer is None and once.plan.stage("VAE").beside == ()
 
 
 def test_a_budget_that_is_too_small_is_told_before_any_work(small):
@@ -421,7 +550,7 @@ def test_the_plan_for_json_and_for_people(unlimited):
     assert facts["budget_gib"] is None and facts["stages"][-1]["name"] == "VAE"
     lines = unlimited.plan.table().splitlines()
     assert lines[0].startswith("1 picture of 48 x 64, no limit, predicted peak")
-    assert len({len(line) for line in lines[1:]}) == 1
+    assert len({line.rindex(".") for line in lines[2:]}) == 1
 
 
 def test_the_command_line_prints_the_plan_and_keeps_it(tiny_files, tmp_path, capsys, caplog):

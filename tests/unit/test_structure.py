@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "demo": set(),
     "hub": {"tensorfiles"},
     "pipeline": {
-        *("backends", "checkpoint", "demo", "hub", "lora", "offload", "ops", "plan", "sampler"),
+        *("backends", "checkpoint", "config", "demo", "hub", "lora", "offload", "ops", "plan", "sampler"),
         *("text_encoder", "transformer", "vae"),
     },
     "bench": {
