@@ -159,6 +159,16 @@ def test_stock_lora_loader_gives_the_same_picture(server, real_names):
     assert abs(expected - without).max() > 2
 
 
+def test_bundled_lora_draws_its_frame(server):
+    with_lora, without = (pixels(server.images(server.run(api("zimage_lora", n8__strength=x)))[0]) for x in (1.0, 0.0))
+    assert abs(without - pixels(server.images(server.run(api()))[0])).max() <= 1
+    frame = with_lora.copy()
+    frame[12:-12, 12:-12] = float("nan")
+    red, green, blue = (frame[..., i][frame[..., i] == frame[..., i]].mean() for i in range(3))
+    assert red > green + 40 and blue > green + 20  # pink, where the picture without it is blue
+    assert without[:12, :, 2].mean() > without[:12, :, 0].mean() + 40
+
+
 def test_inpainting_changes_only_the_mask(server, real_names):
     workflow = api("zimage_image_to_image", n5__denoise=0.9)
     mask = {"value": 0.0, "width": 128, "height": 128}
