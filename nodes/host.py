@@ -180,6 +180,8 @@ def load_model(name: str, backend: str, precision: str, budget: float = 0.0) -> 
         path, device=offload, dtype=dtype, backend=backend, precision=precision, compute_device=device
     )
     patcher = wrap_transformer(transformer, device, offload)
+    if name == DEMO:
+        patcher.model.latent_format = demo_latents()
     patcher.cached_patcher_init = (_reload_model, (name, backend, precision, budget))
     if budget:
         patcher.budget = round(budget * GIB)
@@ -210,6 +212,17 @@ def wrap_transformer(transformer, device: torch.device, offload: torch.device) -
     )
     model_config.set_inference_dtype(transformer.dtype, None)
     return ZImagePatcher(ZImageModel(model_config, transformer, offload), device, offload)
+
+
+def demo_latents() -> comfy.latent_formats.LatentFormat:
+    """Flux's latent format with the demo's own colours for live previews: its VAE is another one."""
+    from ..zimage_core.demo import LATENT_RGB
+
+    *factors, bias = LATENT_RGB
+    found = comfy.latent_formats.Flux()
+    found.latent_rgb_factors, found.latent_rgb_factors_bias = factors, bias
+    found.taesd_decoder_name = None
+    return found
 
 
 def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:

@@ -476,6 +476,28 @@ def test_prompt_that_changes_is_never_stale(ours, stock, prepared):
     assert len(ours.module.prepared.entries) <= 4
 
 
+def test_live_previews_have_the_colours_of_the_picture(host, ours, monkeypatch):
+    """The demo's latents have their own colours; those of a file for Flux's VAE keep ComfyUI's."""
+    import comfy.latent_formats
+    import latent_preview
+
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
+    model, clip = host.load_model(host.DEMO, "torch", "w4a16"), host.load_clip(host.DEMO)
+    vae = host.load_vae(host.DEMO, "fp32")
+    assert model.clone().model.latent_format.taesd_decoder_name is None
+    for prompt in ("a large red circle on a blue background", "a green star on a white background"):
+        latents = zsample(host, model, host.encode_prompt(clip, prompt), steps=8, width=128, height=128)
+        previewer = latent_preview.get_previewer(torch.device("cpu"), model.model.latent_format)
+        shown = previewer.decode_latent_to_preview(model.model.latent_format.process_in(latents))
+        assert shown.size == (16, 16)
+        found = torch.tensor(list(shown.convert("RGB").tobytes())).view(16, 16, 3) / 255
+        picture = host.decode(vae, {"samples": latents}, "off")[0]
+        expected = picture.unflatten(0, (16, 8)).unflatten(2, (16, 8)).mean((1, 3))
+        assert (found - expected).abs().mean() < 0.06
+    flux = comfy.latent_formats.Flux()
+    assert ours.model.latent_format.latent_rgb_factors == flux.latent_rgb_factors
+
+
 # ---- a good citizen -------------------------------------------------------------------------------------------
 
 
