@@ -162,12 +162,37 @@ def test_stock_lora_loaders_reach_our_encoder(host, stock_encoder, encoder_file,
     assert relative(encode(one), expected) < 1e-3
     assert torch.equal(encode(clip), plain)
     assert relative(encode(one.clone()), expected) < 1e-3
+    host.comfy.model_management.unload_all_models()
+    assert torch.equal(encode(clip), plain)
+    host.comfy.model_management.unload_all_models()
+    assert relative(encode(one), expected) < 1e-3
     two, expected_two = (with_lora(c, encoder_loras[1], -0.4) for c in (one, expected_one))
     assert relative(encode(two), encode(expected_two)) < 1e-3 < relative(encode(two), expected)
     assert torch.equal(encode(clip), plain)
     assert relative(encode(one), expected) < 1e-3
     assert torch.equal(encode(with_lora(clip, encoder_loras[0], 0.0)), plain)
     assert relative(encode(stock_encoder), plain) < 1e-4
+
+
+def test_stock_loader_with_model_and_clip(host, encoder_file, encoder_loras):
+    """One file for both: each gets its part, and neither refuses the other's."""
+    import folder_paths
+    from safetensors.torch import load_file, save_file
+
+    import nodes
+
+    root = Path(folder_paths.get_folder_paths("loras")[0])
+    name, noise = "diffusion_model.layers.0.attention.to_out.0", torch.Generator().manual_seed(5)
+    both = load_file(root / encoder_loras[0])
+    both |= {f"{name}.lora_A.weight": torch.randn(4, 384, generator=noise) / 20}
+    both |= {f"{name}.lora_B.weight": torch.randn(384, 4, generator=noise)}
+    save_file(both, root / "both.safetensors")
+    folder_paths.filename_list_cache.clear()
+    model = host.load_model("svdq-int4_r32-z-image-tiny.safetensors", "torch", "w4a16")
+    clip = host.core_clip(encoder_file)
+    found_model, found_clip = nodes.LoraLoader().load_lora(model, clip, "both.safetensors", 0.5, 0.8)
+    assert set(found_model.patches) == {"diffusion_model.layers.0.attention.out.weight"} and not model.patches
+    assert torch.equal(encode(found_clip), encode(with_lora(clip, encoder_loras[0], 0.8)))
 
 
 def test_key_styles_of_encoder_loras(host, stock_encoder, encoder_file, tmp_path):
