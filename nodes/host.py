@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import operator
 import uuid
 from collections import deque
 from pathlib import Path
@@ -34,11 +35,15 @@ from torch import Tensor
 DEMO = "bundled demo"
 EXTENSIONS = (".safetensors", ".sft")
 LATENT_CHANNELS = 16
+ENCODER_NAMES = "qwen3_4b.transformer.model."  # how the names of ComfyUI's own Z-Image encoder begin
 HONOURED_PATCHES = ("double_block", "noise_refiner")
 PROMPT_TOKENS = 512
 NO_LORA = "none"
+BYPASS = "bypass_lora"  # the key under which ComfyUI's bypass LoRA loaders inject
+ENCODER_REMEDY = "to apply them, put ComfyUI's Load LoRA with strength_model 0 between text encoder and prompt"
 GIB = 2**30
 KEPT_PROMPTS = 4  # conditionings kept between steps: positive, negative, areas
+KEPT_CAPTIONS = 16  # and the tensors they come from: repeated for a batch, joined for one forward
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +180,8 @@ def load_model(name: str, backend: str, precision: str, budget: float = 0.0) -> 
         path, device=offload, dtype=dtype, backend=backend, precision=precision, compute_device=device
     )
     patcher = wrap_transformer(transformer, device, offload)
+    if name == DEMO:
+        patcher.model.latent_format = demo_latents()
     patcher.cached_patcher_init = (_reload_model, (name, backend, precision, budget))
     if budget:
         patcher.budget = round(budget * GIB)
@@ -205,6 +212,17 @@ def wrap_transformer(transformer, device: torch.device, offload: torch.device) -
     )
     model_config.set_inference_dtype(transformer.dtype, None)
     return ZImagePatcher(ZImageModel(model_config, transformer, offload), device, offload)
+
+
+def demo_latents() -> comfy.latent_formats.LatentFormat:
+    """Flux's latent format with the demo's own colours for live previews: its VAE is another one."""
+    from ..zimage_core.demo import LATENT_RGB
+
+    *factors, bias = LATENT_RGB
+    found = comfy.latent_formats.Flux()
+    found.latent_rgb_factors, found.latent_rgb_factors_bias = factors, bias
+    found.taesd_decoder_name = None
+    return found
 
 
 def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
@@ -246,20 +264,133 @@ class ModelConfig(comfy.supported_models.ZImage):
     """ComfyUI's settings for Z-Image (shift 3, latent format), for a module that is built elsewhere."""
 
 
-class DiffusionModel(torch.nn.Module):
+class Kept:
+    """Results by the identity of the tensors they come from, to know a prompt again without comparing its values.
+
+    Comparing would make the host wait for the GPU at every step. A tensor that is another object, or that was written
+    into since, counts as new; so does every inference tensor, as PyTorch does not say when one is written into.
+    """
+
+    def __init__(self, size: int):
+        self.entries: deque[tuple] = deque(maxlen=size)
+
+    def get(self, tensors: tuple[Tensor, ...], key, make):
+        """What make() gave for these tensors and this key, or gives now. A tensor that was written into is remade."""
+        if any(tensor.is_inference() for tensor in tensors):
+            return make()
+        for asked, sources, versions, result in tuple(self.entries):
+            same = asked == key and len(sources) == len(tensors) and all(map(operator.is_, sources, tensors))
+            if same and versions == self._versions(sources, result):
+                return result
+        result = make()
+        self.entries.append((key, tensors, self._versions(tensors, result), result))
+        return result
+
+    def _versions(self, tensors: tuple[Tensor, ...], result) -> list[int]:
+        return [t._version for t in (*tensors, result) if isinstance(t, Tensor)]
+
+
+class Caption(comfy.conds.CONDRegular):
+    """A prompt's features (1 or B, L, C) that reach the model as the same tensor at every step of a run.
+
+    ComfyUI repeats and joins conditionings anew at each step; here the result is kept, unless somebody wrote into it.
+    """
+
+    def __init__(self, cond: Tensor, kept: Kept):
+        super().__init__(cond)
+        self.kept = kept
+
+    @classmethod
+    def of(cls, features: Tensor, device, dtype: torch.dtype) -> Caption:
+        """A copy of its own, which PyTorch counts writes into."""
+        with torch.inference_mode(False):
+            return cls(features.to(device, dtype, copy=True), Kept(KEPT_CAPTIONS))
+
+    def _copy_with(self, cond: Tensor) -> Caption:
+        return Caption(cond, self.kept)
+
+    def process_cond(self, batch_size: int, **kwargs) -> Caption:
+        repeat = functools.partial(comfy.utils.repeat_to_batch_size, self.cond, batch_size)
+        return self._copy_with(self._keep((self.cond,), batch_size, repeat))
+
+    def concat(self, others) -> Tensor:
+        tensors = (self.cond, *(other.cond for other in others))
+        return self._keep(tensors, "joined", functools.partial(torch.cat, tensors))
+
+    def _keep(self, tensors: tuple[Tensor, ...], key, make) -> Tensor:
+        with torch.inference_mode(False):
+            return self.kept.get(tensors, key, make)
+
+
+class StockModule:
+    """A module of ComfyUI's own model by its name, for loaders that look one up and hook into it; it holds nothing.
+
+    It takes the forward of ComfyUI's bypass LoRA, which `AdapterPatcher.set_injections` makes a LoRA, and refuses
+    every other change.
+    """
+
+    def __init__(self, owner: Adapted, path: str):
+        vars(self).update(owner=owner, path=path, forward=None)
+
+    def __getattr__(self, name: str) -> StockModule | Tensor:
+        path, shapes = f"{self.path}{name}", self.owner.shapes
+        if path in shapes:
+            return shapes[path]
+        if any(key.startswith(f"{path}.") for key in shapes):
+            return StockModule(self.owner, f"{path}.")
+        raise AttributeError(f"{path}: ComfyUI's own model has no such module")
+
+    def __getitem__(self, index: int) -> StockModule | Tensor:
+        return getattr(self, str(index))
+
+    def __setattr__(self, name: str, value) -> None:
+        adapter = getattr(getattr(value, "__self__", None), "adapter", None)
+        if name != "forward" or self.owner.taken is None or not hasattr(adapter, "weights"):
+            raise ValueError(
+                f"Z-Image cannot honour a change of {self.path}{name}: remove the node that makes it "
+                "(LoRA loaders do work)"
+            )
+        self.owner.taken.append((f"{self.path}weight", adapter, value.__self__.multiplier))
+
+
+class Adapted(torch.nn.Module):
+    """A module of the core that shows LoRA loaders the names of ComfyUI's own model of the kind.
+
+    shapes: {ComfyUI's name below this module: empty tensor of the dense shape}.
+    """
+
+    def __init__(self, core: torch.nn.Module, shapes: dict[str, Tensor]):
+        super().__init__()
+        self.core = core
+        self.shapes = shapes
+        self.stock_loras: dict = {}  # conversions of what stock loaders patched
+        self.taken: list | None = None  # what a bypass loader hooks into, while that is asked
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not any(key.startswith(f"{name}.") for key in self.__dict__.get("shapes", ())):
+                raise
+        return StockModule(self, f"{name}.")
+
+
+class DiffusionModel(Adapted):
     """The module that ComfyUI calls: honours transformer_options, refuses by name what it cannot honour."""
 
     def __init__(self, transformer):
         from ..zimage_core.offload import BlockStreamer
 
-        super().__init__()
-        self.transformer = transformer
+        super().__init__(transformer, stock_state(transformer))
         self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes ask for them
         self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
         blocks = [*transformer.context_refiner, *transformer.noise_refiner, *transformer.layers]
         self.streamer = BlockStreamer(blocks, transformer)
-        self.stock_loras: dict = {}
-        self.prepared: deque[tuple] = deque(maxlen=KEPT_PROMPTS)
+        self.prepared = Kept(KEPT_PROMPTS)
+
+    @property
+    def transformer(self):
+        return self.core
 
     @property
     def dtype(self) -> torch.dtype:
@@ -291,16 +422,11 @@ class DiffusionModel(torch.nn.Module):
 
     def prepare(self, context: Tensor, height: int, width: int, hooks, options: dict):
         """The core's `Conditioning`, made once for all steps of a prompt unless a node changes what is computed."""
-        changed = "optimized_attention_override" in options or any(options.get("patches", {}).values())
-        version = getattr(self.transformer, "adapter_version", 0)
-        key = (context.shape, context.dtype, context.device, height, width, hooks.rope, version)
-        for same, kept, cond in () if changed else self.prepared:
-            if same == key and torch.equal(kept, context):
-                return cond
-        cond = self.transformer.prepare(list(context), height, width, hooks)
-        if not changed:
-            self.prepared.append((key, context.clone(), cond))
-        return cond
+        make = functools.partial(self.transformer.prepare, list(context), height, width, hooks)
+        if "optimized_attention_override" in options or any(options.get("patches", {}).values()):
+            return make()
+        key = (height, width, hooks.rope, getattr(self.transformer, "adapter_version", 0))
+        return self.prepared.get((context,), key, make)
 
 
 class BlockRunner:
@@ -406,7 +532,7 @@ class ZImageModel(comfy.model_base.Lumina2):
                     f"the conditioning is {context.shape[-1]} wide, this model wants {wanted}: encode the prompt with "
                     f"{'Qwen3-4B' if wanted == 2560 else f'the text encoder {DEMO!r}'}"
                 )
-            out["c_crossattn"] = comfy.conds.CONDRegular(context)
+            out["c_crossattn"] = Caption.of(context, kwargs.get("device"), self.get_dtype_inference())
         return out
 
     def extra_conds_shapes(self, **kwargs) -> dict:
@@ -442,16 +568,15 @@ class ZImageModel(comfy.model_base.Lumina2):
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Names and shapes as ComfyUI's own Z-Image has them, without data: for key maps, not for saving."""
-        return dict(self._stock_shapes)
-
-    @functools.cached_property
-    def _stock_shapes(self) -> dict[str, Tensor]:
-        return stock_state(self.diffusion_model.transformer)
+        return {f"diffusion_model.{key}": shape for key, shape in self.diffusion_model.shapes.items()}
 
     def state_dict_for_saving(self, *args, **kwargs):
-        raise ValueError(
-            "an INT4 model cannot be saved from here: the file it was loaded from is what there is to keep"
-        )
+        refuse_saving("an INT4 model")
+
+
+def refuse_saving(what: str) -> None:
+    """ValueError for nodes that save: what ComfyUI sees of these weights are their names and shapes."""
+    raise ValueError(f"{what} cannot be saved from here: the file it was loaded from is what there is to keep")
 
 
 STOCK_NAMES = (
@@ -463,11 +588,11 @@ STOCK_NAMES = (
 
 
 def stock_state(transformer) -> dict[str, Tensor]:
-    """{ComfyUI's key: empty tensor of the dense shape} for every weight of a transformer."""
+    """{ComfyUI's name: empty tensor of the dense shape} for every weight of a transformer."""
     state = {}
 
     def add(key: str, *shape: int) -> None:
-        state[f"diffusion_model.{key}"] = torch.empty(shape, device="meta", dtype=transformer.dtype)
+        state[key] = torch.empty(shape, device="meta", dtype=transformer.dtype)
 
     for name, module in transformer.named_modules():
         for ours, theirs in STOCK_NAMES:
@@ -487,15 +612,75 @@ def stock_state(transformer) -> dict[str, Tensor]:
     return state
 
 
-class ZImagePatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher that moves whole blocks, and keeps adapters (LoRA) per clone instead of patching weights.
+class AdapterPatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher that keeps adapters (LoRA) per clone instead of patching weights.
 
     Clones share the module: whichever clone ComfyUI loads for a run sets its own adapters first.
     """
 
+    names_begin = ""  # of the patched weights, before the names below `module`
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.loras: tuple = ()  # (Lora, strength) of our LoRA nodes; stock loaders' are in self.patches
+
+    @property
+    def module(self) -> Adapted:
+        return self.model
+
+    def clone(self, *args, **kwargs):
+        n = super().clone(*args, **kwargs)
+        n.loras = self.loras
+        return n
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        names = self.model.state_dict()
+        for key, value in patches.items():
+            if (key if isinstance(key, str) else key[0]) in names:
+                stock_lora(key, value, strength_model)
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def set_injections(self, key, injections):
+        """The forwards that ComfyUI's bypass LoRA loaders inject become LoRAs; other injections stay what they are."""
+        if key != BYPASS:
+            return super().set_injections(key, injections)
+        self.module.taken = []
+        try:
+            for injection in injections:
+                injection.inject(self)
+            for name, adapter, strength in self.module.taken:
+                self.add_patches({f"{self.names_begin}{name}": adapter}, strength)
+        finally:
+            self.module.taken = None
+
+    def add_weight_wrapper(self, name, function):
+        raise ValueError(f"these weights cannot be wrapped ({name}): remove the node that does it")
+
+    def set_adapters(self, patches: dict) -> None:
+        """Make the shared module's adapters this clone's: its own LoRAs and what stock loaders patched."""
+        from ..zimage_core import lora
+
+        lora.apply(self.module.core, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
+
+    def patch_hooks(self, hooks):
+        patches = {key: list(found) for key, found in self.patches.items()}
+        for key, found in self.get_combined_hook_patches(hooks).items():
+            patches.setdefault(key, []).extend(found)
+        self.set_adapters(patches)
+        self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        if self.current_hooks is not None:
+            self.patch_hooks(None)
+
+
+class ZImagePatcher(AdapterPatcher):
+    """The MODEL's patcher: it moves whole blocks."""
+
+    names_begin = "diffusion_model."
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.budget: int | None = None  # bytes for weights and activations, None: what ComfyUI gives
 
     @property
@@ -509,7 +694,7 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
 
     def clone(self, *args, **kwargs):
         n = super().clone(*args, **kwargs)
-        n.loras, n.budget = self.loras, self.budget
+        n.budget = self.budget
         return n
 
     def weights(self):
@@ -542,22 +727,8 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
         self.loras += ((lora, strength),)
         self.patches_uuid = uuid.uuid4()
 
-    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        for key, value in patches.items():
-            stock_lora(key, value, strength_model)
-        return super().add_patches(patches, strength_patch, strength_model)
-
-    def add_weight_wrapper(self, name, function):
-        raise ValueError(f"INT4 weights cannot be wrapped ({name}): remove the node that does it")
-
     def get_key_patches(self, filter_prefix=None):
         raise ValueError("INT4 models cannot be merged with others: merge BF16 files, then quantize the result")
-
-    def set_adapters(self, patches: dict) -> None:
-        """Make the shared module's adapters this clone's: its own LoRAs and what stock loaders patched."""
-        from ..zimage_core import lora
-
-        lora.apply(self.module.transformer, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         with self.use_ejected():
@@ -586,7 +757,7 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
         super().unpatch_model(None, unpatch_weights=False)  # object patches and injections
         if unpatch_weights:
             self.set_adapters({})
-            self.module.prepared.clear()
+            self.module.prepared.entries.clear()
             self.current_hooks = None
             self.model.current_weight_patches_uuid = None
             if device_to is not None and device_to != self.load_device:
@@ -609,17 +780,9 @@ class ZImagePatcher(comfy.model_patcher.ModelPatcher):
             return -self._place(self.load_device, used - memory_to_free)
 
     def patch_hooks(self, hooks):
-        patches = {key: list(found) for key, found in self.patches.items()}
-        for key, found in self.get_combined_hook_patches(hooks).items():
-            patches.setdefault(key, []).extend(found)
-        self.set_adapters(patches)
+        super().patch_hooks(hooks)
         if self.model.model_lowvram:
             self._place(self.load_device, self.model.model_loaded_weight_memory)
-        self.current_hooks = hooks
-
-    def unpatch_hooks(self, whitelist_keys_set=None):
-        if self.current_hooks is not None:
-            self.patch_hooks(None)
 
 
 ADAPTER_LEAVES = {  # ComfyUI's weight adapters: the tensors they hold, in their order, as files name them
@@ -677,18 +840,24 @@ def add_loras(model, stack: list[tuple[str, float]], node_id: str | None):
     from ..zimage_core import lora
 
     paths = [(find("loras", name, "lora"), strength) for name, strength in stack if name != NO_LORA]
-    if not isinstance(model, ZImagePatcher):
-        for path, strength in paths:
-            weights = comfy.utils.load_torch_file(str(path), safe_load=True)
-            model = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)[0]
-        return model
-    n, lines = model.clone(), []
+    ours, lines = isinstance(model, ZImagePatcher), []
+    n = model.clone()
     for path, strength in paths:
-        loaded = lora.load_lora(path)
-        loaded.check(model.module.transformer)
-        n.add_lora(loaded, strength)
-        lines.append(loaded.summary().replace(str(path), path.name))
-    say("\n".join(lines) or "no LoRA chosen", node_id)
+        if ours:
+            loaded = lora.load_lora(path)
+            loaded.check(model.module.transformer)
+            n.add_lora(loaded, strength)
+            report = loaded.report
+            lines.append(report.summary().replace(str(path), path.name))
+        else:
+            weights = comfy.utils.load_torch_file(str(path), safe_load=True)
+            n = comfy.sd.load_lora_for_models(n, None, weights, strength, 0)[0]
+            report = lora.inspect(path)
+        if report.text_encoder:
+            left = f"{path.name}: its {report.text_encoder} modules of the text encoder are left out: {ENCODER_REMEDY}"
+            logger.warning(left)
+            lines.append(left)
+    say("\n".join(lines) or ("no LoRA chosen" if not paths else "applied by ComfyUI"), node_id)
     return n
 
 
@@ -737,7 +906,7 @@ def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     clip.tokenizer_options = {}
     clip.layer_idx = clip.apply_hooks_to_conds = None
     clip.use_clip_schedule = False
-    clip.patcher = WholePatcher(encoder, load_device=device, offload_device=offload)
+    clip.patcher = EncoderPatcher(encoder, load_device=device, offload_device=offload)
     clip.patcher.is_clip = True
     return clip
 
@@ -758,8 +927,26 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         return 0
 
-    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        return []
+
+class EncoderPatcher(AdapterPatcher, WholePatcher):
+    """The CLIP's patcher."""
+
+    def load(self, *args, **kwargs):
+        with self.use_ejected():
+            self.set_adapters(self.patches)
+            super().load(*args, **kwargs)
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            self.set_adapters({})
+            self.current_hooks = None
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def get_key_patches(self, filter_prefix=None):
+        raise ValueError("this text encoder cannot be merged with others: merge files of Qwen3-4B that ComfyUI reads")
+
+    def model_state_dict_for_saving(self, *args, **kwargs):
+        refuse_saving("a text encoder")
 
 
 class CoreTokenizer:
@@ -776,17 +963,27 @@ class CoreTokenizer:
         return [(pair, "") for pair in token_weight_pair]
 
     def state_dict(self) -> dict:
-        return {}
+        refuse_saving("a text encoder")
 
 
-class CoreEncoder(torch.nn.Module):
+class CoreEncoder(Adapted):
     """The core's text encoder in the shape of ComfyUI's."""
 
     def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
+        linears = [(name, m) for name, m in encoder.named_modules() if hasattr(m, "in_features")]
+        sizes = {f"{ENCODER_NAMES}{name}.weight": (m.out_features, m.in_features) for name, m in linears}
+        shapes = {name: torch.empty(size, device="meta", dtype=encoder.dtype) for name, size in sizes.items()}
+        super().__init__(encoder, shapes)
         self.manual_cast_dtype = None
         self.dtypes = {encoder.dtype}
+
+    @property
+    def encoder(self):
+        return self.core
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Names and shapes of the linears as ComfyUI's own encoder has them, without data: for key maps."""
+        return dict(self.shapes)
 
     def encode_token_weights(self, tokens: dict):
         """-> (1, L, C) fp32, no pooled vector, the mask: what ComfyUI's Z-Image encoder gives."""

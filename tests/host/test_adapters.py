@@ -105,6 +105,151 @@ def test_stock_text_nodes_take_our_clip(host, encoder_file):
     assert not zero.any()
 
 
+# ---- LoRA on the text encoder ---------------------------------------------------------------------------------
+
+
+def encoder_lora(path: Path, seed: int, style: str = "text_encoders.qwen3_4b.transformer.model.") -> Path:
+    """A random rank-4 LoRA with alpha on linears of two layers that Z-Image runs, in keys that ComfyUI maps."""
+    from safetensors.torch import save_file
+
+    noise, tensors = torch.Generator().manual_seed(seed), {}
+    sizes = {"self_attn.q_proj": (256, WIDTH), "self_attn.o_proj": (WIDTH, 256)}
+    sizes |= {"mlp.gate_proj": (128, WIDTH), "mlp.down_proj": (WIDTH, 128)}
+    for layer in (0, 2):
+        for name, (n, k) in sizes.items():
+            name = f"layers.{layer}.{name}"
+            key = style + (name.replace(".", "_") if style.endswith("_") else name)
+            tensors[f"{key}.lora_down.weight"] = torch.randn(4, k, generator=noise) / k**0.5
+            tensors[f"{key}.lora_up.weight"] = torch.randn(n, 4, generator=noise) * 0.2
+            tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder_loras(host):
+    import folder_paths
+
+    root = Path(folder_paths.get_folder_paths("loras")[0])
+    names = [encoder_lora(root / f"encoder_{seed}.safetensors", seed).name for seed in (1, 2)]
+    folder_paths.filename_list_cache.clear()
+    return names
+
+
+def with_lora(clip, name: str, strength: float, bypass: bool = False):
+    """A stock LoRA loader on a CLIP (no MODEL)."""
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+
+    weights = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", name), safe_load=True)
+    load = comfy.sd.load_bypass_lora_for_models if bypass else comfy.sd.load_lora_for_models
+    return load(None, clip, weights, 0, strength)[1]
+
+
+def encode(clip, prompt: str = "a red circle on a blue background") -> torch.Tensor:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0]
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_stock_lora_loaders_reach_our_encoder(host, stock_encoder, encoder_file, encoder_loras, bypass):
+    """As they change ComfyUI's own encoder; clones keep their own sets, and none is left behind."""
+    clip = host.core_clip(encoder_file)
+    plain = encode(clip)
+    one, expected_one = (with_lora(c, encoder_loras[0], 0.8, bypass) for c in (clip, stock_encoder))
+    expected = encode(expected_one)
+    assert relative(expected, plain) > 1e-2
+    assert relative(encode(one), expected) < 1e-3
+    assert torch.equal(encode(clip), plain)
+    assert relative(encode(one.clone()), expected) < 1e-3
+    host.comfy.model_management.unload_all_models()
+    assert torch.equal(encode(clip), plain)
+    host.comfy.model_management.unload_all_models()
+    assert relative(encode(one), expected) < 1e-3
+    two, expected_two = (with_lora(c, encoder_loras[1], -0.4) for c in (one, expected_one))
+    assert relative(encode(two), encode(expected_two)) < 1e-3 < relative(encode(two), expected)
+    assert torch.equal(encode(clip), plain)
+    assert relative(encode(one), expected) < 1e-3
+    assert torch.equal(encode(with_lora(clip, encoder_loras[0], 0.0)), plain)
+    assert relative(encode(stock_encoder), plain) < 1e-4
+
+
+def test_stock_loader_with_model_and_clip(host, encoder_file, encoder_loras):
+    """One file for both: each gets its part, and neither refuses the other's."""
+    import folder_paths
+    from safetensors.torch import load_file, save_file
+
+    import nodes
+
+    root = Path(folder_paths.get_folder_paths("loras")[0])
+    name, noise = "diffusion_model.layers.0.attention.to_out.0", torch.Generator().manual_seed(5)
+    both = load_file(root / encoder_loras[0])
+    both |= {f"{name}.lora_A.weight": torch.randn(4, 384, generator=noise) / 20}
+    both |= {f"{name}.lora_B.weight": torch.randn(384, 4, generator=noise)}
+    save_file(both, root / "both.safetensors")
+    folder_paths.filename_list_cache.clear()
+    model = host.load_model("svdq-int4_r32-z-image-tiny.safetensors", "torch", "w4a16")
+    clip = host.core_clip(encoder_file)
+    found_model, found_clip = nodes.LoraLoader().load_lora(model, clip, "both.safetensors", 0.5, 0.8)
+    assert set(found_model.patches) == {"diffusion_model.layers.0.attention.out.weight"} and not model.patches
+    assert torch.equal(encode(found_clip), encode(with_lora(clip, encoder_loras[0], 0.8)))
+
+
+def test_key_styles_of_encoder_loras(host, stock_encoder, encoder_file, tmp_path):
+    """Every name that ComfyUI's map gives the linears of its own encoder leads to the same one of ours."""
+    import comfy.lora
+
+    maps = [
+        comfy.lora.model_lora_keys_clip(c.cond_stage_model, {}) for c in (stock_encoder, host.core_clip(encoder_file))
+    ]
+    linears = {key: name for key, name in maps[0].items() if "_proj" in key and f"layers.{LAYERS - 1}." not in name}
+    assert linears and {key: maps[1].get(key) for key in linears} == linears
+
+
+def test_lora_hooks_on_our_encoder(host, stock_encoder, encoder_file, encoder_loras):
+    """A hook that patches the CLIP (Create Hook LoRA, Set CLIP Hooks)."""
+    import comfy.hooks
+    import comfy.utils
+    import folder_paths
+
+    import nodes
+
+    weights = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", encoder_loras[0]), safe_load=True)
+
+    def hooked(clip):
+        hooks = comfy.hooks.create_hook_lora(weights, 0.0, 0.8)
+        clip = clip.clone()
+        clip.apply_hooks_to_conds = hooks
+        clip.patcher.forced_hooks = hooks.clone()
+        clip.use_clip_schedule = False
+        clip.patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip))
+        return nodes.CLIPTextEncode().encode(clip, "a house")[0][0][0]
+
+    clip = host.core_clip(encoder_file)
+    plain = encode(clip, "a house")
+    found, expected = hooked(clip), hooked(stock_encoder)
+    assert relative(expected, plain) > 1e-2 and relative(found, expected) < 1e-3
+    assert torch.equal(encode(clip, "a house"), plain)
+
+
+def test_our_nodes_name_what_they_leave_to_the_encoder(host, encoder_loras, monkeypatch, caplog):
+    said, model = [], host.load_model("svdq-int4_r32-z-image-tiny.safetensors", "torch", "w4a16")
+    monkeypatch.setattr(host, "say", lambda text, node_id: said.append(text))
+    host.add_loras(model, [(encoder_loras[0], 1.0)], None)
+    assert "its 8 modules of the text encoder are left out: to apply them, put ComfyUI's Load LoRA" in said[0]
+    assert "encoder_1.safetensors: its 8 modules of the text encoder are left out" in caplog.text
+
+
+def test_saving_and_merging_our_encoder_are_refused(host, encoder_file):
+    from comfy_extras.nodes_model_merging import CLIPMergeSimple, CLIPSave
+
+    clip = host.core_clip(encoder_file)
+    with pytest.raises(ValueError, match="a text encoder cannot be saved"):
+        CLIPSave().save(clip, "clip/test")
+    with pytest.raises(ValueError, match="cannot be merged"):
+        CLIPMergeSimple().merge(clip, clip, 0.5)
+
+
 def flux_vae_state(seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights of the real autoencoder's size, BFL keys."""
     from comfy.ldm.models.autoencoder import AutoencodingEngine

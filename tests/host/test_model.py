@@ -377,6 +377,127 @@ def test_model_sampling_patches_rule_the_schedule(host, ours):
     assert relative(zsample(host, patched, conditioning()), zsample(host, ours, conditioning())) > 1e-3
 
 
+# ---- prompts are prepared once per run, and never stale -----------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(ours, monkeypatch):
+    """How often the model prepared a prompt."""
+    count, prepare = [], type(ours.module.transformer).prepare
+    monkeypatch.setattr(
+        type(ours.module.transformer), "prepare", lambda self, *args: count.append(1) or prepare(self, *args)
+    )
+    return count
+
+
+def test_no_step_waits_for_the_device(ours, prepared):
+    """Nothing that our module runs per step reads a value back to the host, which would stall a GPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if steps and function.name() in ("aten::equal", "aten::_local_scalar_dense", "aten::nonzero", "aten::item"):
+                reads.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    def watched(executor, *args, **kwargs):
+        with Reads():
+            out = executor(*args, **kwargs)
+        steps.append(1)
+        return out
+
+    import comfy.patcher_extension as extension
+
+    for prompts, more in (((conditioning(),), {}), ((conditioning(), conditioning(20, seed=1)), {"cfg": 2.0})):
+        steps, reads, clone = [], [], ours.clone()
+        clone.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "test", watched)
+        prepared.clear()
+        ksample(clone, *prompts, **more)
+        assert len(steps) == STEPS and reads == [] and len(prepared) == 1
+    with Reads():  # the watch itself works
+        assert torch.equal(torch.ones(1), torch.ones(1)) and reads == ["aten::equal"]
+
+
+def test_prompts_of_a_batch_and_of_areas_are_prepared_once(ours, prepared):
+    left = [[c, {**e, "area": (8, 6, 0, 0), "strength": 1.0}] for c, e in conditioning(20)]
+    ksample(ours, [*left, *conditioning(10, seed=6)], conditioning(30, seed=2), cfg=2.0)
+    assert len(prepared) == 4  # ComfyUI gives the negative prompt an area for each of the positive's
+    prepared.clear()
+    ksample(ours, conditioning(), conditioning(30, seed=2), cfg=2.0, latent={"samples": torch.zeros(3, 16, 8, 8)})
+    assert len(prepared) == 2
+
+
+def test_prompt_that_changes_is_never_stale(ours, stock, prepared):
+    """From run to run, and within one by wrappers that replace the context or write into it: as in the stock model."""
+    import comfy.patcher_extension as extension
+
+    written = conditioning()
+    for _ in range(3):  # the same tensor object with other values
+        assert relative(ksample(ours, written), ksample(stock, written)) < 1e-4
+        written[0][0].mul_(-1.5)
+
+    def function(change):
+        def around(apply, given):
+            change(given["c"], given["timestep"])
+            return apply(given["input"], given["timestep"], **given["c"])
+
+        return lambda model: model.set_model_unet_function_wrapper(around)
+
+    def wrapper(change):
+        def around(executor, x, timesteps, context, *args, **kwargs):
+            given = {"c_crossattn": context}
+            change(given, timesteps)
+            return executor(x, timesteps, given["c_crossattn"], *args, **kwargs)
+
+        return lambda model: model.add_wrapper_with_key(extension.WrappersMP.DIFFUSION_MODEL, "test", around)
+
+    ramp = torch.linspace(-3, 3, CAPTION)  # the caption's norm would undo one factor
+
+    def replace(c, timestep):
+        c["c_crossattn"] = c["c_crossattn"] * (timestep[0] + ramp)
+
+    def write(c, timestep):
+        c["c_crossattn"].mul_(timestep[0] + ramp)
+
+    def write_a_part(c, timestep):
+        c["c_crossattn"][:, 3:7, :9].copy_(timestep[0].expand(4, 9))
+
+    plain = ksample(ours, conditioning())
+    for kind in (function, wrapper):
+        for change in (replace, write, write_a_part):
+            clones = ours.clone(), stock.clone()
+            for clone in clones:
+                kind(change)(clone)
+            prepared.clear()
+            found, expected = (ksample(clone, conditioning()) for clone in clones)
+            assert relative(found, expected) < 1e-4 and relative(found, plain) > 1e-4, (kind, change)
+            assert len(prepared) == STEPS
+    assert torch.equal(ksample(ours, conditioning()), plain)
+    assert len(ours.module.prepared.entries) <= 4
+
+
+def test_live_previews_have_the_colours_of_the_picture(host, ours, monkeypatch):
+    """The demo's latents have their own colours; those of a file for Flux's VAE keep ComfyUI's."""
+    import comfy.latent_formats
+    import latent_preview
+
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
+    model, clip = host.load_model(host.DEMO, "torch", "w4a16"), host.load_clip(host.DEMO)
+    vae = host.load_vae(host.DEMO, "fp32")
+    assert model.clone().model.latent_format.taesd_decoder_name is None
+    for prompt in ("a large red circle on a blue background", "a green star on a white background"):
+        latents = zsample(host, model, host.encode_prompt(clip, prompt), steps=8, width=128, height=128)
+        previewer = latent_preview.get_previewer(torch.device("cpu"), model.model.latent_format)
+        shown = previewer.decode_latent_to_preview(model.model.latent_format.process_in(latents))
+        assert shown.size == (16, 16)
+        found = torch.tensor(list(shown.convert("RGB").tobytes())).view(16, 16, 3) / 255
+        picture = host.decode(vae, {"samples": latents}, "off")[0]
+        expected = picture.unflatten(0, (16, 8)).unflatten(2, (16, 8)).mean((1, 3))
+        assert (found - expected).abs().mean() < 0.06
+    flux = comfy.latent_formats.Flux()
+    assert ours.model.latent_format.latent_rgb_factors == flux.latent_rgb_factors
+
+
 # ---- a good citizen -------------------------------------------------------------------------------------------
 
 
@@ -614,6 +735,46 @@ def test_loras_of_both_loaders_equal_patched_stock_weights(host, ours, stock, lo
         mixed = stock_loader(host.add_loras(ours, [stack[0]], None), *stack[-1]) if len(stack) > 1 else ours_way
         assert relative(ksample(mixed, conditioning()), expected) < 1e-3
     assert torch.equal(ksample(ours, conditioning()), plain)
+
+
+def bypass_loader(model, name, strength):
+    from comfy_extras.nodes_lora_debug import LoraLoaderBypassModelOnly
+
+    return LoraLoaderBypassModelOnly().load_lora_model_only(model, name, strength)[0]
+
+
+def test_stock_bypass_loader(host, ours, stock, loras):
+    """It hooks into modules of ComfyUI's own model; on ours the same change arrives as a LoRA, also while streaming."""
+    plain = ksample(ours, conditioning())
+    expected = ksample(bypass_loader(stock, loras[0], 0.8), conditioning())
+    one = bypass_loader(ours, loras[0], 0.8)
+    assert relative(expected, plain) > 1e-2
+    assert relative(ksample(one, conditioning()), expected) < 1e-3
+    assert relative(ksample(stock, conditioning()), plain) < 1e-4
+    assert torch.equal(ksample(ours, conditioning()), plain)
+    assert relative(ksample(one.clone(), conditioning()), expected) < 1e-3
+    two = bypass_loader(one, loras[1], -0.5)
+    back = bypass_loader(two, loras[1], 0.5)
+    assert relative(ksample(two, conditioning()), expected) > 1e-2  # a chain of them stacks
+    assert relative(ksample(back, conditioning()), expected) < 1e-3
+    assert torch.equal(ksample(ours, conditioning()), plain)
+
+
+def test_hooks_into_modules_are_refused_and_injections_kept(ours):
+    """Another change of a block would be lost beside INT4 weights, so it is refused; what injects elsewhere is run."""
+    from comfy.patcher_extension import PatcherInjection
+
+    clone = ours.clone()
+    clone.add_object_patch("diffusion_model.layers.0.attention.qkv.forward", lambda x: x)
+    with pytest.raises(ValueError, match=r"cannot honour a change of layers\.0\.attention\.qkv\.forward"):
+        ksample(clone, conditioning())
+    assert not hasattr(ours.module, "blocks") and not hasattr(ours.module.layers[0], "nothing")
+    log, clone = [], ours.clone()
+    injection = PatcherInjection(inject=lambda p: log.append("in"), eject=lambda p: log.append("out"))
+    clone.set_injections("other", [injection])
+    ksample(clone, conditioning(), steps=1)
+    assert log[0] == "in" and clone.get_injections("other") == [injection]
+    ksample(ours, conditioning(), steps=1)
 
 
 def test_branches_with_different_loras_do_not_disturb_each_other(host, ours, loras):

@@ -29,6 +29,7 @@ IDS = {
 WORKFLOWS = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
 DEMO = "bundled demo"
 RUNS, SETTLED = 20, 5
+MANY = 100
 
 
 def api(name: str = "zimage_demo", **changes) -> dict:
@@ -157,6 +158,16 @@ def test_stock_lora_loader_gives_the_same_picture(server, real_names):
     found, expected, without = (pixels(server.images(server.run(w))[0]) for w in (stock, ours, plain))
     assert abs(found - expected).max() <= 2
     assert abs(expected - without).max() > 2
+
+
+def test_bundled_lora_draws_its_frame(server):
+    with_lora, without = (pixels(server.images(server.run(api("zimage_lora", n8__strength=x)))[0]) for x in (1.0, 0.0))
+    assert abs(without - pixels(server.images(server.run(api()))[0])).max() <= 1
+    frame = with_lora.copy()
+    frame[12:-12, 12:-12] = float("nan")
+    red, green, blue = (frame[..., i][frame[..., i] == frame[..., i]].mean() for i in range(3))
+    assert red > green + 40 and blue > green + 20  # pink, where the picture without it is blue
+    assert without[:12, :, 2].mean() > without[:12, :, 0].mean() + 40
 
 
 def test_inpainting_changes_only_the_mask(server, real_names):
@@ -313,3 +324,15 @@ def test_twenty_prompts_in_a_row_with_stable_memory(server):
         assert outcome(entry) == "success"
         sizes.append(server.rss())
     assert max(sizes[SETTLED:]) - sizes[SETTLED - 1] < 24 * 2**20, [size >> 20 for size in sizes]
+
+
+def test_a_hundredth_prompt_uses_no_more_memory_than_a_tenth(server):
+    """Small pictures with other seeds and prompts, with a LoRA at other strengths and without."""
+    sizes = []
+    for n in range(MANY):
+        changes = {"n5__seed": 2000 + n, "n4__prompt": f"a red circle on a blue background {n % 7}", "n5__steps": 1}
+        changes |= {"n5__width": 32, "n5__height": 32} | ({"n8__strength": n % 10 / 10} if n % 2 else {})
+        entry = server.run(api("zimage_lora" if n % 2 else "zimage_demo", **changes))
+        assert outcome(entry) == "success"
+        sizes.append(server.rss())
+    assert sizes[-1] - sizes[MANY // 10] < 12 * 2**20, [size >> 20 for size in sizes]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from zimage_core import load_pipeline
-from zimage_core.demo import demo_files
+from zimage_core.demo import LATENT_RGB, demo_files
 from zimage_core.sampler import draw_noise
 from zimage_core.svdq import SVDQWeights
 
@@ -35,7 +35,7 @@ def training():
     """The modules scenes and measure of demo_training."""
     sys.modules.pop("scenes", None)
     yield by_path("scenes"), by_path("measure")
-    for name in ("scenes", "measure"):
+    for name in ("scenes", "measure", "preview"):
         sys.modules.pop(name, None)
 
 
@@ -142,3 +142,10 @@ def test_it_is_the_codes_that_draw(training, tmp_path):
     pictures = ruined([caption for caption, _ in asked], height=128, width=128, generator=0)
     results = [measure.check(np.asarray(p), scene) for p, (_, scene) in zip(pictures, asked)]
     assert sum(all(r[fact] for fact in measure.LIMITS) for r in results) <= CAPTIONS // 2
+
+
+def test_colours_of_previews_are_the_fit(training):
+    """`LATENT_RGB` is what demo_training/preview.py finds, to the digits that it prints."""
+    factors, missed = by_path("preview").fit()
+    assert (factors - torch.tensor(LATENT_RGB, dtype=torch.float64)).abs().max() < 2e-3  # the VAE runs in fp32
+    assert missed < 0.12

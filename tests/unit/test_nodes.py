@@ -31,12 +31,7 @@ IDS = (
     "ZImageLoraStack",
 )
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-REAL_FILES = {
-    "svdq-int4_r256-z-image-turbo.safetensors",
-    "qwen_3_4b.safetensors",
-    "ae.safetensors",
-    "zimage_lora.safetensors",
-}
+REAL_FILES = {"svdq-int4_r256-z-image-turbo.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"}
 
 
 def load_by_path(path: Path, name: str):
@@ -83,13 +78,13 @@ def pack(tmp_path_factory):
     """The pack, loaded by path with stand-ins; `pack.models` is the models folder."""
     root = tmp_path_factory.mktemp("models")
     classes = {
+        "conds": {"CONDRegular": type("CONDRegular", (), {})},
         "model_base": {"Lumina2": type("Lumina2", (), {})},
         "model_patcher": {"ModelPatcher": type("ModelPatcher", (), {})},
         "supported_models": {"ZImage": type("ZImage", (), {})},
         "sd": {"CLIP": object, "VAE": object},
     }
     names = [
-        "conds",
         "latent_formats",
         "ldm.common_dit",
         "ldm.modules.attention",
@@ -353,13 +348,18 @@ def test_workflow_has_a_thumbnail(path):
         assert picture.format == "JPEG" and min(picture.size) >= 128
 
 
+def test_only_text_to_image_needs_downloads():
+    needs = {path.stem for path in WORKFLOWS if any(name in path.read_text(encoding="utf-8") for name in REAL_FILES)}
+    assert needs == {"zimage_text_to_image"}
+
+
 def test_files_that_must_be_fetched_have_links():
     for path in WORKFLOWS:
         graph = json.loads(path.read_text(encoding="utf-8"))
         notes = "\n".join(str(n["widgets_values"]) for n in graph["nodes"] if n["type"] == "MarkdownNote")
         for node in graph["nodes"]:
             for value in node.get("widgets_values") or ():
-                if value in REAL_FILES - {"zimage_lora.safetensors"}:
+                if value in REAL_FILES:
                     models = {m["name"]: m for m in node["properties"]["models"]}
                     assert models[value]["url"].startswith("https://huggingface.co/")
                     assert models[value]["url"] in notes and f"**{models[value]['directory']}**" in notes
