@@ -97,7 +97,16 @@ def calibration_captions(
 
     encoder = load_text_encoder(text_encoder, device=device)
     tokenize = load_tokenizer(tokenizer or find_tokenizer(text_encoder))
-    return [features.cpu() for features in encode_prompts(encoder, tokenize, prompts)]
+    features = [found.cpu() for found in encode_prompts(encoder, tokenize, prompts)]
+    del encoder
+    _release(device)
+    return features
+
+
+def _release(device: str | torch.device) -> None:
+    """Give freed memory back to the GPU: what comes next asks for pieces of other sizes."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class _Fp8Files(TensorFiles):
@@ -253,6 +262,7 @@ class _Job:
                 weights = svdq_calibrated(module.weight, self.rank, stats)
                 self._write(f"{name}.{linear}", weights)
             module.weight.copy_(weights.dequantize())
+            _release(self.source.device)
         if not resumed:
             self.out.finish(name)
 
