@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,6 +36,9 @@ FP8_UNUSED = (".input_scale", ".scale_input", ".comfy_quant", "scaled_fp8")
 
 Progress = Callable[[int, int, str], None]
 
+PACE = 16  # last reports from which the time left is told: four blocks' linears
+RESUMED = "resumed"  # begins what is reported of work that an earlier run did
+
 
 def quantize_checkpoint(
     src: str | Path,
@@ -53,7 +58,8 @@ def quantize_checkpoint(
     of the prompts to calibrate with (see `calibration_captions`), drawn at size x size pixels; None quantizes from
     the weights alone. merge: LoRA files and their strengths, made part of the weights first. skip_refiners: leave the
     refiners' linears in bf16. device: where the arithmetic runs; deterministic for a device. progress(done, total,
-    name) is called as the work goes on and once at the end, where done == total.
+    what), for which `TimeLeft` has words, is called as the work goes on and once at the end, where done == total; an
+    exception from it ends the run.
 
     `dst` is replaced if it exists, and only at the end. A calibrated run that is interrupted leaves its finished
     blocks beside it, as `dst`.partial and two small files; the same call goes on from there. Raises
@@ -75,6 +81,28 @@ def quantize_checkpoint(
             metadata["quantized_by"] = json.dumps(_provenance(files, cap_feats, size, merge))
         with StreamedFile(dst, header, metadata, resumable=cap_feats is not None) as out, torch.inference_mode():
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
+
+
+class TimeLeft:
+    """Words for a quantization's progress: what it is at and, from its pace of late, how long it will still take."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._marks = deque([(clock(), 0)], maxlen=PACE + 1)
+
+    def __call__(self, done: int, total: int, what: str) -> str:
+        """`block 3/34, attention.to_out, 4:10 left`; without a time until there is a pace to tell it from."""
+        now = self._clock()
+        if what.startswith(RESUMED):
+            self._marks.clear()
+        self._marks.append((now, done))
+        start, before = self._marks[0]
+        if done >= total or done == before:
+            return what
+        seconds = round((now - start) / (done - before) * (total - done))
+        hours, minutes = divmod(seconds // 60, 60)
+        left = f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+        return f"{what}, {left} left"
 
 
 def calibration_defaults(device: str | torch.device) -> tuple[tuple[str, ...], int]:
@@ -196,7 +224,7 @@ class _Source:
 class _Job:
     """One model on its way into one file."""
 
-    STEP_COST, LINEAR_COST = 1, 8  # of drawing with a block and of quantizing a linear, as the progress counts them
+    BLOCK_COST, LINEAR_COST = 1, 16  # of drawing with a block and of quantizing a linear, as the progress counts them
 
     def __init__(self, source: _Source, out: StreamedFile, rank: int, skip_refiners: bool, progress: Progress | None):
         self.source = source
@@ -206,14 +234,14 @@ class _Job:
         self.done = 0
         self.total = 0
         self.blocks = [b for b in block_names(source.config) if not (skip_refiners and "refiner" in b)]
-        self.linears = {f"{block}.{linear}" for block in self.blocks for linear in calibrate.LINEARS}
+        self.linears = [f"{block}.{linear}" for block in self.blocks for linear in calibrate.LINEARS]
 
     def run(self, cap_feats: Sequence[torch.Tensor] | None, size: int) -> None:
         """Write every tensor of the file."""
         self.total = len(self.linears) * self.LINEAR_COST
         self._copy_plain()
         if cap_feats is None:
-            for linear in sorted(self.linears):
+            for linear in self.linears:
                 self._write(linear, svdq_from_dense(self.source.get(f"{linear}.weight"), self.rank))
         else:
             self._calibrated(cap_feats, size)
@@ -221,9 +249,10 @@ class _Job:
 
     def _copy_plain(self) -> None:
         """Everything that stays in bf16."""
+        quantized = set(self.linears)
         for name in self.source.keys:
             module, _, leaf = name.rpartition(".")
-            if module in self.linears:
+            if module in quantized:
                 continue
             tensor, stored = self.source.get(name).to(torch.bfloat16), diffusers_svdq_module(module)
             if stored.endswith("to_qkv"):  # of a refiner that stays dense
@@ -236,14 +265,17 @@ class _Job:
     def _calibrated(self, cap_feats: Sequence[torch.Tensor], size: int) -> None:
         device = self.source.device
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        streamed = calibrate.Streamed(self.source.config, self.source.get, device, dtype)
-        cost = self.STEP_COST * len(self.blocks)
-        self.total += calibrate.STEPS * cost
+        config, drawing = self.source.config, "drawing what to calibrate with"
+        streamed = calibrate.Streamed(
+            config, self.source.get, device, dtype, on_block=lambda: self._advance(self.BLOCK_COST, drawing)
+        )
+        cost = self.BLOCK_COST * calibrate.blocks_to_draw(config)
+        self.total += cost
         if self.out.finished:
             samples = calibrate.load_samples(self.out.notes)
-            self._advance(calibrate.STEPS * cost, "resumed")
+            self._advance(cost, f"{RESUMED} after block {len(self.out.finished)}/{len(self.blocks)}")
         else:
-            samples = calibrate.draw_samples(streamed, cap_feats, size, lambda: self._advance(cost, "drawing"))
+            samples = calibrate.draw_samples(streamed, cap_feats, size)
             calibrate.save_samples(samples, self.out.notes)
         calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
 
@@ -256,7 +288,7 @@ class _Job:
             module = block.get_submodule(linear)
             if resumed:
                 weights = self._read(f"{name}.{linear}")
-                self._advance(self.LINEAR_COST, name)
+                self._advance(self.LINEAR_COST, f"{RESUMED} {self._at(f'{name}.{linear}')}")
             else:
                 stats = calibrate.input_stats(block, linear, chunks)
                 weights = svdq_calibrated(module.weight, self.rank, stats)
@@ -270,13 +302,18 @@ class _Job:
         packed = weights.to_packed()
         for leaf, tensor in (packed | {"smooth_factor_orig": packed["smooth_factor"]}).items():
             self.out.write(f"{diffusers_svdq_module(linear)}.{leaf}", tensor)
-        self._advance(self.LINEAR_COST, linear)
+        self._advance(self.LINEAR_COST, self._at(linear))
 
     def _read(self, linear: str) -> SVDQWeights:
         prefix = diffusers_svdq_module(linear) + "."
         leaves = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
         packed = {leaf: self.out.read(prefix + leaf).to(self.source.device) for leaf in leaves}
         return SVDQWeights.from_packed(packed)
+
+    def _at(self, linear: str) -> str:
+        """Where in the model a linear is, in words."""
+        stage, index, name = linear.split(".", 2)
+        return f"block {self.blocks.index(f'{stage}.{index}') + 1}/{len(self.blocks)}, {name}"
 
     def _advance(self, cost: int, name: str) -> None:
         self.done += cost
