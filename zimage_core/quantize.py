@@ -20,7 +20,7 @@ import torch
 
 from . import calibrate
 from .adapters import Linear
-from .checkpoint import expected_tensors, identify, match_tensors
+from .checkpoint import CheckpointInfo, expected_tensors, identify, match_tensors
 from .config import ZImageConfig
 from .keys import diffusers_svdq_module
 from .lora import Bias, Delta, Lora, compose, load_lora
@@ -69,9 +69,7 @@ def quantize_checkpoint(
     src, dst, device = Path(src), Path(dst), torch.device(device)
     loras = [(load_lora(path), float(strength)) for path, strength in merge]
     with _open_dense(src) as files:
-        info = identify(files)
-        if info.format != "dense":
-            raise ValueError(f"{src}: expected a BF16 model, found {info.format}; quantize its BF16 original")
+        info = _dense_info(files)
         if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
             raise ValueError(f"{dst}: is the source itself; choose another destination")
         header = plan_header(info.config, rank, skip_refiners)
@@ -81,6 +79,11 @@ def quantize_checkpoint(
             metadata["quantized_by"] = json.dumps(_provenance(files, cap_feats, size, merge))
         with StreamedFile(dst, header, metadata, resumable=cap_feats is not None) as out, torch.inference_mode():
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
+
+
+def check_source(src: str | Path) -> None:
+    """ValueError unless `quantize_checkpoint` takes a file or folder, from its header alone."""
+    _dense_info(_open_dense(Path(src)))
 
 
 class TimeLeft:
@@ -170,6 +173,13 @@ def _open_dense(path: Path) -> TensorFiles:
         return files
     warnings.warn(f"{path}: is FP8, so its weights get rounded twice; the BF16 file gives better ones", stacklevel=3)
     return _Fp8Files(path)
+
+
+def _dense_info(files: TensorFiles) -> CheckpointInfo:
+    info = identify(files)
+    if info.format != "dense":
+        raise ValueError(f"{files.path}: expected a BF16 model, found {info.format}; quantize its BF16 original")
+    return info
 
 
 class _Source:
