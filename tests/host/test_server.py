@@ -202,8 +202,11 @@ def test_changing_the_seed_runs_only_the_sampler_again(server):
 # ---- websocket: progress, previews, text on the node, interrupt -----------------------------------------------
 
 
-async def watch(server, workflow: dict, interrupt_after: int | None = None) -> dict:
-    """Queue a workflow and collect what the websocket tells until it ends."""
+async def watch(server, workflow: dict, interrupt_after: int | None = None, interrupt_at: str | None = None) -> dict:
+    """Queue a workflow and collect what the websocket tells until it ends.
+
+    It is interrupted after so many steps, or at the first text on a node that begins so.
+    """
     import aiohttp
 
     seen = {"progress": [], "previews": 0, "texts": [], "end": None}
@@ -219,6 +222,9 @@ async def watch(server, workflow: dict, interrupt_after: int | None = None) -> d
                 if kind == 3:
                     length = struct.unpack(">I", event.data[4:8])[0]
                     seen["texts"].append(event.data[8 + length :].decode())
+                    if interrupt_at and seen["texts"][-1].startswith(interrupt_at):
+                        interrupt_at = None
+                        await session.post(f"{server.url}/interrupt", json={"prompt_id": prompt_id})
                 continue
             data = json.loads(event.data)
             if data["type"] == "progress":
