@@ -342,7 +342,7 @@ def _provenance(
     for name in sorted(files.keys()):
         tensor = files.get(name).flatten()
         source.update(f"{name} {len(tensor)} {tensor.dtype}".encode())
-        source.update(tensor[:: max(len(tensor) // 256, 1)].float().numpy().tobytes())
+        source.update(tensor[:: max(len(tensor) // 16, 1)].float().numpy().tobytes())
     made: dict[str, object] = {"tool": "zimage-int4", "source": source.hexdigest()[:16]}
     if merge:
         made["merged"] = [
