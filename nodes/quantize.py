@@ -6,6 +6,7 @@ from . import host
 
 CATEGORY = "Z-Image INT4/quantize"
 RANKS = ("256", "128", "32")
+CELL, MAX_SIZE = 16, 1024  # pixels
 SLOTS = ("a", "b", "c", "d")
 
 
@@ -91,8 +92,8 @@ class ZImageQuantize:
                     {
                         "default": 0,
                         "min": 0,
-                        "max": 1024,
-                        "step": 16,
+                        "max": MAX_SIZE,
+                        "step": CELL,
                         "advanced": True,
                         "tooltip": "Pixels of an edge of the pictures to calibrate on, a multiple of 16; 0 takes 512, "
                         "or 256 on a CPU.",
@@ -105,8 +106,9 @@ class ZImageQuantize:
     @classmethod
     def VALIDATE_INPUTS(cls, model_name, lora_name, output_name, size=0):
         # A file that is there is no reason to refuse here: after a run the same graph must still go through.
-        if isinstance(size, int) and size % 16:
-            return f"size {size}: it must be a multiple of 16, or 0 for the usual one; try {16 * round(size / 16)}"
+        if isinstance(size, int) and (size % CELL or not 0 <= size <= MAX_SIZE):
+            near = min(max(CELL, round(size / CELL) * CELL), MAX_SIZE)
+            return f"size {size}: it must be a multiple of {CELL} up to {MAX_SIZE}, or 0 for the usual one; try {near}"
         for check, value in ((host.check_source, model_name), (host.check_new_name, output_name)):
             answer = host.checked(check, value)
             if answer is not True:

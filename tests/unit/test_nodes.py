@@ -357,6 +357,8 @@ def test_quantizer_lists_what_it_can_take(pack):
         ({}, None),
         ({"model_name": None, "lora_name": "bundled demo: frame", "size": 128}, None),  # linked, and a real LoRA
         ({"size": 100}, "try 96"),
+        ({"size": -16}, "try 16"),
+        ({"size": 2048}, "try 1024"),
         ({"model_name": "gone.safetensors"}, "is not in"),
         ({"lora_name": "gone.safetensors"}, "is not in"),
         ({"output_name": "../x"}, "without folders"),
