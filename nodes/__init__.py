@@ -3,6 +3,7 @@
 from .conditioning import ZImagePromptEncode
 from .loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
 from .lora import ZImageLoraLoader, ZImageLoraStack
+from .quantize import ZImageCompare, ZImageQuantize
 from .sampling import ZImageSampler
 from .vae import ZImageVAEDecode
 
@@ -15,6 +16,8 @@ NODE_CLASS_MAPPINGS = {
     "ZImageVAELoader": ZImageVAELoader,
     "ZImageVAEDecode": ZImageVAEDecode,
     "ZImageLoraStack": ZImageLoraStack,
+    "ZImageQuantize": ZImageQuantize,
+    "ZImageCompare": ZImageCompare,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -26,4 +29,6 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ZImageVAELoader": "Z-Image VAE Loader",
     "ZImageVAEDecode": "Z-Image VAE Decode",
     "ZImageLoraStack": "Z-Image LoRA Stack",
+    "ZImageQuantize": "Z-Image Quantize to INT4",
+    "ZImageCompare": "Z-Image Compare",
 }

@@ -92,10 +92,15 @@ class Streamed:
     """The dense model with its blocks left in the checkpoint: each is read when it runs, and dropped after it."""
 
     def __init__(
-        self, config: ZImageConfig, fetch: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype
+        self,
+        config: ZImageConfig,
+        fetch: Callable[[str], Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        on_block: Callable[[], None],
     ):
-        """`fetch` gives a tensor by the model's name for it."""
-        self.fetch, self.device, self.dtype = fetch, device, dtype
+        """`fetch` gives a tensor by the model's name for it; on_block is called after each block that only runs."""
+        self.fetch, self.device, self.dtype, self.on_block = fetch, device, dtype, on_block
         self.visit: Visit | None = None
         with torch.device("meta"):
             self.model = ZImageTransformer(config, linear=TappedLinear)
@@ -117,7 +122,10 @@ class Streamed:
         ]
         if self.visit:
             self.visit(name, block, chunks)
-        return torch.cat([block(*chunk) for chunk in chunks])
+        x = torch.cat([block(*chunk) for chunk in chunks])
+        if not self.visit:
+            self.on_block()
+        return x
 
     def prepare(self, cap_feats: Sequence[Tensor], height: int, width: int) -> Conditioning:
         """`ZImageTransformer.prepare`, streamed."""
@@ -135,9 +143,12 @@ class Streamed:
         return self.fetch(name).to(self.device, self.dtype).reshape(meta.shape)
 
 
-def draw_samples(
-    streamed: Streamed, cap_feats: Sequence[Tensor], size: int, on_step: Callable[[], None]
-) -> Samples:
+def blocks_to_draw(config: ZImageConfig) -> int:
+    """How many blocks `draw_samples` runs; the context refiner's run once."""
+    return STEPS * (config.n_refiner_layers + config.n_layers) + config.n_refiner_layers
+
+
+def draw_samples(streamed: Streamed, cap_feats: Sequence[Tensor], size: int) -> Samples:
     """Draw a picture of size x size pixels for each caption (L, C), and keep its latents at every second step.
 
     Even steps of even prompts, odd ones of odd prompts: all sigmas occur.
@@ -152,7 +163,6 @@ def draw_samples(
         kept.append(Samples(latents[chosen], sigmas[step].expand(len(chosen)), chosen))
         flow = streamed.predict_flow(latents, sigmas[step], cond)
         latents = latents + (sigmas[step + 1] - sigmas[step]) * flow
-        on_step()
     return Samples(*(torch.cat([getattr(part, field.name) for part in kept]) for field in fields(Samples)))
 
 

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from . import __version__
@@ -123,6 +124,8 @@ def build_parser() -> Parser:
     p.add_argument("--rank", type=int, default=256, help="of the low-rank branch, a multiple of 16 (default 256)")
     p.add_argument("--text-encoder", type=Path, help="Qwen3-4B, to calibrate with (default: the one of SRC's folder)")
     p.add_argument("--tokenizer", type=Path, help="its tokenizer.json or folder (default: beside it)")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="text file, a prompt a line, instead of the built-in")
+    p.add_argument("--size", type=int, help="pixels of an edge of the pictures to calibrate on (512, on a CPU 256)")
     p.add_argument("--no-calibration", action="store_true", help="from the weights alone: quicker, larger error")
     p.add_argument(
         "--merge",
@@ -132,6 +135,7 @@ def build_parser() -> Parser:
         metavar="FILE[:STRENGTH]",
         help="LoRA to make part of the weights first; may be repeated",
     )
+    p.add_argument("--skip-refiners", action="store_true", help="leave the refiners in bf16: larger file, less error")
     p.add_argument("--device", default="cpu", help="where to compute (default cpu)")
 
     p = commands.add_parser("quantize-encoder", help="write a smaller text encoder file from a BF16 one")
@@ -160,6 +164,13 @@ def build_parser() -> Parser:
     p.add_argument("--vae", help="VAE file or folder, for all models")
     p.add_argument("--json", action="store_true", help="end with a line of scores")
     _add_runtime(p)
+    p.add_argument("--backend", default="auto", help="auto, reference, or one that `zimage doctor` lists")
+    p.add_argument(
+        "--precision",
+        nargs="+",
+        default=["auto"],
+        help="auto, w4a16, w4a8 or w4a4: one for all models, or one for each (BF16 models have no choice)",
+    )
 
     p = commands.add_parser("doctor", help="tell what this machine can run, and why not")
     p.set_defaults(run=doctor)
@@ -190,19 +201,23 @@ def _add_runtime(parser: Parser) -> None:
 class Progress:
     """A bar on stderr for the stage at hand; silent where stderr is no terminal."""
 
-    def __init__(self):
+    def __init__(self, layout: str = "{desc:<18} |{bar:28}| {n_fmt}/{total_fmt} {elapsed}"):
+        self.layout = layout
         self.bar = None
 
     def start(self, name: str, steps: int) -> None:
         from tqdm import tqdm
 
         self.finish()
-        layout = "{desc:<18} |{bar:28}| {n_fmt}/{total_fmt} {elapsed}"
-        self.bar = tqdm(total=steps, desc=name, bar_format=layout, disable=None, file=sys.stderr)
+        self.bar = tqdm(total=steps, desc=name, bar_format=self.layout, disable=None, file=sys.stderr)
 
     def step(self, done: int, total: int, *_: object) -> None:
         self.bar.total = total
         self.bar.update(done - self.bar.n)
+
+    def say(self, words: str) -> None:
+        """Show a few words where the layout has `{postfix}`."""
+        self.bar.set_postfix_str(words, refresh=False)
 
     def finish(self) -> None:
         if self.bar is not None:
@@ -342,21 +357,30 @@ def save_png(picture, path: Path, texts: Mapping[str, str]) -> None:
 
 def quantize(args: argparse.Namespace) -> int:
     """Write the INT4 file, calibrated where there is a text encoder, and print its path."""
-    from .quantize import calibration_captions, calibration_defaults, quantize_checkpoint
+    from .quantize import TimeLeft, calibration_captions, calibration_defaults, quantize_checkpoint
 
     encoder = args.text_encoder or Path(args.src) / "text_encoder"
-    cap_feats, size = None, 0
-    if not args.no_calibration:
-        if args.text_encoder is None and not encoder.is_dir():
-            print(
-                "zimage: without --text-encoder the file is made from the weights alone, with a larger error than a "
-                "calibrated one; --no-calibration asks for that",
-                file=sys.stderr,
-            )
-        else:
-            prompts, size = calibration_defaults(args.device)
-            cap_feats = calibration_captions(encoder, prompts, tokenizer=args.tokenizer, device=args.device)
-    progress = Progress()
+    calibrated = not args.no_calibration and (args.text_encoder is not None or encoder.is_dir())
+    prompts, size = calibration_defaults(args.device)
+    if args.prompts and not calibrated:
+        raise ValueError("--prompts: are to calibrate with, so name a --text-encoder and leave out --no-calibration")
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    cap_feats = None
+    if calibrated:
+        cap_feats = calibration_captions(encoder, prompts, tokenizer=args.tokenizer, device=args.device)
+    elif not args.no_calibration:
+        print(
+            "zimage: without --text-encoder the file is made from the weights alone, with a larger error than a "
+            "calibrated one; --no-calibration asks for that",
+            file=sys.stderr,
+        )
+    progress, words = Progress("{desc} |{bar:28}| {percentage:3.0f}% {elapsed}{postfix}"), TimeLeft()
+
+    def show(done: int, total: int, what: str) -> None:
+        progress.say(words(done, total, what))
+        progress.step(done, total)
+
     progress.start("quantize", 1)
     try:
         quantize_checkpoint(
@@ -364,15 +388,27 @@ def quantize(args: argparse.Namespace) -> int:
             args.dst,
             rank=args.rank,
             cap_feats=cap_feats,
-            size=size,
+            size=args.size or size,
             merge=args.merge,
+            skip_refiners=args.skip_refiners,
             device=args.device,
-            progress=progress.step,
+            progress=show,
         )
     finally:
         progress.finish()
     print(args.dst)
     return 0
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that say something. ValueError where there is none, or no text."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found other bytes ({error.reason}); save it as such") from error
+    if not prompts:
+        raise ValueError(f"{path}: expected a prompt a line, found none; write some, or leave out --prompts")
+    return prompts
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -381,17 +417,31 @@ def compare(args: argparse.Namespace) -> int:
     from .compare import compare
     from .pipeline import load_pipeline
 
-    def loader(model: str):
-        return lambda: load_pipeline(
-            model, args.text_encoder, args.vae, tokenizer=args.tokenizer, device=args.device, dtype=args.dtype
+    precisions = args.precision * len(args.models) if len(args.precision) == 1 else args.precision
+    if len(precisions) != len(args.models):
+        raise ValueError(f"--precision: expected 1 or {len(args.models)}, one for each model, found {len(precisions)}")
+    models = {}
+    for model, precision in zip(args.models, precisions, strict=True):
+        label = model if len(args.precision) == 1 else f"{model} {precision}"
+        if label in models:
+            raise ValueError(f"--models: {label} is there twice; leave one out, or give --precision for each model")
+        models[label] = partial(
+            load_pipeline,
+            model,
+            args.text_encoder,
+            args.vae,
+            tokenizer=args.tokenizer,
+            device=args.device,
+            dtype=args.dtype,
+            backend=args.backend,
+            precision=precision,
         )
-
     progress = Progress()
-    progress.start("compare", len(args.models) * len(args.seeds))
+    progress.start("compare", len(models) * len(args.seeds))
     try:
         sheet, scores = compare(
             args.prompt,
-            {model: loader(model) for model in args.models},
+            models,
             args.seeds,
             height=args.height,
             width=args.width,

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
 
 WINDOW, SIGMA = 11, 1.5
-MARGIN, LINE = 8, 18  # pixels
+MARGIN, LINE = 8, 18  # pixels; lines grow with the pictures
 
 
 @dataclass(frozen=True)
 class Score:
-    """How near a model's picture of a seed is to the first model's: PSNR in dB (inf if equal), SSIM up to 1."""
+    """How near a model's picture is to the first model's: PSNR in dB (inf if equal), SSIM up to 1.
+
+    seed: its seed, or its number among the model's pictures.
+    """
 
     label: str
     seed: int
@@ -43,8 +46,10 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def ssim(a: Image.Image, b: Image.Image) -> float:
-    """Structural similarity of two RGB pictures of one size, at least 11 x 11. ValueError if the sizes differ."""
+    """Structural similarity of two RGB pictures of one size. ValueError if sizes differ, or are below 11 x 11."""
     x, y = _pixels(a, b)
+    if min(a.size) < WINDOW:
+        raise ValueError(f"pictures: expected at least {WINDOW} x {WINDOW} pixels, found {a.size}; draw larger ones")
     axis = torch.arange(WINDOW) - WINDOW // 2
     window = torch.exp(-axis.square() / (2 * SIGMA**2))
     window = torch.outer(window, window) / window.sum() ** 2
@@ -87,32 +92,44 @@ def compare(
             if progress:
                 progress(sum(map(len, pictures.values())), total, label)
         del pipeline
-    first, *others = pictures
+    return side_by_side(list(pictures), list(pictures.values()), [f"seed {seed}" for seed in seeds], seeds)
+
+
+def side_by_side(
+    labels: Sequence[str], columns: Sequence[Sequence[Image.Image]], rows: Sequence[str], seeds: Sequence[int]
+) -> tuple[Image.Image, list[Score]]:
+    """The sheet of pictures that are there, and the scores of every column but the first, which is the measure.
+
+    columns: for each label its pictures, one for each row; rows: captions of the first column; seeds: for the scores.
+    ValueError where the pictures differ in size.
+    """
+    first, *others = columns
     scores = [
-        Score(label, seed, psnr(right, picture), ssim(right, picture))
-        for label in others
-        for seed, right, picture in zip(seeds, pictures[first], pictures[label], strict=True)
+        [Score(label, seed, psnr(*pair), ssim(*pair)) for seed, *pair in zip(seeds, first, column, strict=True)]
+        for label, column in zip(labels[1:], others, strict=True)
     ]
-    found = {(score.label, score.seed): f"PSNR {score.psnr:.1f} dB, SSIM {score.ssim:.3f}" for score in scores}
-    captions = [[found.get((label, seed), f"seed {seed}") for label in pictures] for seed in seeds]
-    return sheet(list(pictures), list(zip(*pictures.values(), strict=True)), captions), scores
+    found = [[f"PSNR {score.psnr:.1f} dB, SSIM {score.ssim:.3f}" for score in column] for column in scores]
+    captions = list(zip(rows, *found, strict=True))
+    return sheet(labels, list(zip(*columns, strict=True)), captions), [score for column in scores for score in column]
 
 
 def sheet(
     labels: Sequence[str], rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]]
 ) -> Image.Image:
     """Rows of pictures of one size on white, a label above each column and a caption under each picture."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     width, height = rows[0][0].size
-    cell_w, cell_h = max(width, 170) + MARGIN, height + LINE + MARGIN
-    canvas = Image.new("RGB", (MARGIN + cell_w * len(labels), MARGIN + LINE + cell_h * len(rows)), "white")
+    line = max(LINE, width // 32)
+    cell_w, cell_h = max(width, 170) + MARGIN, height + line + MARGIN
+    canvas = Image.new("RGB", (MARGIN + cell_w * len(labels), MARGIN + line + cell_h * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
+    pen.font = ImageFont.load_default(line * 2 // 3)
     for column, label in enumerate(labels):
         x = MARGIN + column * cell_w
         pen.text((x, MARGIN), _fitted(pen, label, cell_w - MARGIN), fill="black")
         for row, pictures in enumerate(rows):
-            y = MARGIN + LINE + row * cell_h
+            y = MARGIN + line + row * cell_h
             canvas.paste(pictures[column], (x, y))
             pen.text((x, y + height + 2), captions[row][column], fill="black")
     return canvas

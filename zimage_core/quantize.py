@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import torch
 
 from . import calibrate
 from .adapters import Linear
-from .checkpoint import expected_tensors, identify, match_tensors
+from .checkpoint import CheckpointInfo, expected_tensors, identify, match_tensors
 from .config import ZImageConfig
 from .keys import diffusers_svdq_module
 from .lora import Bias, Delta, Lora, compose, load_lora
@@ -33,6 +35,9 @@ FP8_SCALES = (".weight_scale", ".scale_weight")
 FP8_UNUSED = (".input_scale", ".scale_input", ".comfy_quant", "scaled_fp8")
 
 Progress = Callable[[int, int, str], None]
+
+PACE = 16  # last reports from which the time left is told: four blocks' linears
+RESUMED = "resumed"  # begins what is reported of work that an earlier run did
 
 
 def quantize_checkpoint(
@@ -53,7 +58,8 @@ def quantize_checkpoint(
     of the prompts to calibrate with (see `calibration_captions`), drawn at size x size pixels; None quantizes from
     the weights alone. merge: LoRA files and their strengths, made part of the weights first. skip_refiners: leave the
     refiners' linears in bf16. device: where the arithmetic runs; deterministic for a device. progress(done, total,
-    name) is called as the work goes on and once at the end, where done == total.
+    what), for which `TimeLeft` has words, is called as the work goes on and once at the end, where done == total; an
+    exception from it ends the run.
 
     `dst` is replaced if it exists, and only at the end. A calibrated run that is interrupted leaves its finished
     blocks beside it, as `dst`.partial and two small files; the same call goes on from there. Raises
@@ -63,9 +69,7 @@ def quantize_checkpoint(
     src, dst, device = Path(src), Path(dst), torch.device(device)
     loras = [(load_lora(path), float(strength)) for path, strength in merge]
     with _open_dense(src) as files:
-        info = identify(files)
-        if info.format != "dense":
-            raise ValueError(f"{src}: expected a BF16 model, found {info.format}; quantize its BF16 original")
+        info = _dense_info(files)
         if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
             raise ValueError(f"{dst}: is the source itself; choose another destination")
         header = plan_header(info.config, rank, skip_refiners)
@@ -75,6 +79,33 @@ def quantize_checkpoint(
             metadata["quantized_by"] = json.dumps(_provenance(files, cap_feats, size, merge))
         with StreamedFile(dst, header, metadata, resumable=cap_feats is not None) as out, torch.inference_mode():
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
+
+
+def check_source(src: str | Path) -> None:
+    """ValueError unless `quantize_checkpoint` takes a file or folder, from its header alone."""
+    _dense_info(_open_dense(Path(src)))
+
+
+class TimeLeft:
+    """Words for a quantization's progress: what it is at and, from its pace of late, how long it will still take."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._marks = deque([(clock(), 0)], maxlen=PACE + 1)
+
+    def __call__(self, done: int, total: int, what: str) -> str:
+        """`block 3/34, attention.to_out, 4:10 left`; without a time until there is a pace to tell it from."""
+        now = self._clock()
+        if what.startswith(RESUMED):
+            self._marks.clear()
+        self._marks.append((now, done))
+        start, before = self._marks[0]
+        if done >= total or done == before:
+            return what
+        seconds = round((now - start) / (done - before) * (total - done))
+        hours, minutes = divmod(seconds // 60, 60)
+        left = f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+        return f"{what}, {left} left"
 
 
 def calibration_defaults(device: str | torch.device) -> tuple[tuple[str, ...], int]:
@@ -97,7 +128,16 @@ def calibration_captions(
 
     encoder = load_text_encoder(text_encoder, device=device)
     tokenize = load_tokenizer(tokenizer or find_tokenizer(text_encoder))
-    return [features.cpu() for features in encode_prompts(encoder, tokenize, prompts)]
+    features = [found.cpu() for found in encode_prompts(encoder, tokenize, prompts)]
+    del encoder
+    _release(device)
+    return features
+
+
+def _release(device: str | torch.device) -> None:
+    """Give freed memory back to the GPU: what comes next asks for pieces of other sizes."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class _Fp8Files(TensorFiles):
@@ -133,6 +173,13 @@ def _open_dense(path: Path) -> TensorFiles:
         return files
     warnings.warn(f"{path}: is FP8, so its weights get rounded twice; the BF16 file gives better ones", stacklevel=3)
     return _Fp8Files(path)
+
+
+def _dense_info(files: TensorFiles) -> CheckpointInfo:
+    info = identify(files)
+    if info.format != "dense":
+        raise ValueError(f"{files.path}: expected a BF16 model, found {info.format}; quantize its BF16 original")
+    return info
 
 
 class _Source:
@@ -187,7 +234,7 @@ class _Source:
 class _Job:
     """One model on its way into one file."""
 
-    STEP_COST, LINEAR_COST = 1, 8  # of drawing with a block and of quantizing a linear, as the progress counts them
+    BLOCK_COST, LINEAR_COST = 1, 16  # of drawing with a block and of quantizing a linear, as the progress counts them
 
     def __init__(self, source: _Source, out: StreamedFile, rank: int, skip_refiners: bool, progress: Progress | None):
         self.source = source
@@ -197,14 +244,14 @@ class _Job:
         self.done = 0
         self.total = 0
         self.blocks = [b for b in block_names(source.config) if not (skip_refiners and "refiner" in b)]
-        self.linears = {f"{block}.{linear}" for block in self.blocks for linear in calibrate.LINEARS}
+        self.linears = [f"{block}.{linear}" for block in self.blocks for linear in calibrate.LINEARS]
 
     def run(self, cap_feats: Sequence[torch.Tensor] | None, size: int) -> None:
         """Write every tensor of the file."""
         self.total = len(self.linears) * self.LINEAR_COST
         self._copy_plain()
         if cap_feats is None:
-            for linear in sorted(self.linears):
+            for linear in self.linears:
                 self._write(linear, svdq_from_dense(self.source.get(f"{linear}.weight"), self.rank))
         else:
             self._calibrated(cap_feats, size)
@@ -212,9 +259,10 @@ class _Job:
 
     def _copy_plain(self) -> None:
         """Everything that stays in bf16."""
+        quantized = set(self.linears)
         for name in self.source.keys:
             module, _, leaf = name.rpartition(".")
-            if module in self.linears:
+            if module in quantized:
                 continue
             tensor, stored = self.source.get(name).to(torch.bfloat16), diffusers_svdq_module(module)
             if stored.endswith("to_qkv"):  # of a refiner that stays dense
@@ -227,14 +275,17 @@ class _Job:
     def _calibrated(self, cap_feats: Sequence[torch.Tensor], size: int) -> None:
         device = self.source.device
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        streamed = calibrate.Streamed(self.source.config, self.source.get, device, dtype)
-        cost = self.STEP_COST * len(self.blocks)
-        self.total += calibrate.STEPS * cost
+        config, drawing = self.source.config, "drawing what to calibrate with"
+        streamed = calibrate.Streamed(
+            config, self.source.get, device, dtype, on_block=lambda: self._advance(self.BLOCK_COST, drawing)
+        )
+        cost = self.BLOCK_COST * calibrate.blocks_to_draw(config)
+        self.total += cost
         if self.out.finished:
             samples = calibrate.load_samples(self.out.notes)
-            self._advance(calibrate.STEPS * cost, "resumed")
+            self._advance(cost, f"{RESUMED} after block {len(self.out.finished)}/{len(self.blocks)}")
         else:
-            samples = calibrate.draw_samples(streamed, cap_feats, size, lambda: self._advance(cost, "drawing"))
+            samples = calibrate.draw_samples(streamed, cap_feats, size)
             calibrate.save_samples(samples, self.out.notes)
         calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
 
@@ -247,12 +298,13 @@ class _Job:
             module = block.get_submodule(linear)
             if resumed:
                 weights = self._read(f"{name}.{linear}")
-                self._advance(self.LINEAR_COST, name)
+                self._advance(self.LINEAR_COST, f"{RESUMED} {self._at(f'{name}.{linear}')}")
             else:
                 stats = calibrate.input_stats(block, linear, chunks)
                 weights = svdq_calibrated(module.weight, self.rank, stats)
                 self._write(f"{name}.{linear}", weights)
             module.weight.copy_(weights.dequantize())
+            _release(self.source.device)
         if not resumed:
             self.out.finish(name)
 
@@ -260,13 +312,18 @@ class _Job:
         packed = weights.to_packed()
         for leaf, tensor in (packed | {"smooth_factor_orig": packed["smooth_factor"]}).items():
             self.out.write(f"{diffusers_svdq_module(linear)}.{leaf}", tensor)
-        self._advance(self.LINEAR_COST, linear)
+        self._advance(self.LINEAR_COST, self._at(linear))
 
     def _read(self, linear: str) -> SVDQWeights:
         prefix = diffusers_svdq_module(linear) + "."
         leaves = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
         packed = {leaf: self.out.read(prefix + leaf).to(self.source.device) for leaf in leaves}
         return SVDQWeights.from_packed(packed)
+
+    def _at(self, linear: str) -> str:
+        """Where in the model a linear is, in words."""
+        stage, index, name = linear.split(".", 2)
+        return f"block {self.blocks.index(f'{stage}.{index}') + 1}/{len(self.blocks)}, {name}"
 
     def _advance(self, cost: int, name: str) -> None:
         self.done += cost
@@ -285,7 +342,7 @@ def _provenance(
     for name in sorted(files.keys()):
         tensor = files.get(name).flatten()
         source.update(f"{name} {len(tensor)} {tensor.dtype}".encode())
-        source.update(tensor[:: max(len(tensor) // 256, 1)].float().numpy().tobytes())
+        source.update(tensor[:: max(len(tensor) // 16, 1)].float().numpy().tobytes())
     made: dict[str, object] = {"tool": "zimage-int4", "source": source.hexdigest()[:16]}
     if merge:
         made["merged"] = [

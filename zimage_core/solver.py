@@ -78,7 +78,7 @@ class Parts:
 
     def residual(self) -> Tensor:
         """Smoothed weight (N, K) of the codes."""
-        return self.codes * self.scales.repeat_interleave(GROUP, 1)
+        return _scaled(self.codes, self.scales)
 
     def weights(self) -> SVDQWeights:
         up, down, smooth, scales = (t.to(torch.bfloat16) for t in (self.up, self.down, self.smooth, self.scales))
@@ -185,11 +185,28 @@ def low_rank(weight: Tensor, rank: int, start: Tensor | None = None) -> tuple[Te
     extra = width if start is None else width - len(start)
     noise = torch.randn(weight.shape[1], extra, generator=torch.Generator().manual_seed(0)).to(weight.device)
     basis = noise if start is None else torch.cat([start.T, noise], 1)
-    for _ in range(8 if start is None else 2):
-        basis = torch.linalg.qr(weight.T @ (weight @ basis)).Q  # (K, R + extra)
+    for _ in range(7 if start is None else 1):
+        basis = _conditioned(weight.T @ (weight @ basis))  # (K, R + extra)
+    basis = torch.linalg.qr(weight.T @ (weight @ basis)).Q
     image = weight @ basis
     vectors = torch.linalg.eigh(image.T @ image).eigenvectors[:, -rank:]
     return image @ vectors, (basis @ vectors).T
+
+
+def _conditioned(basis: Tensor) -> Tensor:
+    """Columns (K, R) that span the same space as `basis`, orthonormal as far as one Cholesky step makes them.
+
+    That is enough between rounds, and on a GPU takes a fraction of a QR decomposition.
+    """
+    basis = basis.double()
+    factor = torch.linalg.cholesky(_damped(basis.T @ basis, 1e-11), upper=True)
+    return torch.linalg.solve_triangular(factor, basis, upper=True, left=False).float()
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    """A symmetric matrix that may be singular, made definite in place."""
+    matrix.diagonal().add_(damping * matrix.diagonal().mean().clamp(min=TINY))
+    return matrix
 
 
 def _best_scales(rest: Tensor, importance: Tensor) -> Tensor:
@@ -199,7 +216,7 @@ def _best_scales(rest: Tensor, importance: Tensor) -> Tensor:
     best, least = largest, torch.full_like(largest, float("inf"))
     for clip in CLIPS:
         scales = _bf16(largest * clip)
-        errors = (rest - _codes(rest, scales) * scales.repeat_interleave(GROUP, 1)).square() * weights
+        errors = (rest - _scaled(_codes(rest, scales), scales)).square_().mul_(weights)
         errors = errors.unflatten(1, (-1, GROUP)).sum(-1)
         best, least = torch.where(errors < least, scales, best), torch.minimum(errors, least)
     return best
@@ -208,38 +225,52 @@ def _best_scales(rest: Tensor, importance: Tensor) -> Tensor:
 def gptq(rest: Tensor, scales: Tensor, moments: Tensor, damping: float = DAMPING) -> Tensor:
     """Codes (N, K) of `rest` (N, K) by given scales, rounded channel by channel, the most used ones first."""
     order = moments.diagonal().argsort(descending=True)
-    inverse = moments[order][:, order].double()  # (K, K), three steps away from it
-    inverse.diagonal().add_(damping * inverse.diagonal().mean().clamp(min=TINY))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(inverse))
-    inverse = torch.linalg.cholesky(inverse, upper=True).float()
-    rest, steps = rest[:, order], scales[:, order // GROUP]
-    codes = torch.zeros_like(rest)
-    for start in range(0, rest.shape[1], PANEL):
-        end = min(start + PANEL, rest.shape[1])
-        panel, errors = rest[:, start:end].clone(), torch.zeros_like(rest[:, start:end])
-        for i, at in enumerate(range(start, end)):
-            codes[:, at] = _round(panel[:, i], steps[:, at])
-            errors[:, i] = (panel[:, i] - codes[:, at] * steps[:, at]) / inverse[at, at]
-            panel[:, i:] -= torch.outer(errors[:, i], inverse[at, at:end])
-        rest[:, end:] -= errors @ inverse[start:end, end:]
-    return codes[:, order.argsort()]
+    factor = _inverse_factor(moments, order, damping)
+    factor /= factor.diagonal().clone()[:, None]
+    rest, steps = rest.T[order], scales.T[order // GROUP]  # (K, N), so that a channel's values lie together
+    divisors = torch.where(steps > 0, steps, torch.inf)
+    codes = torch.empty_like(rest)
+    for start in range(0, len(rest), PANEL):
+        chosen = slice(start, start + PANEL)
+        panel, triangle = rest[chosen], factor[chosen, chosen]
+        channels = zip(panel, codes[chosen], steps[chosen], divisors[chosen], strict=True)
+        for i, (values, rounded, step, divisor) in enumerate(channels, 1):
+            torch.div(values, divisor, out=rounded).round_().clamp_(-MAX_CODE, MAX_CODE)
+            values.addcmul_(rounded, step, value=-1)  # what rounding leaves
+            panel[i:].addr_(triangle[i - 1, i:], values, alpha=-1)
+        rest[start + PANEL :].addmm_(factor[chosen, start + PANEL :].T, panel, alpha=-1)
+    return codes[order.argsort()].T.contiguous()
+
+
+def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> Tensor:
+    """The upper triangular U (K, K) with U^T U the inverse of the damped moments (K, K), channels in that order.
+
+    Through the Cholesky factor of the moments in reverse order, whose inverse is U in reverse.
+    """
+    reverse = order.flip(0)
+    lower = torch.linalg.cholesky(_damped(moments[reverse][:, reverse].double(), damping))
+    identity = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).float().flip(0, 1)
 
 
 def _fit_up(rest: Tensor, parts: Parts, moments: Tensor) -> Tensor:
     """The branch's up (N, R) that, over its given down, fits `rest` (N, K) best for the inputs."""
     down = (parts.down * parts.smooth).double()
     seen = down @ moments.double()  # (R, K)
-    normal = seen @ down.T
-    normal.diagonal().add_(1e-4 * normal.diagonal().mean().clamp(min=TINY))
+    normal = _damped(seen @ down.T, 1e-4)
     return _bf16(torch.linalg.solve(normal, seen @ rest.T.double()).T.float())
 
 
 def _codes(rest: Tensor, scales: Tensor) -> Tensor:
-    return _round(rest, scales.repeat_interleave(GROUP, 1))
+    """Values (N, K) in steps of their groups' scales (N, G), rounded to nearest."""
+    steps = scales[:, :, None]
+    groups = rest.unflatten(1, (-1, GROUP)) / torch.where(steps > 0, steps, torch.inf)
+    return groups.round_().clamp_(-MAX_CODE, MAX_CODE).flatten(1)
 
 
-def _round(values: Tensor, steps: Tensor) -> Tensor:
-    return torch.where(steps > 0, values / steps, 0).round().clamp(-MAX_CODE, MAX_CODE)
+def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
+    """What codes (N, K) mean at scales (N, G)."""
+    return (codes.unflatten(1, (-1, GROUP)) * scales[:, :, None]).flatten(1)
 
 
 def quantize_inputs(x: Tensor, bits: int) -> Tensor:

@@ -58,6 +58,19 @@ def test_zimage_bench_on_a_cpu(capsys):
     assert steps["dense bfloat16"]["vs_dense"] == 1.0
 
 
+def test_quantizing(capsys, script):
+    script("quantize", "--small", "--device=cpu", "--rank=16", "--prompts=2", "--size=32")
+    out = capsys.readouterr().out
+    assert "| solver, s |" in out and "3 blocks, rank 16, 2 prompts of 32 x 32" in out
+    found = json.loads(out.splitlines()[-1])
+    assert [row["linear"] for row in found["linears"]] == ["qkv", "out", "w3_w1", "w2"]
+    assert all(0 < row["branch_s"] < row["solver_s"] for row in found["linears"])
+    run = found["run"]
+    assert run["drawn_blocks"] == 17 and len(run["linear_s"]) == 4
+    assert run["drawing_s"] + 3 * sum(run["linear_s"].values()) < run["seconds"]
+    assert run["projected_s"] == pytest.approx(run["seconds"] * 34 / 3)
+
+
 def test_zimage_bench_of_a_file(capsys, tiny_files):
     assert cli.main(["bench", "--device=cpu", "--size=32", f"--model={tiny_files['model']}"]) == 0
     found = last_line(capsys)

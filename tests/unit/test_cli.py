@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
+import re
 import shlex
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -294,6 +297,51 @@ def test_quantize_calibrates_where_there_is_an_encoder(tiny_files, tmp_path, mon
     assert capsys.readouterr().err == ""
 
 
+def test_quantize_takes_prompts_a_size_and_dense_refiners(tiny_files, tmp_path, monkeypatch, capsys):
+    """What the options hand to the quantizer; a prompt that is not built in gives features that are not."""
+    from zimage_core import quantize
+
+    asked = []
+    monkeypatch.setattr(quantize, "quantize_checkpoint", lambda *a, **k: asked.append(k))
+    monkeypatch.setattr(quantize, "calibration_captions", lambda encoder, prompts, **k: list(prompts))
+    src, dst = str(tiny_files["model"]), str(tmp_path / "out.safetensors")
+    encoder = [f"--text-encoder={tiny_files['text_encoder']}"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n  黄昏时分的外滩 \n", encoding="utf-8")
+    options = [f"--prompts={prompts}", "--size=128", "--skip-refiners"]
+    assert cli.main(["quantize", src, dst, *options, *encoder]) == 0
+    assert asked[0]["cap_feats"] == ["a red circle", "黄昏时分的外滩"]
+    assert (asked[0]["size"], asked[0]["skip_refiners"]) == (128, True)
+    capsys.readouterr()
+    for given in (options, [*options, *encoder, "--no-calibration"]):
+        assert "name a --text-encoder" in refused(capsys, cli.main(["quantize", src, dst, *given]))
+    for content, words in ((b"\n \n", "expected a prompt a line"), (b"caf\xe9", "expected UTF-8 text")):
+        prompts.write_bytes(content)
+        assert words in refused(capsys, cli.main(["quantize", src, dst, *options, *encoder]))
+    prompts.unlink()
+    assert "no such file" in refused(capsys, cli.main(["quantize", src, dst, *options, *encoder])).lower()
+    assert len(asked) == 1
+
+
+def test_quantize_shows_the_time_left(tiny_files, tmp_path, monkeypatch):
+    from zimage_core import quantize
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def work(*args, progress, **options):
+        for done, what in ((0, "block 3/34, attention.to_qkv"), (50, "block 3/34, attention.to_out")):
+            time.sleep(0.2)
+            progress(done, 100, what)
+        progress(100, 100, "out.safetensors")
+
+    monkeypatch.setattr(quantize, "quantize_checkpoint", work)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert cli.main(["quantize", "a", str(tmp_path / "b"), "--no-calibration"]) == 0
+    assert re.search(r"quantize .* 50% 00:0\d, block 3/34, attention\.to_out, 0:0\d left", sys.stderr.getvalue())
+
+
 def test_compare_writes_a_sheet_and_scores(tmp_path, capsys):
     """The demo's BF16 source against its INT4 file."""
     from zimage_core.demo import demo_files
@@ -311,6 +359,21 @@ def test_compare_writes_a_sheet_and_scores(tmp_path, capsys):
     assert last["scores"][0]["psnr"] > 25 and last["scores"][0]["ssim"] > 0.9
     code = cli.main(["compare", "a red star", "--models", models[0], *parts, *size])
     assert "two models or more" in refused(capsys, code)
+
+
+def test_compare_takes_a_precision_for_each_model(tmp_path, capsys):
+    """The same file twice: nothing but the precision differs."""
+    from zimage_core.demo import demo_files
+
+    model, *parts = (str(demo_files()[name]) for name in ("model", "text_encoder", "tokenizer", "vae"))
+    parts = [f"--{name}={path}" for name, path in zip(("text-encoder", "tokenizer", "vae"), parts, strict=True)]
+    options = ["--width=64", "--height=64", "--steps=2", "--seeds=1", "--device=cpu", f"--out={tmp_path / 'a.png'}"]
+    command = ["compare", "a red star", "--models", model, model, *parts, *options, "--json"]
+    assert cli.main([*command, "--precision", "w4a16", "w4a4"]) == 0
+    (score,) = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
+    assert score["label"] == f"{model} w4a4" and score["psnr"] is not None and score["psnr"] < 60
+    assert "is there twice" in refused(capsys, cli.main(command))
+    assert "expected 1 or 2" in refused(capsys, cli.main([*command, "--precision", "w4a16", "w4a4", "w4a8"]))
 
 
 def test_the_draw_command_of_the_readme_follows_its_prompt(tmp_path, monkeypatch, capsys):

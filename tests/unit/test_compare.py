@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zimage_core.compare import compare, psnr, sheet, ssim
+from zimage_core.compare import compare, psnr, sheet, side_by_side, ssim
 
 
 def picture(seed: int, noise: float = 0.0) -> Image.Image:
@@ -63,6 +63,19 @@ def test_comparison_scores_every_other_model_for_every_seed():
     assert drawn.width > 3 * 64 and drawn.height > 2 * 64
     with pytest.raises(ValueError, match="two models or more"):
         compare("x", {"one": lambda: Fake(0)}, [1])
+
+
+def test_pictures_that_are_there_are_put_side_by_side():
+    """Two columns may have the same name; text grows with the pictures."""
+    columns = [[picture(0), picture(1)], [picture(0), picture(1, 9)], [picture(0, 5), picture(1)]]
+    drawn, scores = side_by_side(["A", "same", "same"], columns, ["picture 1", "picture 2"], [1, 2])
+    assert [(score.label, score.seed, score.psnr == math.inf) for score in scores] == [
+        *(("same", 1, True), ("same", 2, False), ("same", 1, False), ("same", 2, True)),
+    ]
+    large, _ = side_by_side(["A", "B"], [[Image.new("RGB", (1024, 32))]] * 2, ["1"], [1])
+    assert large.height - 32 > drawn.height / 2 - 64 + 20
+    with pytest.raises(ValueError, match="at least 11 x 11"):
+        side_by_side(["A", "B"], [[Image.new("RGB", (8, 64))]] * 2, ["1"], [1])
 
 
 def test_sheet_shows_each_picture_where_it_belongs():

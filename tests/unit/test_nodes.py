@@ -29,6 +29,8 @@ IDS = (
     "ZImageVAELoader",
     "ZImageVAEDecode",
     "ZImageLoraStack",
+    "ZImageQuantize",
+    "ZImageCompare",
 )
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 REAL_FILES = {"svdq-int4_r256-z-image-turbo.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"}
@@ -324,11 +326,92 @@ def test_sizes_out_of_range_or_linked(pack):
     assert "try 16" in validate(0, 64) and "height" in validate(64, 8192) and validate(None, 64) is True
 
 
+# ---- quantizing and comparing ---------------------------------------------------------------------------------
+
+
+def validate(pack, **changes):
+    given = {"model_name": "bundled demo", "lora_name": "none", "output_name": "", **changes}
+    return pack.NODE_CLASS_MAPPINGS["ZImageQuantize"].VALIDATE_INPUTS(**given)
+
+
+def test_quantizer_lists_what_it_can_take(pack):
+    demo = sys.modules["zimage_unit_pack.nodes.host"].DEMO
+    folder = pack.models / "diffusion_models" / "fine-tune"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    (pack.models / "diffusion_models" / "q8.gguf").touch()
+    listed = combo(pack, "ZImageQuantize", "model_name")
+    (folder / "config.json").unlink()
+    (pack.models / "diffusion_models" / "q8.gguf").unlink()
+    assert listed[-2:] == ["fine-tune", demo] and "q8.gguf" not in listed
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({}, None),
+        ({"model_name": None, "lora_name": "bundled demo: frame", "size": 128}, None),  # linked, and a real LoRA
+        ({"size": 100}, "try 96"),
+        ({"size": -16}, "try 16"),
+        ({"size": 2048}, "try 1024"),
+        ({"model_name": "gone.safetensors"}, "is not in"),
+        ({"lora_name": "gone.safetensors"}, "is not in"),
+        ({"output_name": "../x"}, "without folders"),
+        ({"output_name": "a\\b.safetensors"}, "without folders"),
+        ({"output_name": "mine"}, None),
+    ],
+)
+def test_quantizer_checks_its_inputs(pack, changes, says):
+    answer = validate(pack, **changes)
+    assert answer is True if says is None else says in answer, answer
+
+
+def test_quantizer_refuses_what_is_int4_already(pack):
+    path = pack.models / "diffusion_models" / "int4.safetensors"
+    path.symlink_to(TINY)
+    assert "expected a BF16 model, found svdq-int4" in validate(pack, model_name=path.name)
+    path.unlink()
+
+
+def test_quantizer_names_its_file(pack, monkeypatch):
+    host = sys.modules["zimage_unit_pack.nodes.host"]
+    known = host.folder_paths.folder_names_and_paths["diffusion_models"]
+    monkeypatch.setitem(
+        host.folder_paths.folder_names_and_paths, "diffusion_models", ([str(pack.models / "unet"), *known[0]], known[1])
+    )
+    folder = pack.models / "diffusion_models"
+    assert host.new_file(host.DEMO, "", 32) == folder / "svdq-int4_r32-z-image-demo.safetensors"
+    assert host.new_file(host.DEMO, "mine", 32) == folder / "mine.safetensors"
+    assert host.new_file(host.DEMO, "mine.sft", 32) == folder / "mine.sft"
+
+
+def test_quantizer_wants_a_clip_to_calibrate(pack):
+    node = pack.NODE_CLASS_MAPPINGS["ZImageQuantize"]()
+    with pytest.raises(ValueError, match="connect a CLIP, or switch calibrate off"):
+        node.quantize("bundled demo", "32", True, "none", 1.0, "")
+
+
+def test_compare_makes_a_sheet_of_what_is_connected(pack):
+    import torch
+
+    grey, near = torch.full((2, 24, 32, 3), 0.5), torch.full((2, 24, 32, 4), 0.5)  # the second with an alpha channel
+    near[1, :12] = 0.6
+    node = pack.NODE_CLASS_MAPPINGS["ZImageCompare"]()
+    sheet, scores = node.compare(grey, near, "BF16", "INT4", image_d=grey, label_d="again")
+    assert sheet.ndim == 4 and sheet.shape[0] == 1 and sheet.dtype is torch.float32 and sheet.amax() == 1
+    assert sheet.shape[2] > 3 * 170 and sheet.shape[1] > 2 * 24
+    assert scores.splitlines()[0].startswith("INT4, picture 1: PSNR inf dB, SSIM 1.0000")
+    assert re.fullmatch(r"INT4, picture 2: PSNR 2\d\.\d\d dB, SSIM 0\.\d+", scores.splitlines()[1])
+    assert [line.split(",")[0] for line in scores.splitlines()] == ["INT4", "INT4", "again", "again"]
+    with pytest.raises(ValueError, match="INT4: expected 2 of 32 x 24 pictures as in BF16, found 1 of 32 x 24"):
+        node.compare(grey, near[:1], "BF16", "INT4")
+
+
 # ---- example workflows ----------------------------------------------------------------------------------------
 
 
-def test_there_are_five_workflows():
-    assert len(WORKFLOWS) == 5
+def test_there_are_six_workflows():
+    assert len(WORKFLOWS) == 6
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from zimage_core.checkpoint import load_transformer
 from zimage_core.config import ZImageConfig
 from zimage_core.keys import diffusers_svdq_module
-from zimage_core.quantize import quantize_checkpoint
+from zimage_core.quantize import TimeLeft, quantize_checkpoint
 from zimage_core.solver import low_rank, svdq_from_dense
 from zimage_core.svdq import SVDQWeights
 from zimage_core.svdq_file import StreamedFile, diffusers_config, file_metadata, plan_header
@@ -216,6 +219,7 @@ def test_progress_counts_to_the_end(source, tmp_path):
     quantize_checkpoint(source, tmp_path / "q", rank=16, progress=lambda *call: calls.append(call))
     done = [call[0] for call in calls]
     assert done == sorted(done) and len(set(done)) == 12  # the linears of three blocks
+    assert [call[2] for call in calls[:5:4]] == ["block 1/3, attention.to_qkv", "block 2/3, attention.to_qkv"]
     assert calls[-1][0] == calls[-1][1]
 
 
@@ -285,21 +289,106 @@ def test_calibrated_file_has_the_same_header_and_says_how_it_was_made(outliers, 
     assert ours.metadata == plain.metadata
 
 
+LEFTOVERS = ["q.partial", "q.partial.finished", "q.partial.notes"]
+SECOND_BLOCK = "block 2/2, attention.to_qkv"
+
+
+def assert_resumes(outliers, captions, calibrated, folder) -> None:
+    """The same call goes on from the last finished block and writes the file of an undisturbed run."""
+    assert sorted(os.listdir(folder)) == LEFTOVERS
+    reports = []
+    quantize_checkpoint(
+        outliers, folder / "q", rank=32, cap_feats=captions, size=96, progress=lambda *call: reports.append(call)
+    )
+    names = [report[2] for report in reports]
+    assert names[:2] == ["resumed after block 1/2", "resumed block 1/2, attention.to_qkv"]
+    assert names[5] == SECOND_BLOCK and reports[-1][0] == reports[-1][1]
+    assert os.listdir(folder) == ["q"]
+    assert digest(folder / "q") == digest(calibrated)
+
+
 def test_interrupted_calibration_goes_on_from_the_last_finished_block(outliers, captions, calibrated, tmp_path):
     def interrupt(done: int, total: int, name: str) -> None:
-        if name == "layers.1.attention.to_qkv":
+        if name == SECOND_BLOCK:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=interrupt)
-    assert sorted(os.listdir(tmp_path)) == ["q.partial", "q.partial.finished", "q.partial.notes"]
-    names = []
-    quantize_checkpoint(
-        outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=lambda *call: names.append(call[2])
+    assert_resumes(outliers, captions, calibrated, tmp_path)
+
+
+def test_killed_half_way_it_goes_on_too(outliers, captions, calibrated, tmp_path):
+    """A process that gets no chance to clean up leaves nothing under the final name, and what it finished serves."""
+    save_file({str(i): features for i, features in enumerate(captions)}, tmp_path / "captions")
+    code = (
+        "import os, signal, sys\n"
+        "from safetensors.torch import load_file\n"
+        "from zimage_core.quantize import quantize_checkpoint\n"
+        "def kill(done, total, name):\n"
+        f"    if name == {SECOND_BLOCK!r}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "captions = [features for _, features in sorted(load_file(sys.argv[3]).items())]\n"
+        "quantize_checkpoint(sys.argv[1], sys.argv[2], rank=32, cap_feats=captions, size=96, progress=kill)\n"
     )
-    assert "resumed" in names and "drawing" not in names
-    assert os.listdir(tmp_path) == ["q"]
-    assert digest(tmp_path / "q") == digest(calibrated)
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-c", code, str(outliers), str(out / "q"), str(tmp_path / "captions")]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == -9
+    assert_resumes(outliers, captions, calibrated, out)
+
+
+def test_a_disk_that_fills_up_half_way_gets_a_sentence_and_the_run_goes_on_later(
+    outliers, captions, calibrated, tmp_path, monkeypatch
+):
+    """Where the file system could not reserve the space; the full disk is played by the flush of the second block."""
+    sync, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device; free 0.0 GiB there or choose another folder"):
+        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96)
+    monkeypatch.undo()
+    assert_resumes(outliers, captions, calibrated, tmp_path)
+
+
+def test_a_disk_that_is_full_at_the_first_tensor_leaves_nothing(outliers, tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    write = StreamedFile.write
+
+    def fill_up(self, name, tensor):
+        self._file.close()
+        self._file = Full()
+        write(self, name, tensor)
+
+    monkeypatch.setattr(StreamedFile, "write", fill_up)
+    with pytest.raises(ValueError, match="No space left on device; free"):
+        quantize_checkpoint(outliers, tmp_path / "q", rank=32)
+    assert os.listdir(tmp_path) == []
+
+
+def test_time_left_follows_the_pace_of_late():
+    now = [100.0]
+    words = TimeLeft(lambda: now[0])
+
+    def after(seconds: float, done: int, what: str = "block 3/34, attention.to_out") -> str:
+        now[0] += seconds
+        return words(done, 1000, what)
+
+    assert after(10, 0) == "block 3/34, attention.to_out"
+    assert after(10, 16).endswith("attention.to_out, 20:30 left")  # 20 s for 16 of 1000, 984 to go
+    for i in range(2, 30):
+        said = after(2, 16 * i)
+    assert said.endswith(", 1:07 left")  # 2 s for 16, 536 to go
+    assert after(0, 500, "resumed block 4/34, attention.to_out") == "resumed block 4/34, attention.to_out"
+    assert after(800, 600).endswith(", 53:20 left") and after(8000, 601).endswith(", 9:39:24 left")
+    assert after(1, 1000, "q.safetensors") == "q.safetensors"
 
 
 def test_leftovers_serve_the_same_job_only(tmp_path):

@@ -10,6 +10,7 @@ from zimage_core.solver import (
     SAMPLE_ROWS,
     InputStats,
     Parts,
+    gptq,
     low_rank,
     quantize_inputs,
     squared_error,
@@ -78,6 +79,38 @@ def test_codes_are_those_that_quantizers_emit():
     weight, inputs = layer(True)
     codes = unpack_nibbles(svdq_calibrated(weight, RANK, stats_of(inputs)).qweight)
     assert codes.amin() == -7 and codes.amax() == 7
+
+
+@pytest.mark.parametrize("outlier", [0.0, 1e6])
+def test_low_rank_of_a_weight_of_lower_rank_is_exact(outlier):
+    weight = torch.ones(WIDTH, WIDTH)
+    weight[3, 5] += outlier
+    up, down = low_rank(weight, RANK)
+    assert torch.dist(up @ down, weight) < 1e-5 * weight.norm()
+    torch.testing.assert_close(down @ down.T, torch.eye(RANK), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [128, 320])  # a whole panel, and panels of which the last is short
+def test_gptq_is_the_published_one(width):
+    generator = torch.Generator().manual_seed(4)
+    weight, inputs = torch.randn(16, width, generator=generator), torch.randn(4 * width, width, generator=generator)
+    inputs = (inputs + inputs[:, :1]) * torch.linspace(0.3, 2, width)
+    moments = inputs.T @ inputs / len(inputs)
+    scales = weight.unflatten(1, (-1, 64)).abs().amax(-1) / 5  # some are clipped
+    scales[0, 0] = 0
+
+    order = moments.diagonal().argsort(descending=True)
+    rest, expected = weight.double().clone(), torch.zeros_like(weight)
+    damped = moments.double() + 0.05 * moments.diagonal().mean() * torch.eye(width)
+    while len(order):  # Optimal Brain Quantization in a fixed order: inverts anew what is left
+        at, others = order[0], order[1:]
+        steps = scales[:, at // 64].double()
+        expected[:, at] = torch.where(steps > 0, rest[:, at] / steps, 0).round().clamp(-7, 7)
+        inverse = torch.linalg.inv(damped[order][:, order])
+        error = (rest[:, at] - expected[:, at] * steps) / inverse[0, 0]
+        rest[:, others] -= torch.outer(error, inverse[0, 1:])
+        order = others
+    assert (gptq(weight, scales, moments) != expected).float().mean() < 0.002  # ties, as fp32 rounds them
 
 
 def test_low_rank_starts_from_an_earlier_answer():

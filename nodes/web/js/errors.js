@@ -11,6 +11,8 @@ const NODES = new Set([
   "ZImageVAELoader",
   "ZImageVAEDecode",
   "ZImageLoraStack",
+  "ZImageQuantize",
+  "ZImageCompare",
 ])
 const OURS = /zimage_core|nodes[\\/]host\.py/ // a stock sampler that ran our model
 
