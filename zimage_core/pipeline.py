@@ -125,9 +125,10 @@ def get_tokenizer(text_encoder, comfyui=None) -> Path:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The named device, else the first CUDA (or ROCm) device, else the CPU. Raises ValueError if it is not there."""
+    """The named device, else the current CUDA (or ROCm) device, else the CPU; a GPU always with its index, which some
+    functions of torch.cuda ask for. Raises ValueError if it is not there."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
     except RuntimeError:
@@ -137,6 +138,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
             f"device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
             "`zimage doctor` tells more, --device cpu works anywhere"
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -232,3 +232,12 @@ def test_a_whole_diffusers_folder(tiny_files, tmp_path):
 def test_default_sizes(draw):
     assert draw._size(None, None, None) == (1024, 1024)
     assert draw._size(512, None, None) == (512, 1024)
+
+
+def test_a_gpu_has_its_index(monkeypatch):
+    """Some functions of torch.cuda, the memory limit's among them, take no device without one."""
+    for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    choose = pipeline.choose_device
+    assert choose(None) == choose("cuda") == torch.device("cuda", 1)
+    assert choose("cuda:0") == torch.device("cuda", 0)

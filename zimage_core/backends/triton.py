@@ -55,7 +55,9 @@ def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
     if precision == "w4a8":
         codes = layout.unpack_nibbles(weights.qweight).view(len(weights.qweight), -1, layout.GROUP)
         largest = (codes.abs_().amax(2) * weights.wscales.float().abs()).amax(1)
-        prepared["channel_scale"] = largest.clamp_(min=1e-12) / LIMITS[torch.float8_e4m3fn]
+        # Not a division: torch makes one of a constant on CUDA, rounded otherwise than on the CPU, and a model that
+        # was prepared there to be streamed must be the same.
+        prepared["channel_scale"] = largest.clamp_(min=1e-12) * (1 / LIMITS[torch.float8_e4m3fn])
     return prepared
 
 
