@@ -126,6 +126,7 @@ def meta_transformer(config: ZImageConfig, arithmetic: str, rank: int, dtype: to
         ("triton w4a8", True, FP16, 1, (1024, 1024), 60),
         ("triton w4a8 int8", True, BF16, 1, (1024, 1024), 60),
         ("triton w4a16", True, BF16, 1, (1024, 1024), 60),
+        ("triton w4a16", True, BF16, 1, (512, 512), 60),
         ("triton w4a16", True, FP16, 2, (512, 512), 60),
         ("dense", True, BF16, 1, (1024, 1024), 60),
         ("dense", False, FP32, 1, (512, 512), 60),
@@ -243,6 +244,7 @@ def test_weights_from_the_header_are_those_of_the_model(tiny_files):
     blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
     assert plan.transformer_weights(CONFIG, 256, True, 2, "triton w4a8") == weights(blocks, model)
     assert (plan.CHUNK, plan.KEPT_DENSE) == (reference.CHUNK, reference.DENSE)
+    assert plan.FEW_ROWS == triton.FEW_ROWS
     config, stored = check_text_encoder(tiny_files["text_encoder"])
     encoder = load_text_encoder(tiny_files["text_encoder"], dtype=BF16)
     forms = {name: (weight.form, weight.shape) for name, weight in stored.items()}

@@ -33,18 +33,19 @@ def test_kernels_compile_for(sm):
     half = "*fp16" if sm == 75 else "*bf16"
     byte = "*fp8e4nv" if sm >= 89 else "*i8"
     weight = {"qweight": "*u8", "wscales": half}
-    rank = 256 if sm >= 80 else 0
-    tiles = backend.dequantize_tiles(3840, rank, sm)
-    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     branch = {"smooth_factor": half, "proj_down": half, "proj_up": half}
-    ptx = compiled(kernels.dequantize, sm, weight | branch | {"weight": half, "k": "i32", "r": "i32"}, tiles, options)
-    assert bool(re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)) == (rank > 0)  # on the tensor cores
-    assert ("ld.global.v4" in ptx or "cp.async" in ptx) and "st.global.v4" in ptx  # 16 bytes at a time
+    for rank in (0, 256) if sm >= 80 else (0,):
+        tiles = backend.dequantize_tiles(3840, rank, sm)
+        options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
+        signature = weight | branch | {"weight": half, "k": "i32", "r": "i32", "stride": "i32"}
+        ptx = compiled(kernels.dequantize, sm, signature, tiles, options)
+        assert bool(re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)) == (rank > 0)  # on the tensor cores
+        assert re.search(r"ld\.global\.v[24]|cp\.async", ptx) and "st.global.v4" in ptx  # 8 bytes or more at a time
     for block_k in (4096, 16384):
         rows = {"x": half, "smooth_factor": half, "codes": byte, "row_scale": "*fp32", "k": "i32"}
         compiled(kernels.quantize_rows, sm, rows, {"LIMIT": 448.0, "BLOCK_K": block_k}, {"num_warps": 16})
     weight |= {"channel_scale": "*fp32", "weight": byte, "k": "i32"}
-    compiled(kernels.requantize, sm, weight, {"TO_CODE": 1.0, "BLOCK_N": 64, "BLOCK_C": 64}, {})
+    compiled(kernels.requantize, sm, weight, {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_C": 128}, {})
     rescale = {"products": "*i32", "row_scale": "*fp32", "channel_scale": "*fp32", "y": half, "n": "i32"}
     compiled(kernels.rescale_add, sm, rescale, {"TO_CODE": 448 / 127, "BLOCK": 1024}, {})
 

@@ -65,8 +65,10 @@ def codes(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("few_rows", [0, backend.FEW_ROWS])
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_w4a16_equals_the_golden_output(path):
+def test_w4a16_equals_the_golden_output(path, few_rows, monkeypatch):
+    monkeypatch.setattr(backend, "FEW_ROWS", few_rows)
     tensors, weights = golden(path)
     x = tensors["x"]
     y = backend.linear(x, backend.prepare(weights, "w4a16"), "w4a16")

@@ -1,7 +1,8 @@
 """The Triton backend: weights dequantized at every call into a buffer that the allocator reuses, then one GEMM.
 
-w4a16: one kernel writes q * s / smooth + up @ down in 16 bits, cuBLAS multiplies. As GEMMs of its own the low-rank
-branch costs 0.09 to 0.20 of a bf16 linear; inside the kernel it is to hide behind the writing of the weight.
+w4a16: up to FEW_ROWS rows one kernel writes q * s / smooth, and the low-rank branch rides in the GEMM as R more
+channels of x and of the weight, which costs M * (N + K) * R products; for more rows a kernel adds up @ down to the
+weight, which costs N * K * R whatever M is.
 
 w4a8: activations x / smooth in 8 bits with a scale per row, weights in 8 bits with a scale per output channel, fp8
 (e4m3) from sm_89 on and int8 before. The low-rank branch stays in 16 bits: inside the fp8 weight it would be
@@ -31,6 +32,7 @@ from .reference import join, restore
 __all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "linear"]
 PRECISIONS = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
+FEW_ROWS = 2048  # up to which w4a16 multiplies activations, not the weight, by the low-rank branch
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -69,27 +71,34 @@ def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str
 
 def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The dense weight (N, K) in the dtype of the scales: q * s / smooth + up @ down."""
-    from . import triton_kernels
-
     down, up = prepared["proj_down"], prepared["proj_up"]
-    (r, k), n, sm = down.shape, len(up), capability(down.device)
-    inside = sm is None or sm >= 80  # triton has no tensor cores for the product on sm_75
-    weight = torch.empty(n, k, dtype=down.dtype, device=down.device)
-    tiles = dequantize_tiles(k, r if inside else 0, sm or 80)
-    triton_kernels.dequantize[n // tiles["BLOCK_N"], k // 2 // tiles["BLOCK_C"]](
-        prepared["qweight"], prepared["wscales"], prepared["smooth_factor"], down, up, weight, k, r, **tiles
-    )
-    return weight if inside else weight.addmm_(up, down)
+    weight = torch.empty(len(up), down.shape[1], dtype=down.dtype, device=down.device)
+    if (capability(down.device) or 80) < 80:  # triton has no tensor cores for the product there
+        _dequantize(prepared, weight, 0)
+        return weight.addmm_(up, down)
+    _dequantize(prepared, weight, len(down))
+    return weight
 
 
 def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
     """Tile sizes for K, the rank (0: no product) and the compute capability, within its shared memory."""
     if r == 0:
-        return {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_R": 0, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_N": 32, "BLOCK_C": 128 if k % 256 == 0 else 64, "BLOCK_R": 0, "num_warps": 4, "num_stages": 1}
     large = sm in (90, 100)
-    block_c = 128 if large and k % 256 == 0 else 64
     block_r = min(r & -r, 64 if large else 32)
-    return {"BLOCK_N": 128, "BLOCK_C": block_c, "BLOCK_R": block_r, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_R": block_r, "num_warps": 4 if large else 8, "num_stages": 3}
+
+
+def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: int) -> None:
+    """Write q * s / smooth, with up @ down of rank r or without (0), into weight (N, K), which may be strided."""
+    from . import triton_kernels
+
+    n, k = weight.shape
+    tiles = dequantize_tiles(k, r, capability(weight.device) or 80)
+    names = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
+    triton_kernels.dequantize[n // tiles["BLOCK_N"], k // 2 // tiles["BLOCK_C"]](
+        *(prepared[name] for name in names), weight, k, r, weight.stride(0), **tiles
+    )
 
 
 def eight_bit(device: torch.device) -> torch.dtype:
@@ -119,14 +128,25 @@ def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torc
     qweight = prepared["qweight"]
     n, half = qweight.shape
     weight = torch.empty(n, 2 * half, dtype=dtype, device=qweight.device)
-    triton_kernels.requantize[n // 64, half // 64](
-        qweight, prepared["wscales"], prepared["channel_scale"], weight, 2 * half, _to_code(dtype), 64, 64
+    block_c = 128 if half % 128 == 0 else 64
+    triton_kernels.requantize[n // 32, half // block_c](
+        qweight, prepared["wscales"], prepared["channel_scale"], weight, 2 * half, _to_code(dtype), 32, block_c
     )
     return weight
 
 
 def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return F.linear(x, dequantize(prepared), prepared.get("bias"))
+    down, up, bias = prepared["proj_down"], prepared["proj_up"], prepared.get("bias")
+    (m, k), n, r = x.shape, len(up), len(down)
+    if m > FEW_ROWS or x.dtype is torch.float16:  # x @ down.T might overflow
+        return F.linear(x, dequantize(prepared), bias)
+    # [x, x @ down.T] @ [q * s / smooth, up].T
+    weight, wide = torch.empty(n, k + r, dtype=x.dtype, device=x.device), x.new_empty(m, k + r)
+    _dequantize(prepared, weight[:, :k], 0)
+    weight[:, k:] = up
+    wide[:, :k] = x
+    torch.mm(x, down.T, out=wide[:, k:])
+    return F.linear(wide, weight, bias)
 
 
 def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -28,13 +28,13 @@ def _scales(wscales, rows, tile, k, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 
 @triton.jit
 def dequantize(
-    qweight, wscales, smooth_factor, proj_down, proj_up, weight, k, r,
+    qweight, wscales, smooth_factor, proj_down, proj_up, weight, k, r, stride,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """weight (N, K) = q * s / smooth + up @ down, rounded once; BLOCK_R = 0 leaves up @ down out.
+    """weight (N, K), its rows `stride` apart, = q * s / smooth + up @ down, rounded once.
 
-    r is no constant: a LoRA in the branch changes it, and that must not compile again.
-    Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
+    BLOCK_R = 0 leaves up @ down out. r is no constant: a LoRA in the branch changes it, and that must not compile
+    again. Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channels = columns // 32 * 64 + columns % 32
@@ -51,7 +51,7 @@ def dequantize(
     scale = _scales(wscales, rows, tl.program_id(1), k, BLOCK_N, BLOCK_C)
     low += q_low * scale * (1 / tl.load(smooth_factor + channels).to(tl.float32))[None, :]
     high += q_high * scale * (1 / tl.load(smooth_factor + channels + 32).to(tl.float32))[None, :]
-    out = weight + rows[:, None] * k + channels[None, :]
+    out = weight + rows[:, None] * stride + channels[None, :]
     tl.store(out, low.to(weight.dtype.element_ty))
     tl.store(out + 32, high.to(weight.dtype.element_ty))
 
