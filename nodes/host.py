@@ -383,6 +383,7 @@ class DiffusionModel(Adapted):
     """The module that ComfyUI calls: honours transformer_options, refuses by name what it cannot honour."""
 
     def __init__(self, transformer):
+        from ..zimage_core.graphs import Graphs
         from ..zimage_core.offload import BlockStreamer
 
         super().__init__(transformer, stock_state(transformer))
@@ -390,6 +391,8 @@ class DiffusionModel(Adapted):
         self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
         blocks = [*transformer.context_refiner, *transformer.noise_refiner, *transformer.layers]
         self.streamer = BlockStreamer(blocks, transformer)
+        self.graphs = Graphs(transformer, self.streamer)
+        self.budgeted = False  # graphs keep memory that no budget knows of
         self.prepared = Kept(KEPT_PROMPTS)
 
     @property
@@ -422,15 +425,29 @@ class DiffusionModel(Adapted):
         hooks = Hooks(run_block=run, attention=functools.partial(attend, options), rope=rope(options))
         run.cond = self.prepare(context, x.shape[-2] * 8, x.shape[-1] * 8, hooks, options)
         model = functools.partial(self.transformer, hooks=hooks)
+        if self.replays(options):
+            comfy.model_management.throw_exception_if_processing_interrupted()  # a replay runs no block that would
+            model = functools.partial(self.graphs.run, model)
         return predict_flow(model, x, timesteps, run.cond)[:, :, :height, :width]
+
+    def replays(self, options: dict) -> bool:
+        """Whether steps may come from CUDA graphs: all that runs in them is known, and no budget counts on it."""
+        attention = comfy.ldm.modules.attention
+        plain = attention.optimized_attention_masked is attention.attention_pytorch and not custom(options)
+        return plain and not self.budgeted and self.graphs.possible
 
     def prepare(self, context: Tensor, height: int, width: int, hooks, options: dict):
         """The core's `Conditioning`, made once for all steps of a prompt unless a node changes what is computed."""
         make = functools.partial(self.transformer.prepare, list(context), height, width, hooks)
-        if "optimized_attention_override" in options or any(options.get("patches", {}).values()):
+        if custom(options):
             return make()
         key = (height, width, hooks.rope, getattr(self.transformer, "adapter_version", 0))
         return self.prepared.get((context,), key, make)
+
+
+def custom(options: dict) -> bool:
+    """Whether a node changes what is computed inside a step."""
+    return "optimized_attention_override" in options or any(options.get("patches", {}).values())
 
 
 class BlockRunner:
@@ -750,6 +767,9 @@ class ZImagePatcher(AdapterPatcher):
         if self.budget is not None:
             allowance = min(allowance, self.budget - self.model.expected)
         before = self.model.model_loaded_weight_memory
+        self.module.budgeted = self.budget is not None
+        if self.module.budgeted or allowance < self.model_size():
+            self.module.graphs.clear()
         self.model.model_loaded_weight_memory = self.module.streamer.place(device, allowance)
         self.model.model_lowvram = bool(self.module.streamer.host)
         self.model.device = device
@@ -765,6 +785,7 @@ class ZImagePatcher(AdapterPatcher):
             self.current_hooks = None
             self.model.current_weight_patches_uuid = None
             if device_to is not None and device_to != self.load_device:
+                self.module.graphs.clear()
                 self.module.streamer.leave()
                 self.model.device = device_to
             self.model.model_lowvram = False

@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import gc
 import json
+import math
 import platform
 import random
 import statistics
@@ -31,7 +32,9 @@ from .adapters import Linear
 from .backends import Backend
 from .checkpoint import identify, load_transformer
 from .config import ZImageConfig
-from .pipeline import choose_device, choose_dtype
+from .graphs import Graphs
+from .offload import BlockStreamer
+from .pipeline import blocks_of, choose_device, choose_dtype
 from .sampler import draw_noise
 from .svdq import SVDQLinear, SVDQWeights
 from .transformer import ZImageTransformer
@@ -246,14 +249,19 @@ def randomize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
 
 
 def step_of(model: ZImageTransformer, device: torch.device, dtype: torch.dtype) -> Step:
-    """Steps of this project's transformer; the prompt's part, made once for all steps, is not in them."""
+    """Steps of this project's transformer as the pipeline runs them, from a CUDA graph where it would.
+
+    The prompt's part, made once for all steps, is not in them."""
+    streamer = BlockStreamer(blocks_of(model), model)
+    streamer.place(device, math.inf)
 
     def at(size: int, batch: int) -> Call:
+        graphs = Graphs(model, streamer)
         caption = torch.randn(CAPTION_TOKENS, model.config.cap_feat_dim, device=device, dtype=dtype)
         cond = model.prepare([caption], size, size)
         latents = draw_noise(0, batch, size, size).to(device)
         t = torch.full((batch,), 0.4, device=device)
-        return lambda: model(latents, t, cond)
+        return partial(graphs.run, model, latents, t, cond) if graphs.possible else partial(model, latents, t, cond)
 
     return at
 

@@ -255,6 +255,7 @@ class BlockStreamer:
         self.device = torch.device("cpu")
         self.host: dict[int, HostBlock] = {}  # the blocks that are streamed
         self.used = 0  # bytes on the device
+        self.addresses: int | None = None  # a digest of where all tensors lie, None where blocks are streamed
         self._model = model
         self._index = {id(block): i for i, block in enumerate(self.blocks)}
         self._make_copier = copies
@@ -300,6 +301,9 @@ class BlockStreamer:
         if self.host and not self._buffers:
             self._make_slots(buffer)
         self.used = rest + sum(sizes[i] for i in keep) + BUFFERS * self._size()
+        parts = [self._model] if self._model else self.blocks
+        there = tuple(tensor.data_ptr() for part in parts for _, _, tensor in slots(part))
+        self.addresses = None if self.host else hash(there)
         return self.used
 
     @torch.inference_mode(False)
@@ -310,7 +314,7 @@ class BlockStreamer:
         for i in range(len(self.blocks)):
             self._go_home(i, self.device.type == "cuda")
         self._place_rest(torch.device("cpu"))
-        self.device, self.host, self.used = torch.device("cpu"), {}, 0
+        self.device, self.host, self.used, self.addresses = torch.device("cpu"), {}, 0, None
 
     def run_block(self, stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
         """Run one of the blocks, in the form in which models ask their hooks to do it."""

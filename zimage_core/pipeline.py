@@ -29,6 +29,7 @@ from torch import Tensor
 from . import backends, checkpoint, lora, ops, sampler
 from . import plan as planning
 from .config import ZImageConfig
+from .graphs import Graphs
 from .offload import BlockStreamer, Weights, module_bytes
 from .offload import weights as weights_of
 from .text_encoder import check_text_encoder, encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
@@ -234,6 +235,7 @@ class Pipeline:
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
         self._on_stage: OnStage | None = None
         self._streamer: BlockStreamer | None = None
+        self._graphs: Graphs | None = None
         self._too_much: int | None = None  # pixels from which memory ran out with blocks resident
 
     @torch.no_grad()
@@ -297,7 +299,7 @@ class Pipeline:
             latents = self._with_less(sample, batch * height * width)
         if self.once:
             del model, sample
-            self.transformer = self._streamer = None
+            self.transformer = self._streamer = self._graphs = None
             self._empty_cache()
         return self._decode(latents)
 
@@ -313,6 +315,9 @@ class Pipeline:
     ) -> Tensor:
         """Latents (B, 16, H/8, W/8) on the device after all steps."""
         model = functools.partial(self.transformer, hooks=hooks)
+        # Graphs keep memory: none within a budget, and none for a single picture.
+        if self._graphs.possible and not isinstance(self.vram_budget, int) and not self.once:
+            model = functools.partial(self._graphs.run, model)
         return sampler.denoise(
             model, latents.to(self.device), sigmas, cond, negative=negative, guidance=guidance, on_step=on_step
         )
@@ -327,6 +332,7 @@ class Pipeline:
         # Outside the handler: only now are the failed attempt's tensors free.
         logger.warning("out of memory while sampling; trying again with every block of the transformer streamed")
         self._too_much = pixels
+        self._graphs.clear()
         self._streamer.leave()
         self._empty_cache()
         self._streamer.place(self.device, 0)
@@ -417,6 +423,7 @@ class Pipeline:
                     compute_device=self.device,
                 )
                 self._streamer = BlockStreamer(blocks_of(model), model)
+                self._graphs = Graphs(model, self._streamer)
                 self.used_backend = model.backend
         lora.apply(self.transformer, self.loras)
         tight = self._too_much is not None and pixels >= self._too_much
@@ -568,6 +575,7 @@ class Pipeline:
         stage = self.plan.stage(name)
         if self.plan.usable is not None:
             if self._streamer is not None and "transformer" not in (name, *stage.beside):
+                self._graphs.clear()
                 self._streamer.leave()
             if self.vae is not None and "VAE" not in (name, *stage.beside):
                 self.vae.to("cpu")

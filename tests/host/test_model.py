@@ -476,6 +476,48 @@ def test_prompt_that_changes_is_never_stale(ours, stock, prepared):
     assert len(ours.module.prepared.entries) <= 4
 
 
+def test_steps_are_replayed_only_where_nothing_is_changed(host, small_device, monkeypatch):
+    """A stand-in for the CUDA graphs counts the steps that they are asked for."""
+    import comfy.ldm.modules.attention
+    import comfy.model_management
+
+    ours, module, asked = small_device, small_device.module, []
+    attention = comfy.ldm.modules.attention
+    monkeypatch.setattr(attention, "optimized_attention_masked", attention.attention_pytorch)
+    expected = ksample(ours, conditioning())
+
+    def run(model, *inputs):
+        asked.append(1)
+        return model(*inputs)
+
+    dropped = []
+    graphs = type("Graphs", (), {"possible": True, "run": staticmethod(run), "clear": lambda self: dropped.append(1)})()
+    monkeypatch.setattr(module, "graphs", graphs)
+    assert torch.equal(ksample(ours, conditioning()), expected)
+    assert len(asked) == STEPS
+
+    patched, override, budgeted = ours.clone(), ours.clone(), host.load_model(TINY, "torch", "w4a16", 1.0)
+    patched.set_model_double_block_patch(lambda given: given)
+    override.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **k: f(*a, **k)
+    monkeypatch.setattr(budgeted.module, "graphs", graphs)
+    asked.clear()
+    for changed in (patched, override, budgeted):
+        ksample(changed, conditioning())
+    monkeypatch.setattr(attention, "optimized_attention_masked", attention.attention_sub_quad)
+    ksample(ours, conditioning())
+    assert not asked
+
+    monkeypatch.setattr(attention, "optimized_attention_masked", attention.attention_pytorch)
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        ours.model.apply_model(torch.zeros(1, 16, 8, 8), torch.ones(1), c_crossattn=conditioning()[0][0])
+    assert not asked, "a replay could not be interrupted"
+    ours.load(torch.device("cpu"), full_load=True)
+    dropped.clear()
+    ours.partially_unload(torch.device("cpu"), 1)
+    assert dropped, "their memory goes before blocks do"
+
+
 def test_live_previews_have_the_colours_of_the_picture(host, ours, monkeypatch):
     """The demo's latents have their own colours; those of a file for Flux's VAE keep ComfyUI's."""
     import comfy.latent_formats

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "svdq_file": {"config", "keys", "layout", "transformer"},
     "lora": {"adapters", "checkpoint", "keys", "svdq", "tensorfiles"},
     "offload": set(),
+    "graphs": {"backends", "transformer"},
     "plan": {"config", "offload", "text_encoder", "vae"},
     "solver": {"layout", "svdq"},
     "compare": set(),
@@ -52,12 +53,12 @@ MAY_IMPORT = {
     "demo": set(),
     "hub": {"tensorfiles"},
     "pipeline": {
-        *("backends", "checkpoint", "config", "demo", "hub", "lora", "offload", "ops", "plan", "sampler"),
-        *("text_encoder", "transformer", "vae"),
+        *("backends", "checkpoint", "config", "demo", "graphs", "hub", "lora", "offload", "ops", "plan"),
+        *("sampler", "text_encoder", "transformer", "vae"),
     },
     "bench": {
-        *("", "adapters", "backends", "checkpoint", "config", "layout", "ops", "pipeline", "sampler", "svdq"),
-        "transformer",
+        *("", "adapters", "backends", "checkpoint", "config", "graphs", "layout", "offload", "ops", "pipeline"),
+        *("sampler", "svdq", "transformer"),
     },
     "cli": {
         *("", "backends", "bench", "checkpoint", "compare", "demo", "hub", "lora", "offload", "pipeline", "quantize"),

@@ -1,0 +1,177 @@
+"""Steps from CUDA graphs: when they are captured, what they are fed, when they are dropped; on a GPU also the bits."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from zimage_core import bench, graphs
+from zimage_core.backends import select
+from zimage_core.config import ZImageConfig
+from zimage_core.graphs import Graph, Graphs
+from zimage_core.offload import BlockStreamer
+from zimage_core.pipeline import blocks_of
+from zimage_core.sampler import draw_noise
+
+CONFIG = ZImageConfig(dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64)
+
+
+class Recorded(Graph):
+    """A graph that runs the model again on what it was captured with, as a replay does."""
+
+    def __init__(self, model, latents, t, cond, pool):
+        self.latents, self.t, self.source, self.pool = latents.clone(), t.clone(), cond, pool
+        self.cond = SimpleNamespace(**{name: tensor.clone() for name, tensor in graphs.tensors(cond).items()})
+        self.graph = SimpleNamespace(replay=self._again)
+        self.flow = torch.full_like(latents, math.nan)
+        made.append(self)
+
+    def _again(self):
+        self.flow = self.latents * self.t + self.cond.context.mean()
+
+
+class Watched:
+    """Answers of the clock, one for each time that it is asked."""
+
+    answers: list = []
+
+    def __enter__(self):
+        watched.append(self)
+
+    def __exit__(self, *_):
+        pass
+
+    def launch_bound(self):
+        return self.answers.pop(0) if self.answers else True
+
+
+made, watched = [], []
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A function that runs a step of given tokens, and whether the model itself ran."""
+    made.clear(), watched.clear(), Watched.answers.clear()
+    monkeypatch.setattr(graphs, "room", lambda device: graphs.ROOM)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    transformer, streamer = SimpleNamespace(backend=None, adapter_version=0), SimpleNamespace(addresses=1)
+    found, ran = Graphs(transformer, streamer, Recorded, Watched), []
+
+    def model(latents, t, cond):
+        ran.append(latents)
+        return latents * t + cond.context.mean()
+
+    def step(cond, latents=None, t=0.5):
+        before = len(ran)
+        latents = torch.randn(1, 16, 4, 4) if latents is None else latents
+        flow = found.run(model, latents, torch.tensor([t]), cond)
+        assert torch.equal(flow, latents * t + cond.context.mean())
+        return len(ran) > before
+
+    return SimpleNamespace(step=step, graphs=found, transformer=transformer, streamer=streamer)
+
+
+def caption(tokens=32, seed=0):
+    context = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(seed))
+    return SimpleNamespace(context=context, grid=(2, 2), image_tokens=32, mask=None)
+
+
+def test_the_third_step_of_a_shape_is_captured_and_later_ones_replayed(steps):
+    cond = caption()
+    assert [steps.step(cond) for _ in range(5)] == [True, True, False, False, False]
+    assert (len(made), len(watched)) == (1, 1)
+    assert not steps.step(caption(seed=1)), "another prompt of the same length needs no other graph"
+    assert not steps.step(cond, t=0.1)
+
+
+def test_a_step_is_not_captured_while_it_is_unknown_what_takes_the_time_nor_where_the_gpu_does(steps):
+    Watched.answers[:] = [None, None, False]
+    assert all(steps.step(caption()) for _ in range(9))
+    assert not made
+    assert len(watched) == 1
+
+
+def test_nor_where_the_gpu_has_no_room(steps, monkeypatch):
+    monkeypatch.setattr(graphs, "room", lambda device: graphs.ROOM - 1)
+    assert all(steps.step(caption()) for _ in range(5))
+
+
+@pytest.mark.parametrize("change", [("transformer", "adapter_version"), ("streamer", "addresses")])
+def test_other_weights_drop_the_graphs(steps, change):
+    for _ in range(4):
+        steps.step(caption())
+    owner, name = change
+    setattr(getattr(steps, owner), name, 7)
+    assert [steps.step(caption()) for _ in range(4)] == [True, True, False, False]
+    assert made[0].pool is not made[1].pool
+
+
+def test_every_shape_has_its_own_and_the_oldest_go(steps):
+    lengths = [32 * n for n in range(1, graphs.SHAPES + 2)]
+    for tokens in lengths:
+        for _ in range(3):
+            steps.step(caption(tokens))
+    assert len(made) == len(lengths)
+    assert not steps.step(caption(lengths[-1]))
+    assert steps.step(caption(lengths[0])), "one more than are remembered"
+    assert len({id(graph.pool) for graph in made}) == 1
+
+
+def test_only_what_is_known_to_allow_it_is_captured():
+    def possible(**changes):
+        facts = {"backend": None, "addresses": 1, "device": torch.device("cpu")} | changes
+        transformer = SimpleNamespace(backend=facts["backend"])
+        return Graphs(transformer, SimpleNamespace(addresses=facts["addresses"], device=facts["device"])).possible
+
+    assert not possible()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "capability", lambda device: 90)
+        assert possible()
+        assert possible(backend=SimpleNamespace(name="triton"))
+        assert not possible(backend=SimpleNamespace(name="nunchaku"))
+        assert not possible(addresses=None), "streamed"
+
+
+def test_addresses_tell_of_every_move():
+    transformer = bench.random_model(CONFIG, torch.device("cpu"), torch.float32, None)
+    streamer = BlockStreamer(blocks_of(transformer), transformer)
+    streamer.place("cpu", math.inf)
+    first = streamer.addresses
+    streamer.place("cpu", math.inf)
+    assert streamer.addresses == first
+    linear = transformer.layers[0].attention.to_out
+    linear.weight = torch.nn.Parameter(linear.weight.clone(), requires_grad=False)
+    streamer.place("cpu", math.inf)
+    assert streamer.addresses not in (first, None)
+    streamer.place("cpu", 0)
+    assert streamer.addresses is None
+    streamer.leave()
+    assert streamer.addresses is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", [None, "w4a16", "w4a8"])
+def test_on_a_gpu_replays_are_the_same_bit_for_bit(precision):
+    device = torch.device("cuda", torch.cuda.current_device())
+    backend = precision and select("triton", precision, device=device, dtype=torch.bfloat16)
+    transformer = bench.random_model(CONFIG, device, torch.bfloat16, backend, 32)
+    streamer = BlockStreamer(blocks_of(transformer), transformer)
+    streamer.place(device, math.inf)
+    found = Graphs(transformer, streamer)
+    assert found.possible
+    with torch.inference_mode():
+        for seed in range(3):
+            caption = torch.randn(20, CONFIG.cap_feat_dim, device=device, dtype=torch.bfloat16)
+            cond = transformer.prepare([caption], 256, 192)
+            for i in range(4):
+                latents = draw_noise(10 * seed + i, 1, 256, 192).to(device)
+                t = torch.tensor([0.1 * i], device=device)
+                expected = transformer(latents, t, cond)
+                assert torch.equal(found.run(partial(transformer), latents, t, cond), expected)
+    (step,) = found._steps.values()
+    assert step.graph is not None, "a model this small is launch-bound on any GPU"
