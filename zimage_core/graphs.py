@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BACKENDS = ("triton", "reference")
 
 SHAPES = 4  # remembered at a time: prompt and negative prompt, of two sizes
-LAUNCH_BOUND = 1.2  # times the launching that the GPU may take for a step
+LAUNCH_BOUND = 1.1  # times the launching that the GPU may take for a step
 ROOM = 2**31  # bytes that must be free on the GPU: a graph keeps its activations
 
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
