@@ -256,7 +256,7 @@ def linear_need(arithmetic: str, k: int, n: int, rank: int, rows: int, e: int, f
     if arithmetic == "triton w4a8":
         return n * k, rows * (k + 4 + rank * e + (2 * n if fp16 else 0))
     if arithmetic == "triton w4a8 int8":
-        return n * k, rows * (2 * k + 4 + rank * e + 4 * n)
+        return n * k, rows * (k + 4 + rank * e + 4 * n)
     if arithmetic == "reference w4a16":
         if n * k <= KEPT_DENSE:
             return 0, 0

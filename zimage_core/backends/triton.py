@@ -143,8 +143,9 @@ def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor
     from . import triton_kernels
 
     m, n = len(x), len(weight)
-    padded = F.pad(codes, (0, 0, 0, max(0, 32 - m)))  # _int_mm takes 17 rows or more
-    products = torch._int_mm(padded, weight.T)
+    if m < 17:  # _int_mm takes no fewer
+        codes = F.pad(codes, (0, 0, 0, 32 - m))
+    products = torch._int_mm(codes, weight.T)
     y = rank @ up if bias is None else torch.addmm(bias, rank, up)
     triton_kernels.rescale_add[m, -(-n // 1024)](products, row_scale, channel_scale, y, n, _to_code(dtype), 1024)
     return y
