@@ -13,6 +13,7 @@ GEMMs (bf16 1495 GFLOP, 1.89 ms by that rate, 2.05 measured; fp8 1.25 measured).
     w4a8   requantize    94 MB read, 177 MB written: 0.07 ms
            rows to fp8   184 MB read, 92 MB written: 0.07 ms
            low rank      133 GFLOP: 0.17 ms; y read and written again, 670 MB: 0.17 ms        0.76 to 0.84 in all
+In a block only the attention's result is left to `quantize_rows`: `fused` makes the codes of the other three linears.
 
 Legend: M rows, N out, K in, R rank.
 """
@@ -25,10 +26,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import layout
-from . import capability, guard
+from . import Quantized, capability, guard
 from .reference import join, restore
 
-__all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "linear"]
+__all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
 PRECISIONS = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
 
@@ -61,9 +62,14 @@ def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
     return prepared
 
 
-def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
-    """x (M, K) -> (M, N)."""
-    with guard(x.device):
+def smoothing(prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor | None:
+    """The smoothing vector for w4a8."""
+    return prepared["smooth_factor"] if precision == "w4a8" else None
+
+
+def linear(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
+    """x (M, K), for w4a8 `Quantized` if the kernel in front did that -> (M, N)."""
+    with guard(prepared["qweight"].device):
         return (_w4a8 if precision == "w4a8" else _w4a16)(x, prepared)
 
 
@@ -129,9 +135,11 @@ def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tenso
     return F.linear(x, dequantize(prepared), prepared.get("bias"))
 
 
-def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    dtype = eight_bit(x.device)
-    codes, row_scale = quantize_rows(x, prepared["smooth_factor"], dtype)
+def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if not isinstance(x, Quantized):
+        x = Quantized(x, *quantize_rows(x, prepared["smooth_factor"], eight_bit(x.device)))
+    x, codes, row_scale = x
+    dtype = codes.dtype
     weight, channel_scale = requantize(prepared, dtype), prepared["channel_scale"]
     rank, up, bias = x @ prepared["proj_down"].T, prepared["proj_up"].T, prepared.get("bias")
     if dtype == torch.float8_e4m3fn:
