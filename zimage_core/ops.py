@@ -1,7 +1,9 @@
 """What lies between a block's linears: norms with modulation, gates, rotary positions, SwiGLU. Plain torch.
 
 `backends.fused` holds the same four functions as Triton kernels; a model is told once, at load, which of the two
-`Ops` to use (`ZImageTransformer.use`). Formulas: huggingface/diffusers `transformer_z_image.py@v0.42.1`.
+`Ops` to use (`ZImageTransformer.use`). Two of them take the smoothing vector of the linear behind them, where that
+wants 8-bit activations (`svdq.smoothing`): kernels then return them `backends.Quantized`; plain torch leaves that to
+the linear. Formulas: huggingface/diffusers `transformer_z_image.py@v0.42.1`.
 
 Legend: B batch, L tokens, D width, H heads, K head width, F feed-forward width. "1 or B" broadcasts over the batch.
 """
@@ -23,10 +25,10 @@ FP16_MAX = 65504.0
 class Ops(NamedTuple):
     """One implementation of the four functions that a block calls."""
 
-    norm_scale: Callable[..., Tensor]
+    norm_scale: Callable[..., Tensor | backends.Quantized]
     norm_gate_add: Callable[..., Tensor]
     norm_rope: Callable[..., tuple[Tensor, ...]]
-    swiglu: Callable[[Tensor], Tensor]
+    swiglu: Callable[..., Tensor | backends.Quantized]
 
 
 def finite(x: Tensor) -> Tensor:
@@ -41,7 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
 
 
-def norm_scale(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor:
+def norm_scale(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None, smooth: Tensor | None = None) -> Tensor:
     """norm(x) * (1 + scale): x (B, L, D), scale (1 or B, 1, D) or None -> (B, L, D) in the weight's dtype."""
     y = rms_norm(x, weight, eps, weight.dtype)
     return y if scale is None else y * (1 + scale)
@@ -70,7 +72,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def swiglu(x: Tensor) -> Tensor:
+def swiglu(x: Tensor, smooth: Tensor | None = None) -> Tensor:
     """[values, gates] (..., 2F) -> values * silu(gates) (..., F)."""
     value, gate = x.chunk(2, dim=-1)
     return finite(value * F.silu(gate))

@@ -268,7 +268,7 @@ def linear_need(arithmetic: str, k: int, n: int, rank: int, rows: int, e: int, f
     if arithmetic == "triton w4a8":
         return n * k, rows * (k + 4 + rank * e + (2 * n if fp16 else 0))
     if arithmetic == "triton w4a8 int8":
-        return n * k, rows * (2 * k + 4 + rank * e + 4 * n)
+        return n * k, rows * (k + 4 + rank * e + 4 * n)
     if arithmetic == "reference w4a16":
         if n * k <= KEPT_DENSE:
             return 0, 0
@@ -293,19 +293,20 @@ def transformer_need(config, rows: int, rank: int, arithmetic: str, fused: bool,
     def need(k: int, n: int) -> tuple[int, int]:
         return linear_need(arithmetic, k, n, rank, rows, e, fp16)
 
+    c = int(fused and arithmetic.startswith("triton w4a8"))  # bytes of a code, made ahead of the linear and kept
     inside = (s + e) * d  # x and its norm
     moment(inside + 3 * d * e, need(d, 3 * d))
     turned = 0
     if not fused:
         moment(inside + 5 * d * e + 12 * d)  # q done, k normed, its turned halves in fp32
         turned = 2 * d * e
-    moment(inside + 5 * d * e + turned + 4 * config.n_heads, need(d, d))
+    moment(inside + c * d + 5 * d * e + turned + 4 * config.n_heads, need(d, d))
     moment((2 * s + e) * d + (0 if fused else 2 * d * max(s, e)))
-    ahead = (2 * s + 2 * e) * d  # the block's input, x, the attention's result, the norm of x
-    moment(ahead + (0 if fused else d * e))
+    ahead = (2 * s + e) * d  # the block's input, x, the norm of x
+    moment(ahead + c * d + (1 if fused else 2) * d * e)  # the attention's result is still there
     moment(ahead + 2 * f * e, need(d, 2 * f))
-    moment(ahead + (3 if fused else 4) * f * e)
-    moment(ahead + (f + d) * e, need(f, d))
+    moment(ahead + c * d + (3 if fused else 4) * f * e + c * f)
+    moment(ahead + c * d + (f + d) * e, need(f, d))
     workspace, activations = max(moments, key=sum)
     return Need(workspace, activations)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from . import layout
 from .adapters import Adapter, Terms
-from .backends import Backend
+from .backends import Backend, Quantized
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,12 @@ class SVDQLinear(nn.Module):
         """The weight (N, K) in fp32, without the adapter."""
         return self.weights().dequantize()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Quantized) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         y = self._linear(rows) if self.adapter is None else self.adapter(rows, self._linear, self._buffers.get("bias"))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _linear(self, rows: torch.Tensor) -> torch.Tensor:
+    def _linear(self, rows: torch.Tensor | Quantized) -> torch.Tensor:
         return self.backend.linear(rows, self._buffers)
 
     def extra_repr(self) -> str:
@@ -162,3 +162,12 @@ class SVDQLinear(nn.Module):
     def _hold(self, **tensors: torch.Tensor | None) -> None:
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+
+def smoothing(linear: nn.Module) -> torch.Tensor | None:
+    """What the kernel in front of a linear may divide its result (..., K) by, to hand it over `Quantized`; else None.
+
+    None for dense linears and 16-bit arithmetic, and with an adapter beside the linear, which may change x first."""
+    if not isinstance(linear, SVDQLinear) or linear.adapter is not None:
+        return None
+    return linear.backend.smoothing(linear._buffers)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import ops
 from .adapters import Linear
 from .config import ZImageConfig
+from .svdq import smoothing
 
 TOKENS_MULTIPLE = 32
 ADALN_WIDTH = 256
@@ -129,7 +130,7 @@ class FeedForward(nn.Module):
         self.w2 = linear(config.ffn_dim, config.dim, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.ops.swiglu(self.w3_w1(x)))
+        return self.w2(self.ops.swiglu(self.w3_w1(x), smoothing(self.w2)))
 
 
 class Block(nn.Module):
@@ -166,11 +167,13 @@ class Block(nn.Module):
         if t_emb is not None:
             modulation = self.adaLN_modulation(t_emb).unsqueeze(1)
             scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
-        norm1, norm2 = self.attention_norm1, self.attention_norm2
-        h = self.attention(self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_attn), cos, sin, mask, attend)
+        norm1, norm2, smooth = self.attention_norm1, self.attention_norm2, smoothing(self.attention.to_qkv)
+        h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_attn, smooth)
+        h = self.attention(h, cos, sin, mask, attend)
         x = self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_attn)
-        norm1, norm2 = self.ffn_norm1, self.ffn_norm2
-        h = self.feed_forward(self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_ffn))
+        norm1, norm2, smooth = self.ffn_norm1, self.ffn_norm2, smoothing(self.feed_forward.w3_w1)
+        h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_ffn, smooth)
+        h = self.feed_forward(h)
         return self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_ffn)
 
 

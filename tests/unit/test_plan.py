@@ -74,13 +74,13 @@ class Kernel:
 @pytest.fixture
 def kernels(monkeypatch):
     """backends.triton and backends.fused without their kernels; returns the fused functions."""
+    fused = pytest.importorskip("zimage_core.backends.fused", exc_type=ImportError)
     stand_in = types.ModuleType("zimage_core.backends.triton_kernels")
     for name in ("dequantize", "requantize", "quantize_rows", "rescale_add"):
         setattr(stand_in, name, Kernel())
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
     monkeypatch.setattr(backends, "triton_kernels", stand_in, raising=False)
-    fused = pytest.importorskip("zimage_core.backends.fused", exc_type=ImportError)
-    for name in ("_norm_scale", "_norm_gate_add", "_norm_rope", "_swiglu"):
+    for name in ("_norm_scale", "_norm_gate_add", "_norm_rope", "_swiglu", "_swiglu_codes"):
         monkeypatch.setattr(fused, name, Kernel())
     return ops.Ops(fused.norm_scale, fused.norm_gate_add, fused.norm_rope, fused.swiglu)
 
@@ -137,7 +137,7 @@ def meta_transformer(config: ZImageConfig, arithmetic: str, rank: int, dtype: to
 )
 def test_activations_of_the_transformer(kernels, monkeypatch, arithmetic, fused, dtype, batch, size, tokens):
     int8 = arithmetic.endswith("int8")
-    monkeypatch.setattr(triton, "eight_bit", lambda device: torch.int8 if int8 else torch.float8_e4m3fn)
+    monkeypatch.setattr(triton, "capability", lambda device: 80 if int8 else 90)
     model = meta_transformer(CONFIG, arithmetic, 256, dtype)
     if fused:
         model.use(kernels)

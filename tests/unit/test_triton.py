@@ -27,6 +27,7 @@ def test_kernels_compute_what_the_reference_does():
 
 @pytest.mark.parametrize("sm", SHARED)
 def test_kernels_compile_for(sm):
+    from zimage_core.backends import fused
     from zimage_core.backends import triton as backend
     from zimage_core.backends import triton_kernels as kernels
 
@@ -44,6 +45,24 @@ def test_kernels_compile_for(sm):
     for block_k in (4096, 16384):
         rows = {"x": half, "smooth_factor": half, "codes": byte, "row_scale": "*fp32", "k": "i32"}
         compiled(kernels.quantize_rows, sm, rows, {"LIMIT": 448.0, "BLOCK_K": block_k}, {"num_warps": 16})
+    ahead = {"x": "*fp32" if sm == 75 else half, "weight": half, "scale": half, "out": half, "smooth": half}
+    ahead |= {
+        "codes": byte,
+        "row_scale": "*fp32",
+        "tokens": "i32",
+        "scale_stride": "i32",
+        "width": "i32",
+        "eps": "fp32",
+    }
+    tiles = fused._row(3840)
+    options = {"num_warps": tiles.pop("num_warps")}
+    ptx = compiled(fused._norm_scale, sm, ahead, {"SCALED": True, "LIMIT": 448.0} | tiles, options)
+    assert "st.global.v4" in ptx and "st.global.v2" in ptx  # eight activations of two bytes, eight codes of one
+    ahead = {"x": half, "out": half, "smooth": half, "codes": byte, "row_scale": "*fp32", "width": "i32"}
+    tiles = fused._head_and_tail(10240)
+    options = {"num_warps": tiles.pop("num_warps")}
+    assert sum(tiles.values()) == 10240
+    compiled(fused._swiglu_codes, sm, ahead, {"SATURATE": sm == 75, "LIMIT": 448.0} | tiles, options)
     weight |= {"channel_scale": "*fp32", "weight": byte, "k": "i32"}
     compiled(kernels.requantize, sm, weight, {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_C": 128}, {})
     rescale = {"products": "*i32", "row_scale": "*fp32", "channel_scale": "*fp32", "y": half, "n": "i32"}

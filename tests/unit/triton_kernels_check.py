@@ -6,6 +6,7 @@ the carry into the exponent) and multiplies the bits of bf16 operands as integer
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -14,10 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zimage_core import layout
-from zimage_core.backends import reference
+from zimage_core import layout, ops
+from zimage_core.adapters import Linear, Terms
+from zimage_core.backends import Backend, fused, reference
 from zimage_core.backends import triton as backend
-from zimage_core.svdq import SVDQWeights
+from zimage_core.config import ZImageConfig
+from zimage_core.offload import BlockStreamer
+from zimage_core.svdq import SVDQLinear, SVDQWeights, smoothing
+from zimage_core.transformer import Block, rope_angles
 
 GOLDEN = sorted((Path(__file__).parent.parent / "data" / "linear").glob("*.safetensors"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -154,6 +159,109 @@ def test_prepared_form_restores_and_repeats_bit_for_bit(codes):
     assert all(torch.equal(kept[name], tensor) for name, tensor in weights.tensors().items())
     once, again = (backend.linear(x, prepared, "w4a8") for _ in range(2))
     assert torch.equal(once, again)
+
+
+DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]  # of activations and residual stream
+
+
+@pytest.mark.parametrize(("dtype", "stream"), DTYPES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("width", [256, 1152, 3840, 10240])
+def test_the_kernels_in_front_make_the_codes_of_quantize_rows(codes, dtype, stream, width):
+    draw = torch.Generator().manual_seed(width)
+    random = lambda *shape: torch.randn(*shape, generator=draw).to(DEVICE)  # noqa: E731
+    smooth, weight = (random(width) * 0.3).exp().to(dtype), random(width).to(dtype)
+    x, gated = random(2, 3, width).to(stream), random(2, 3, 2 * width).to(dtype) * 5
+    x[1, 1], gated[1, 1], x[0, 2, -1], gated[0, 2, -1] = 0, 0, 300, 60
+    asked = [lambda *smooth: fused.swiglu(gated, *smooth)]
+    for scale in (None, random(1, 1, width).to(dtype), random(2, 1, 2 * width).to(dtype)[..., width:]):
+        asked.append(lambda *smooth, scale=scale: fused.norm_scale(x, weight, 1e-5, scale, *smooth))
+    for make in asked:
+        plain, found = make(), make(smooth)
+        assert torch.equal(found.x, plain) and found.shape == (2, 3, width) and plain.dtype == dtype
+        expected, row_scale = backend.quantize_rows(plain.flatten(0, 1), smooth, codes)
+        assert found.codes.dtype == codes and torch.equal(found.codes.view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(found.row_scale, row_scale) and found.codes.float().abs().amax(1)[:4].all()
+
+
+def narrow_block(dtype: torch.dtype) -> Block:
+    """A block of w4a8 linears, its other parameters random."""
+    torch.manual_seed(0)
+    block = Block(ZImageConfig(384, n_heads=3), functools.partial(SVDQLinear, rank=RANK), True)
+    block.to(DEVICE, dtype).requires_grad_(False)
+    for norm in (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2):
+        norm.weight.normal_(1, 0.2)
+    for linear in block.modules():
+        if isinstance(linear, SVDQLinear):
+            weights = wide_weights(linear.out_features, linear.in_features, dtype)
+            linear.load(weights, Backend("triton", "w4a8", backend, ""))
+    return block
+
+
+def use(block: Block, chosen: ops.Ops) -> None:
+    for module in (block, block.attention, block.feed_forward):
+        module.ops = chosen
+
+
+FUSED = ops.Ops(*(getattr(fused, name) for name in ops.Ops._fields))
+APART = FUSED._replace(norm_scale=lambda *args: fused.norm_scale(*args[:4]), swiglu=lambda x, smooth: fused.swiglu(x))
+
+
+def test_a_block_is_the_same_bit_for_bit_with_codes_from_the_kernels_in_front(codes, monkeypatch):
+    """Alone, with adapters in the low-rank branch and beside the linears, and streamed; in a batch of two pictures."""
+    dtype, stream = DTYPES[codes == INT8]
+    block, config, quantized, plain = narrow_block(dtype), ZImageConfig(384, n_heads=3), [], backend.quantize_rows
+    requantized, slow = {}, backend.requantize  # by shape, once: most of the time in the interpreter
+
+    def quantize_rows(x, *args):
+        quantized.append(x.shape)
+        return plain(x, *args)
+
+    def requantize(prepared, dtype):
+        shape = prepared["qweight"].shape
+        if shape not in requantized:
+            requantized[shape] = slow(prepared, dtype)
+        return requantized[shape]
+
+    monkeypatch.setattr(backend, "quantize_rows", quantize_rows)
+    monkeypatch.setattr(backend, "requantize", requantize)
+    x, t_emb = torch.randn(2, 9, 384).to(DEVICE, stream), torch.randn(2, 256).to(DEVICE, dtype)
+    angles = [y.to(DEVICE) for y in rope_angles(torch.arange(27.0).view(1, 9, 3), config)]
+
+    def check(alone: int) -> torch.Tensor:
+        """`alone` of the four linears are left to `quantize_rows`."""
+        made = []
+        for chosen, left in ((FUSED, alone), (APART, 4)):
+            use(block, chosen)
+            quantized.clear()
+            made.append(block(x, *angles, None, t_emb))
+            assert len(quantized) == left
+        assert torch.equal(*made) and made[0].isfinite().all() and made[0].dtype == stream
+        return made[0]
+
+    expected = check(1)
+    use(block, ops.TORCH)
+    assert relative(block(x, *angles, None, t_emb), expected) < 0.05  # other roundings, and so other codes
+    use(block, FUSED)
+    streamer = BlockStreamer([block])
+    streamer.place(DEVICE, 0)
+    assert torch.equal(streamer.run_block("layers", 0, block, x, *angles, None, t_emb), expected)
+    streamer.place(DEVICE, 2**40)
+    w2, to_qkv = block.feed_forward.w2, block.attention.to_qkv
+    to_qkv.set_adapter(Terms(torch.randn(8, 384).to(DEVICE, dtype), torch.randn(1152, 8).to(DEVICE, dtype) / 10))
+    assert to_qkv.adapter is None and not torch.equal(check(1), expected)
+    to_qkv.set_adapter(Terms(inputs=[((0, 1152), torch.rand(384).to(DEVICE, dtype))]))
+    w2.set_adapter(Terms(bias=torch.randn(384).to(DEVICE, dtype)))
+    assert not torch.equal(check(3), expected)
+
+
+def test_only_eight_bit_linears_without_an_adapter_beside_them_ask_for_codes():
+    linear, weights = SVDQLinear(384, 128, rank=RANK), wide_weights(128, 384)
+    ask = {}
+    for name, module, precision in (("w4a8", backend, "w4a8"), ("w4a16", backend, "w4a16"), ("cpu", reference, "w4a4")):
+        linear.load(weights, Backend("", precision, module, ""))
+        ask[name] = smoothing(linear)
+    assert torch.equal(ask["w4a8"], weights.smooth_factor) and ask["w4a16"] is ask["cpu"] is None
+    assert smoothing(Linear(384, 128)) is None
 
 
 if INTERPRETED:

@@ -13,6 +13,11 @@ and may have a fifth, so that users' low-rank adapters cost it next to nothing:
                                                   first `rank` of the low-rank branch, or when both are None and it
                                                   ends there; None where a branch of their own is better
 
+or a sixth, so that the kernel in front of a linear brings its activations to 8 bits in the same pass:
+
+    smoothing(prepared, precision)                the vector (K,) that they are divided by for that: `linear` then takes
+                                                  them `Quantized`, too; None where it does not
+
 `reference` is plain torch and defines correctness. Precisions: w4a16 leaves the activations alone and is the
 closest to the file; w4a4 is the arithmetic these files were calibrated for; w4a8 lies between the two.
 """
@@ -26,6 +31,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -50,6 +56,22 @@ PRECISIONS = ("w4a16", "w4a8", "w4a4")
 logger = logging.getLogger(__name__)
 
 
+class Quantized(NamedTuple):
+    """Activations and what 8-bit arithmetic reads of them, both made by the kernel in front of a linear."""
+
+    x: torch.Tensor  # (..., K) in 16 bits, for the low-rank branch
+    codes: torch.Tensor  # (M, K) fp8 or int8 of x / smooth
+    row_scale: torch.Tensor  # (M,) fp32
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    def reshape(self, *shape: int) -> Quantized:
+        """The same rows under another shape of x."""
+        return self._replace(x=self.x.reshape(shape))
+
+
 @dataclass(frozen=True)
 class Backend:
     """A backend module bound to a precision, and why it was chosen."""
@@ -72,7 +94,12 @@ class Backend:
         function = getattr(self.module, "join", None)
         return function and function(prepared, rank, down, up, self.precision)
 
-    def linear(self, x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def smoothing(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """What to divide the activations by, where `linear` takes them `Quantized`."""
+        function = getattr(self.module, "smoothing", None)
+        return function and function(prepared, self.precision)
+
+    def linear(self, x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """x (M, K) -> (M, N)."""
         return self.module.linear(x, prepared, self.precision)
 

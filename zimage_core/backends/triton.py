@@ -14,6 +14,7 @@ GEMMs (bf16 1495 GFLOP, 1.89 ms by that rate, 2.05 measured; fp8 1.25 measured).
     w4a8   requantize    94 MB read, 177 MB written: 0.07 ms
            rows to fp8   184 MB read, 92 MB written: 0.07 ms
            low rank      133 GFLOP: 0.17 ms; y read and written again, 670 MB: 0.17 ms        0.76 to 0.84 in all
+In a block only the attention's result is left to `quantize_rows`: `fused` makes the codes of the other three linears.
 
 Legend: M rows, N out, K in, R rank.
 """
@@ -26,10 +27,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import layout
-from . import capability, guard
+from . import Quantized, capability, guard
 from .reference import join, restore
 
-__all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "linear"]
+__all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
 PRECISIONS = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
 FEW_ROWS = 2048  # up to which w4a16 multiplies activations, not the weight, by the low-rank branch
@@ -63,9 +64,14 @@ def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
     return prepared
 
 
-def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
-    """x (M, K) -> (M, N)."""
-    with guard(x.device):
+def smoothing(prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor | None:
+    """The smoothing vector for w4a8."""
+    return prepared["smooth_factor"] if precision == "w4a8" else None
+
+
+def linear(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
+    """x (M, K), for w4a8 `Quantized` if the kernel in front did that -> (M, N)."""
+    with guard(prepared["qweight"].device):
         return (_w4a8 if precision == "w4a8" else _w4a16)(x, prepared)
 
 
@@ -149,9 +155,11 @@ def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tenso
     return F.linear(wide, weight, bias)
 
 
-def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    dtype = eight_bit(x.device)
-    codes, row_scale = quantize_rows(x, prepared["smooth_factor"], dtype)
+def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if not isinstance(x, Quantized):
+        x = Quantized(x, *quantize_rows(x, prepared["smooth_factor"], eight_bit(x.device)))
+    x, codes, row_scale = x
+    dtype = codes.dtype
     weight, channel_scale = requantize(prepared, dtype), prepared["channel_scale"]
     rank, up, bias = x @ prepared["proj_down"].T, prepared["proj_up"].T, prepared.get("bias")
     if dtype == torch.float8_e4m3fn:
@@ -163,8 +171,9 @@ def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor
     from . import triton_kernels
 
     m, n = len(x), len(weight)
-    padded = F.pad(codes, (0, 0, 0, max(0, 32 - m)))  # _int_mm takes 17 rows or more
-    products = torch._int_mm(padded, weight.T)
+    if m < 17:  # _int_mm takes no fewer
+        codes = F.pad(codes, (0, 0, 0, 32 - m))
+    products = torch._int_mm(codes, weight.T)
     y = rank @ up if bias is None else torch.addmm(bias, rank, up)
     triton_kernels.rescale_add[m, -(-n // 1024)](products, row_scale, channel_scale, y, n, _to_code(dtype), 1024)
     return y

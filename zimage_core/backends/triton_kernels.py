@@ -80,11 +80,30 @@ def quantize_rows(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     inside = columns < k
-    smooth = tl.load(smooth_factor + columns, mask=inside, other=1.0).to(tl.float32)
-    values = tl.load(x + row * k + columns, mask=inside, other=0.0).to(tl.float32) / smooth
-    scale = tl.maximum(tl.max(tl.abs(values)), 1e-12) / LIMIT
-    tl.store(row_scale + row, scale)
-    tl.store(codes + row * k + columns, _to_8bit(values / scale, codes.dtype.element_ty), mask=inside)
+    values = smoothed(tl.load(x + row * k + columns, mask=inside, other=0.0), smooth_factor, columns, inside)
+    factor = store_scale(row_scale + row, tl.max(tl.abs(values)), LIMIT)
+    store_codes(codes + row * k + columns, values, factor, inside)
+
+
+@triton.jit
+def smoothed(x, smooth_factor, columns, inside):
+    """x / smooth in fp32 of 16-bit x at some columns of a row."""
+    smooth = tl.load(smooth_factor + columns, mask=inside, other=1.0)
+    return x.to(tl.float32) / smooth.to(tl.float32)
+
+
+@triton.jit
+def store_scale(place, largest, LIMIT: tl.constexpr):
+    """Store the scale of a row from its largest smoothed value; what turns its smoothed values into codes."""
+    scale = tl.maximum(largest, 1e-12) / LIMIT
+    tl.store(place, scale)
+    return 1 / scale
+
+
+@triton.jit
+def store_codes(places, values, factor, inside):
+    """Store the codes of smoothed values."""
+    tl.store(places, _to_8bit(values * factor, places.dtype.element_ty), mask=inside)
 
 
 @triton.jit
