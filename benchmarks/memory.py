@@ -19,7 +19,7 @@ import argparse
 import gc
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -82,10 +82,11 @@ def write_synthetic(
     if not paths["model"].exists():
         write_transformer(paths["model"], transformer, rank)
     if not paths["text_encoder"].exists():
-        body = TextEncoder(encoder, device="meta").state_dict()
+        whole = replace(encoder, num_layers=encoder.num_layers + 1)  # as published: ComfyUI wants the last one too
+        body = TextEncoder(whole, device="meta").state_dict()
         plain = ("embed_tokens.weight",)
         state = {k: draw(v, torch.bfloat16 if k in plain else torch.float8_e4m3fn) for k, v in body.items()}
-        state[f"layers.{encoder.num_layers}.input_layernorm.weight"] = torch.ones(encoder.hidden_size)  # never read
+        state["norm.weight"] = torch.ones(encoder.hidden_size, dtype=torch.bfloat16)
         save_file({f"model.{k}": v for k, v in state.items()}, paths["text_encoder"])
     if not paths["vae"].exists():
         with torch.device("meta"):
