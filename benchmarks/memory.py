@@ -27,7 +27,7 @@ import torch
 from zimage_core import load_pipeline
 from zimage_core.config import ZImageConfig
 from zimage_core.demo import demo_files
-from zimage_core.pipeline import Pipeline
+from zimage_core.pipeline import Pipeline, choose_device
 from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.vae import VAE, VAEConfig
 
@@ -37,6 +37,7 @@ TARGETS = ((1024, 4.0, 1.05), (1024, 2.5, 1.15), (512, 2.0, None), (2048, 8.0, N
 DRY_TARGETS = ((128, 0.06, None), (64, 0.055, None))
 WITHIN = 0.10  # of the measured peak
 DRIFT = 0.01
+FP8_MAX = 448
 PROMPT = "a small boat on a quiet lake at dawn, mist over the water"
 
 
@@ -71,27 +72,36 @@ def write_synthetic(
     folder.mkdir(parents=True, exist_ok=True)
     names = {"model": "svdq-int4-synthetic", "text_encoder": "encoder-fp8", "vae": "vae"}
     paths = {part: folder / f"{name}.safetensors" for part, name in names.items()}
-    generator = torch.Generator().manual_seed(0)
+    device = choose_device(None)  # a GPU draws all of it in seconds
+    generator = torch.Generator(device).manual_seed(0)
 
-    def draw(tensor: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def draw(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 1:
             return torch.ones(tensor.shape, dtype=torch.bfloat16)
         fan_in = tensor[0].numel()
-        return torch.empty(tensor.shape).normal_(0, fan_in**-0.5, generator=generator).to(dtype)
+        return torch.empty(tensor.shape, device=device).normal_(0, fan_in**-0.5, generator=generator).bfloat16()
 
     if not paths["model"].exists():
-        write_transformer(paths["model"], transformer, rank)
+        write_transformer(paths["model"], transformer, rank, device=device)
     if not paths["text_encoder"].exists():
         whole = replace(encoder, num_layers=encoder.num_layers + 1)  # as published: ComfyUI wants the last one too
         body = TextEncoder(whole, device="meta").state_dict()
-        plain = ("embed_tokens.weight",)
-        state = {k: draw(v, torch.bfloat16 if k in plain else torch.float8_e4m3fn) for k, v in body.items()}
+        described = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        state = {}
+        for name, tensor in body.items():
+            state[name] = draw(tensor)
+            if tensor.ndim == 2 and name != "embed_tokens.weight":  # as ComfyUI's own files: described, with a scale
+                scale = state[name].abs().amax().float() / FP8_MAX
+                layer = name.removesuffix("weight")
+                state[name] = (state[name].float() / scale).to(torch.float8_e4m3fn)
+                state |= {f"{layer}weight_scale": scale, f"{layer}comfy_quant": described.clone()}
         state["norm.weight"] = torch.ones(encoder.hidden_size, dtype=torch.bfloat16)
-        save_file({f"model.{k}": v for k, v in state.items()}, paths["text_encoder"])
+        save_file({f"model.{k}": v.cpu() for k, v in state.items()}, paths["text_encoder"])
     if not paths["vae"].exists():
         with torch.device("meta"):
             body = VAE(vae).state_dict()
-        save_file({k: draw(v) for k, v in body.items()}, paths["vae"])
+        save_file({k: draw(v).cpu() for k, v in body.items()}, paths["vae"])
+    free(device)
     return paths | {"tokenizer": demo_files()["tokenizer"]}
 
 
