@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import aiohttp
 import torch
 from image import TINY_ENCODER, random_files
 from safetensors.torch import load_file, save_file
@@ -53,8 +55,9 @@ DRIFT = 0.01
 ROUNDING = 0.01  # relative, for sigmas that differ in their last bit: about what bf16's rounding gives
 LEFT_GIB = 0.5  # that kernels and workspaces may keep of the device after a model has left it
 DYNAMIC = "DynamicVRAM support detected and enabled"
-MODES = (["--highvram"], ["--lowvram"], ["--disable-dynamic-vram"], ["--novram"])
-FAILURES = (AssertionError, LookupError, OSError, RuntimeError, ValueError, asyncio.TimeoutError)
+MODES = ((), ("--highvram",), ("--lowvram",), ("--disable-dynamic-vram",), ("--novram",))
+FAILURES = (AssertionError, LookupError, OSError, RuntimeError, ValueError)
+FAILURES += (asyncio.TimeoutError, aiohttp.ClientError, http.client.HTTPException)
 COLUMNS = {
     "part": "part",
     "prompt_s": "prompt s|.2f",
@@ -125,14 +128,17 @@ class Run:
         self.models = model_files(args.folder, args.tiny)
         self.rows: list[Row] = []
         self.server: Server | None = None
+        self.options: tuple[str, ...] = ()  # of the server, beside those that it always has
         self.first: torch.Tensor | None = None
+        self.small: torch.Tensor | None = None
         self.deadline = self.takes = self.starts = 0
 
     # ---- the server
 
-    def start(self, *options: str) -> None:
+    def start(self, options: tuple[str, ...]) -> None:
         """A new server, the old one stopped."""
         self.stop()
+        self.options = options
         front = self.base / "frontend"
         front.mkdir(exist_ok=True)
         (front / "index.html").write_text("none")
@@ -217,12 +223,12 @@ class Run:
         figures = [f"{row.prompt_s:.2f} s, sampling {row.sample_s:.2f} s" if drawn else "", row.blocks, row.note]
         print(f"{row.verdict:>6}  {part}: {'; '.join(filter(None, figures))}{word and f'; same: {word}'}", flush=True)
 
-    def attempt(self, part: Callable[[Run], None], limit_s: float) -> None:
-        """Run one part; where it fails, the next gets a new server."""
+    def attempt(self, part: Callable[[Run], None], limit_s: float, options: tuple[str, ...] = ()) -> None:
+        """Run one part with a server that was started with these options; where it fails, the next gets a new one."""
         self.deadline = time.monotonic() + limit_s
         try:
-            if self.server is None:
-                self.start()
+            if self.server is None or self.options != options:
+                self.start(options)
             part(self)
         except FAILURES as error:
             tail = "" if self.server is None else f"; the log ends: {self.server.tail(3)}"
@@ -430,19 +436,13 @@ def host_waits(run: Run) -> None:
         run.row(part, not ours, drawn, run.same(drawn), note=note)
 
 
-def modes(run: Run) -> None:
-    """Servers with other memory options: a small picture in each, which is that of the default one."""
-    if run.device.type != "cuda":
-        return
-    size = 512 if not run.args.tiny else run.size
-    run.start()
-    default = run.draw(size=size)
-    run.row(f"{size} x {size}, defaults", True, default)
-    for options in MODES:
-        run.start(*options)
-        drawn = run.draw(size=size)
-        on = "dynamic VRAM on" if DYNAMIC in run.server.text() else "dynamic VRAM off"
-        run.row(" ".join(options), True, drawn, torch.equal(drawn.latents, default.latents), note=on)
+def small_picture(run: Run) -> None:
+    """One small picture, which is the same whatever the server's memory options."""
+    drawn = run.draw(size=min(run.size, 512))
+    same = None if run.small is None else torch.equal(drawn.latents, run.small)
+    run.small = drawn.latents if run.small is None else run.small
+    on = "dynamic VRAM on" if DYNAMIC in run.server.text() else "dynamic VRAM off"
+    run.row(" ".join(run.options) or "defaults", True, drawn, same, note=on)
 
 
 PARTS = {
@@ -454,7 +454,7 @@ PARTS = {
     encoders: 60,
     in_a_row: 60,
     host_waits: 60,
-    modes: 150,
+    small_picture: 40,
 }
 
 
@@ -474,7 +474,7 @@ def main() -> int:
     args.comfyui, args.folder, args.out = (path.resolve() for path in (Path(args.comfyui), args.folder, args.out))
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    asked = args.parts or [part.__name__ for part in PARTS if part is not modes or args.modes]
+    asked = args.parts or [part.__name__ for part in PARTS if part is not small_picture or args.modes]
     begun = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     with tempfile.TemporaryDirectory() as base:
@@ -482,8 +482,9 @@ def main() -> int:
         print(f"files: {time.monotonic() - begun:.0f} s", flush=True)
         try:
             for part, limit_s in PARTS.items():
-                if part.__name__ in asked:
-                    run.attempt(part, limit_s)
+                several = MODES if part is small_picture and device.type == "cuda" else ((),)
+                for options in several if part.__name__ in asked else ():
+                    run.attempt(part, limit_s, options)
         finally:
             run.stop()
     machine = bench.machine(choose_device(args.device), choose_dtype(None, device))

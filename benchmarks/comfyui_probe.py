@@ -21,7 +21,7 @@ from aiohttp import web
 from safetensors.torch import save_file
 from server import PromptServer
 
-PACK = "zimage-int4"  # the folder in custom_nodes
+PACK = Path(__file__).resolve().parents[1]
 LOOP = "sample_euler"  # ComfyUI's function that runs the steps
 ONCE = "prepare"  # the pack's function that runs once per prompt, within the first step
 POLL_S = 0.01
@@ -61,19 +61,19 @@ class Watch:
         """Count a warning under where in a step it came from: the pack's innermost line, or who else's."""
         if "synchronizing" not in str(message):
             return
-        stack = traceback.extract_stack()[:-1]
+        stack = [frame for frame in traceback.extract_stack()[:-1] if frame.filename != warnings.__file__]
         names = [frame.name for frame in stack]
         if LOOP not in names:
             self.syncs["outside the steps", ""] += 1
             return
         inner = stack[len(names) - names[::-1].index(LOOP) :]
-        ours = [frame for frame in inner if f"/{PACK}/" in frame.filename.replace("\\", "/")]
+        ours = [frame for frame in inner if Path(frame.filename).resolve().is_relative_to(PACK)]
         kind = "ComfyUI's, in a step"
         if ours:
             kind = "once per prompt" if any(frame.name == ONCE for frame in ours) else "in a step"
         site = (ours or stack)[-1]
-        where = site.filename.replace("\\", "/").rpartition(f"/{PACK}/")[2]
-        self.syncs[kind, f"{where if ours else Path(where).name}:{site.lineno} {site.name}"] += 1
+        where = Path(site.filename).resolve().relative_to(PACK) if ours else Path(site.filename).name
+        self.syncs[kind, f"{where}:{site.lineno} {site.name}"] += 1
 
 
 watch = Watch()
