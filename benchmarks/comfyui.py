@@ -30,6 +30,7 @@ from pathlib import Path
 import aiohttp
 import torch
 from image import TINY_ENCODER, random_files
+from memory import free
 from safetensors.torch import load_file, save_file
 
 from zimage_core import bench
@@ -90,7 +91,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one prompt did. bytes and seconds; `before` and `after` are the probe's numbers around the sampler."""
+    """What one prompt did, in seconds; `before` and `after` are the probe's numbers around the sampler."""
 
     end: str
     steps: int
@@ -125,7 +126,7 @@ class Run:
         self.args, self.device, self.base = args, device, base
         self.size = args.size or (64 if args.tiny else 1024)
         self.steps = 4 if args.tiny else 8
-        self.models = model_files(args.folder, args.tiny)
+        self.models = model_files(args.folder, args.tiny, device)
         self.rows: list[Row] = []
         self.server: Server | None = None
         self.options: tuple[str, ...] = ()  # of the server, beside those that it always has
@@ -225,10 +226,10 @@ class Run:
 
     def attempt(self, part: Callable[[Run], None], limit_s: float, options: tuple[str, ...] = ()) -> None:
         """Run one part with a server that was started with these options; where it fails, the next gets a new one."""
-        self.deadline = time.monotonic() + limit_s
         try:
             if self.server is None or self.options != options:
                 self.start(options)
+            self.deadline = time.monotonic() + limit_s
             part(self)
         except FAILURES as error:
             tail = "" if self.server is None else f"; the log ends: {self.server.tail(3)}"
@@ -236,9 +237,10 @@ class Run:
             self.stop()
 
 
-def model_files(folder: Path, tiny: bool) -> dict[str, Path]:
+def model_files(folder: Path, tiny: bool, device: torch.device) -> dict[str, Path]:
     """{path below ComfyUI's models: file} of the random files, the FP8 encoder also as a folder, and a LoRA."""
-    files = random_files(folder, tiny)
+    files = random_files(folder, tiny, device)
+    free(device)
     home = files["model"].parent
     encoder = TINY_ENCODER if tiny else TextEncoderConfig()
     config, lora = home / "config.json", home / "lora.safetensors"
@@ -334,10 +336,10 @@ def nearly_full(run: Run) -> None:
     """With all but FREE_GIB of the device taken by another process: the same picture, and one of a new prompt."""
     if run.device.type != "cuda":
         return
+    run.draw()  # so that its prompt need not be encoded again
     run.unload()
-    free = torch.cuda.mem_get_info(run.device)[0]  # not before: this makes a CUDA context
-    free = torch.cuda.mem_get_info(run.device)[0]
-    ballast = torch.empty(max(0, free - round(FREE_GIB * GIB)), dtype=torch.uint8, device=run.device)
+    there = torch.cuda.mem_get_info(run.device)[0]
+    ballast = torch.empty(max(0, there - round(FREE_GIB * GIB)), dtype=torch.uint8, device=run.device)
     left = torch.cuda.mem_get_info(run.device)[0] / GIB
     part, other = f"{left:.1f} GiB free", f"{PROMPT}, another"
     try:
@@ -412,13 +414,14 @@ def encoders(run: Run) -> None:
 def in_a_row(run: Run) -> None:
     """Prompts with a text each: memory after the third and the last."""
     held = []
-    for i in range(IN_A_ROW):
+    for i in range(IN_A_ROW):  # of the whole device's memory ComfyUI's allocator keeps what it likes: not judged
         drawn = run.draw(text=f"{PROMPT}, take {i}", seed=i)
         now = run.probe()
         held.append({key: now[key] for key in ("allocated", "used") if key in now} | {"host": run.server.rss()})
     drift = {key: max(now[key] for now in held[2:]) / held[2][key] - 1 for key in held[0]}
     sizes = [f"{key} {held[2][key] / GIB:.2f} to {held[-1][key] / GIB:.2f} GiB" for key in drift]
-    run.row(f"{IN_A_ROW} prompts in a row", max(drift.values()) <= DRIFT, drawn, note=", ".join(sizes))
+    steady = all(change <= DRIFT for key, change in drift.items() if key != "used")
+    run.row(f"{IN_A_ROW} prompts in a row", steady, drawn, note=", ".join(sizes))
 
 
 def host_waits(run: Run) -> None:
@@ -446,7 +449,7 @@ def small_picture(run: Run) -> None:
 
 
 PARTS = {
-    first_pictures: 90,
+    first_pictures: 120,
     nearly_full: 60,
     budgets: 60,
     interrupt: 40,

@@ -64,15 +64,18 @@ def write_synthetic(
     encoder: TextEncoderConfig = TextEncoderConfig(),  # noqa: B008
     vae: VAEConfig = VAEConfig(),  # noqa: B008
     rank: int = 256,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Path]:
-    """Model, FP8 encoder and VAE with random weights in a folder, those that are there already left alone."""
+    """Model, FP8 encoder and VAE with random weights in a folder, those that are there already left alone.
+
+    device: where they are drawn; a GPU takes seconds for it.
+    """
     from make_synthetic import write_synthetic as write_transformer
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     names = {"model": "svdq-int4-synthetic", "text_encoder": "encoder-fp8", "vae": "vae"}
     paths = {part: folder / f"{name}.safetensors" for part, name in names.items()}
-    device = choose_device(None)  # a GPU draws all of it in seconds
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(tensor: torch.Tensor) -> torch.Tensor:
@@ -101,7 +104,6 @@ def write_synthetic(
         with torch.device("meta"):
             body = VAE(vae).state_dict()
         save_file({k: draw(v).cpu() for k, v in body.items()}, paths["vae"])
-    free(device)
     return paths | {"tokenizer": demo_files()["tokenizer"]}
 
 
@@ -244,7 +246,7 @@ def main() -> int:
         targets, arguments.steps, arguments.pictures = DRY_TARGETS, 2, 4
 
     if arguments.synthetic:
-        vars(arguments).update(write_synthetic(arguments.synthetic))
+        vars(arguments).update(write_synthetic(arguments.synthetic, device=choose_device(None)))
     rows, residents = [], {}
     names = ("budget", "streamed", "predicted", "measured", "seconds", "times")
     print("  size", *(name.rjust(width) for name, width in zip(names, (7, 9, 9, 9, 8, 6))), " same")
