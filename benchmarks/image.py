@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from memory import write_synthetic
 
 from zimage_core import bench
@@ -42,10 +43,10 @@ COLUMNS = {
 }
 
 
-def random_files(folder: Path, tiny: bool) -> dict[str, Path]:
-    """The options of `zimage generate` and their files, written where they are not there yet."""
+def random_files(folder: Path, tiny: bool, device: torch.device | str = "cpu") -> dict[str, Path]:
+    """The options of `zimage generate` and their files, drawn on a device where they are not there yet."""
     sizes = (TINY, TINY_ENCODER, TINY_VAE, bench.DEMO_RANK) if tiny else ()
-    paths = write_synthetic(folder / ("tiny" if tiny else "full"), *sizes)
+    paths = write_synthetic(folder / ("tiny" if tiny else "full"), *sizes, device=device)
     return {part.replace("_", "-"): path for part, path in paths.items()}
 
 

@@ -1,7 +1,7 @@
 """Write a full-size SVDQ INT4 Z-Image file with random weights, for timings without the real one.
 
 Real names, dtypes, shapes and metadata; random codes; scales, branches and modulations of a size that keeps
-activations near 1 through all blocks. The same seed gives the same file.
+activations near 1 through all blocks. The same seed gives the same file, on a GPU another one than on a CPU.
 
     python benchmarks/make_synthetic.py OUT.safetensors [--rank 256]
     python benchmarks/make_synthetic.py OUT.safetensors --dense   # BF16, 12.3 GB, to time the quantizer on
@@ -32,13 +32,14 @@ CODE_STD = 14.4**0.5  # of codes drawn evenly from -7..7 with 0 twice as likely
 
 
 def draw(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """One random tensor of the file; the permuted storage does not matter for random values."""
+    """One random tensor of the file, on the generator's device; the permuted storage does not matter here."""
+    device = generator.device
     if dtype == "I8":
-        noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device=device)
         low, high = noise & 15, noise >> 4
         low[low == 8], high[high == 8] = 0, 0  # quantizers never emit -8
         return (low | high << 4).view(torch.int8)
-    noise = torch.empty(shape)
+    noise = torch.empty(shape, device=device)
     if name.endswith("wscales"):  # an even spread of a factor 2 about the scale that keeps the variance
         noise.uniform_(0.6, 1.3, generator=generator).div_(CODE_STD * math.sqrt(64 * shape[0]))
     elif "smooth_factor" in name:
@@ -71,14 +72,16 @@ def dense_header(config: ZImageConfig) -> Header:
     return header
 
 
-def write_synthetic(path: Path, config: ZImageConfig, rank: int | None, seed: int = 0) -> int:
-    """Write the file, BF16 where rank is None, and return its size in bytes."""
+def write_synthetic(
+    path: Path, config: ZImageConfig, rank: int | None, seed: int = 0, device: torch.device | str = "cpu"
+) -> int:
+    """Write the file, BF16 where rank is None, and return its size in bytes. device: where the values are drawn."""
     header = plan_header(config, rank) if rank else dense_header(config)
     metadata = file_metadata(config, rank) if rank else {"config": json.dumps(diffusers_config(config))}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with StreamedFile(path, header, metadata) as out:
         for name, (dtype, shape) in header.items():
-            out.write(name, draw(name, dtype, shape, generator))
+            out.write(name, draw(name, dtype, shape, generator).cpu())
     return out.size
 
 

@@ -19,7 +19,7 @@ import argparse
 import gc
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ import torch
 from zimage_core import load_pipeline
 from zimage_core.config import ZImageConfig
 from zimage_core.demo import demo_files
-from zimage_core.pipeline import Pipeline
+from zimage_core.pipeline import Pipeline, choose_device
 from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.vae import VAE, VAEConfig
 
@@ -37,6 +37,7 @@ TARGETS = ((1024, 4.0, 1.05), (1024, 2.5, 1.15), (512, 2.0, None), (2048, 8.0, N
 DRY_TARGETS = ((128, 0.06, None), (64, 0.055, None))
 WITHIN = 0.10  # of the measured peak
 DRIFT = 0.01
+FP8_MAX = 448
 PROMPT = "a small boat on a quiet lake at dawn, mist over the water"
 
 
@@ -63,34 +64,46 @@ def write_synthetic(
     encoder: TextEncoderConfig = TextEncoderConfig(),  # noqa: B008
     vae: VAEConfig = VAEConfig(),  # noqa: B008
     rank: int = 256,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Path]:
-    """Model, FP8 encoder and VAE with random weights in a folder, those that are there already left alone."""
+    """Model, FP8 encoder and VAE with random weights in a folder, those that are there already left alone.
+
+    device: where they are drawn; a GPU takes seconds for it.
+    """
     from make_synthetic import write_synthetic as write_transformer
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     names = {"model": "svdq-int4-synthetic", "text_encoder": "encoder-fp8", "vae": "vae"}
     paths = {part: folder / f"{name}.safetensors" for part, name in names.items()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
-    def draw(tensor: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def draw(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 1:
             return torch.ones(tensor.shape, dtype=torch.bfloat16)
         fan_in = tensor[0].numel()
-        return torch.empty(tensor.shape).normal_(0, fan_in**-0.5, generator=generator).to(dtype)
+        return torch.empty(tensor.shape, device=device).normal_(0, fan_in**-0.5, generator=generator).bfloat16()
 
     if not paths["model"].exists():
-        write_transformer(paths["model"], transformer, rank)
+        write_transformer(paths["model"], transformer, rank, device=device)
     if not paths["text_encoder"].exists():
-        body = TextEncoder(encoder, device="meta").state_dict()
-        plain = ("embed_tokens.weight",)
-        state = {k: draw(v, torch.bfloat16 if k in plain else torch.float8_e4m3fn) for k, v in body.items()}
-        state[f"layers.{encoder.num_layers}.input_layernorm.weight"] = torch.ones(encoder.hidden_size)  # never read
-        save_file({f"model.{k}": v for k, v in state.items()}, paths["text_encoder"])
+        whole = replace(encoder, num_layers=encoder.num_layers + 1)  # as published: ComfyUI wants the last one too
+        body = TextEncoder(whole, device="meta").state_dict()
+        described = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        state = {}
+        for name, tensor in body.items():
+            state[name] = draw(tensor)
+            if tensor.ndim == 2 and name != "embed_tokens.weight":  # as ComfyUI's own files: described, with a scale
+                scale = state[name].abs().amax().float() / FP8_MAX
+                layer = name.removesuffix("weight")
+                state[name] = (state[name].float() / scale).to(torch.float8_e4m3fn)
+                state |= {f"{layer}weight_scale": scale, f"{layer}comfy_quant": described.clone()}
+        state["norm.weight"] = torch.ones(encoder.hidden_size, dtype=torch.bfloat16)
+        save_file({f"model.{k}": v.cpu() for k, v in state.items()}, paths["text_encoder"])
     if not paths["vae"].exists():
         with torch.device("meta"):
             body = VAE(vae).state_dict()
-        save_file({k: draw(v) for k, v in body.items()}, paths["vae"])
+        save_file({k: draw(v).cpu() for k, v in body.items()}, paths["vae"])
     return paths | {"tokenizer": demo_files()["tokenizer"]}
 
 
@@ -233,7 +246,7 @@ def main() -> int:
         targets, arguments.steps, arguments.pictures = DRY_TARGETS, 2, 4
 
     if arguments.synthetic:
-        vars(arguments).update(write_synthetic(arguments.synthetic))
+        vars(arguments).update(write_synthetic(arguments.synthetic, device=choose_device(None)))
     rows, residents = [], {}
     names = ("budget", "streamed", "predicted", "measured", "seconds", "times")
     print("  size", *(name.rjust(width) for name, width in zip(names, (7, 9, 9, 9, 8, 6))), " same")

@@ -8,19 +8,14 @@ Tests marked `inside` import ComfyUI into this process (CPU); the others start i
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from comfyui_server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
@@ -77,112 +72,11 @@ def host(tmp_path_factory):
     return sys.modules["zimage_pack.nodes.host"]
 
 
-class Server:
-    """One running ComfyUI with the pack linked into its custom_nodes."""
-
-    def __init__(self, base: Path, *args: str, models: dict[str, Path] | None = None):
-        self.base = base
-        for name in ("models", "input", "output", "temp", "user", "custom_nodes"):
-            (base / name).mkdir(parents=True, exist_ok=True)
-        link = base / "custom_nodes" / "zimage-int4"
-        if not link.is_symlink():
-            link.symlink_to(ROOT)
-        for where, source in (models or {}).items():
-            target = base / "models" / where
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                target.symlink_to(source)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = base / "comfyui.log"
-        command = [PYTHON, str(COMFYUI / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
-        command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base}/user/comfyui.db"]
-        command += ["--disable-api-nodes", "--disable-auto-launch", *args]
-        command += shlex.split(os.environ.get("COMFYUI_ARGS", ""))
-        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=base, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-            )
-        for _ in range(600):
-            if self.process.poll() is not None:
-                pytest.fail(f"ComfyUI ended at its start:\n{self.tail()}")
-            try:
-                self.get("/system_stats")
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.3)
-        self.stop()
-        pytest.fail(f"ComfyUI was not ready in time:\n{self.tail()}")
-
-    def tail(self, lines: int = 40) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-    def get(self, path: str, raw: bool = False):
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
-            data = response.read()
-        return data if raw else json.loads(data)
-
-    def post(self, path: str, body: dict) -> tuple[int, dict]:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                data, status = response.read(), response.status
-        except urllib.error.HTTPError as error:
-            data, status = error.read(), error.code
-        return status, json.loads(data) if data else {}
-
-    def queue(self, workflow: dict, client: str = "test") -> str:
-        status, answer = self.post("/prompt", {"prompt": workflow, "client_id": client})
-        assert status == 200, json.dumps(answer, indent=1)
-        return answer["prompt_id"]
-
-    def wait(self, prompt_id: str, timeout: float = 300) -> dict:
-        """The history entry of a prompt, once it has ended."""
-        end = time.time() + timeout
-        while time.time() < end:
-            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
-            if entry:
-                return entry
-            assert self.process.poll() is None, self.tail()
-            time.sleep(0.1)
-        raise AssertionError(f"prompt did not end in {timeout} s:\n{self.tail()}")
-
-    def run(self, workflow: dict, timeout: float = 300) -> dict:
-        return self.wait(self.queue(workflow), timeout)
-
-    def images(self, entry: dict) -> list[bytes]:
-        found = []
-        for output in entry["outputs"].values():
-            for item in output.get("images", ()):
-                query = "&".join(f"{k}={urllib.request.quote(item[k])}" for k in ("filename", "subfolder", "type"))
-                found.append(self.get(f"/view?{query}", raw=True))
-        return found
-
-    def rss(self) -> int:
-        """Resident bytes of the server process."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-        raise AssertionError("no VmRSS")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(20)
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
-    running = Server(base, "--preview-method", "latent2rgb", models={f"diffusion_models/{TINY.name}": TINY})
+    args = ["--cpu", "--preview-method", "latent2rgb", *shlex.split(os.environ.get("COMFYUI_ARGS", ""))]
+    running = Server(COMFYUI, base, *args, python=PYTHON, models={f"diffusion_models/{TINY.name}": TINY})
     yield running
     running.stop()
     if os.environ.get("ZIMAGE_KEEP_LOG"):

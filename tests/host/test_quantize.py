@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import re
 from pathlib import Path
@@ -72,13 +71,13 @@ def test_merged_lora_changes_the_file(server, folder):
 
 def test_stopped_calibration_goes_on_where_it_was(server, folder):
     workflow = quantizing(calibrate=True, output_name="calibrated")
-    seen = asyncio.run(checks.watch(server, workflow, interrupt_at=f"block 3/{BLOCKS}, "))
+    seen = server.watch(workflow, interrupt_at=f"block 3/{BLOCKS}, ")
     assert seen["end"] == "execution_interrupted"
     assert not (folder / "calibrated.safetensors").exists()
     finished = (folder / "calibrated.safetensors.partial.finished").read_text().split()
     assert finished[:2] == ["context_refiner.0", "noise_refiner.0"] and len(finished) < BLOCKS
     assert any(re.fullmatch(rf"block \d/{BLOCKS}, \S+, \d+:\d\d left", text) for text in seen["texts"]), seen["texts"]
-    seen = asyncio.run(checks.watch(server, workflow))
+    seen = server.watch(workflow)
     assert seen["end"] == "execution_success"
     assert f"resumed after block {len(finished)}/{BLOCKS}" in seen["texts"]
     assert not any("drawing" in text for text in seen["texts"])

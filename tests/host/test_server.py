@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -213,42 +211,8 @@ def test_changing_the_seed_runs_only_the_sampler_again(server):
 # ---- websocket: progress, previews, text on the node, interrupt -----------------------------------------------
 
 
-async def watch(server, workflow: dict, interrupt_after: int | None = None, interrupt_at: str | None = None) -> dict:
-    """Queue a workflow and collect what the websocket tells until it ends.
-
-    It is interrupted after so many steps, or at the first text on a node that begins so.
-    """
-    import aiohttp
-
-    seen = {"progress": [], "previews": 0, "texts": [], "end": None}
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=watch") as socket:
-        async with session.post(f"{server.url}/prompt", json={"prompt": workflow, "client_id": "watch"}) as answer:
-            assert answer.status == 200, await answer.text()
-            prompt_id = (await answer.json())["prompt_id"]
-        while seen["end"] is None:
-            event = await asyncio.wait_for(socket.receive(), 300)
-            if event.type is aiohttp.WSMsgType.BINARY:
-                kind = struct.unpack(">I", event.data[:4])[0]
-                seen["previews"] += kind in (1, 4)
-                if kind == 3:
-                    length = struct.unpack(">I", event.data[4:8])[0]
-                    seen["texts"].append(event.data[8 + length :].decode())
-                    if interrupt_at and seen["texts"][-1].startswith(interrupt_at):
-                        interrupt_at = None
-                        await session.post(f"{server.url}/interrupt", json={"prompt_id": prompt_id})
-                continue
-            data = json.loads(event.data)
-            if data["type"] == "progress":
-                seen["progress"].append((data["data"]["value"], data["data"]["max"]))
-                if len(seen["progress"]) == interrupt_after:
-                    await session.post(f"{server.url}/interrupt", json={"prompt_id": prompt_id})
-            elif data["type"] in ("execution_success", "execution_error", "execution_interrupted"):
-                seen["end"] = data["type"]
-    return seen
-
-
 def test_progress_previews_and_text(server):
-    seen = asyncio.run(watch(server, api(n5__seed=200, n1__precision="w4a16")))
+    seen = server.watch(api(n5__seed=200, n1__precision="w4a16"))
     assert seen["end"] == "execution_success"
     assert [p for p in seen["progress"] if p[1] == 8][-1] == (8, 8) and len(seen["progress"]) >= 8
     assert seen["previews"] >= 7
@@ -257,7 +221,7 @@ def test_progress_previews_and_text(server):
 
 def test_interrupt_stops_within_a_step_and_leaves_everything_usable(server):
     before = server.images(server.run(api()))[0]
-    seen = asyncio.run(watch(server, api(n5__seed=300, n5__steps=100), interrupt_after=3))
+    seen = server.watch(api(n5__seed=300, n5__steps=100), interrupt_after=3)
     assert seen["end"] == "execution_interrupted"
     assert len(seen["progress"]) <= 5
     server.run(api(n5__seed=301))
