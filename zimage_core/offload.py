@@ -33,13 +33,25 @@ Slot = tuple[dict, str, Tensor]
 logger = logging.getLogger(__name__)
 
 
-def slots(module: nn.Module) -> Iterator[Slot]:
-    """Every parameter and buffer of a module tree, in a fixed order."""
-    for part in module.modules():
+def slots(module: nn.Module, inside: bool = True) -> Iterator[Slot]:
+    """Every parameter and buffer of a module, in a fixed order, and of those inside it."""
+    for part in module.modules() if inside else [module]:
         for holder in (part._parameters, part._buffers):
             for name, tensor in holder.items():
                 if tensor is not None:
                     yield holder, name, tensor
+
+
+def change(module: nn.Module, make: Callable[[Tensor], Tensor], inside: bool = True) -> None:
+    """Put make(tensor) in the place of every parameter and buffer.
+
+    Not `nn.Module.to`: that writes into the parameter that is there, and one that was loaded in inference mode, as
+    ComfyUI's nodes run, can then neither be used in it nor outside.
+    """
+    for holder, name, tensor in slots(module, inside):
+        made = make(tensor)
+        if made is not tensor:
+            holder[name] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -292,7 +304,7 @@ class BlockStreamer:
             self._go_home(i, pin)
         self.device = device
         for i in keep:
-            self.blocks[i].to(device)
+            change(self.blocks[i], lambda tensor: tensor.to(device))
             if i in self._homes and not self._homes[i].current(self.blocks[i]):
                 del self._homes[i]
         self.host = {i: self._homes[i] for i in range(len(self.blocks)) if i not in keep}
@@ -350,7 +362,7 @@ class BlockStreamer:
         for part in self._model.modules() if self._model else ():
             if id(part) in inside:
                 continue
-            part._apply(lambda tensor: tensor.to(device), recurse=False)
+            change(part, lambda tensor: tensor.to(device), inside=False)
             held = (*part._parameters.values(), *part._buffers.values())
             total += sum(t.numel() * t.element_size() for t in held if t is not None and t.device.type == device.type)
         return total

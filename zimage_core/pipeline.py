@@ -238,6 +238,7 @@ class Pipeline:
         self._graphs: Graphs | None = None
         self._too_much: int | None = None  # pixels from which memory ran out with blocks resident
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self,

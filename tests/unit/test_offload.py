@@ -166,6 +166,22 @@ def test_placing_and_leaving_restore_tensors_and_their_kinds():
         assert all(torch.equal(block.state_dict()[k], v) for k, v in state.items())
 
 
+def test_what_was_loaded_in_inference_mode_runs_in_it_and_outside_after_a_move():
+    """ComfyUI's nodes run in inference mode, and `place` outside; a clone stands for the move to another device."""
+    with torch.inference_mode():
+        linear = nn.Sequential(nn.Linear(4, 4).requires_grad_(False))
+        linear.register_buffer("kept", torch.ones(1))
+        expected = linear(torch.ones(1, 4))
+    first = [tensor for _, _, tensor in offload.slots(linear)]
+    with torch.inference_mode(False), torch.no_grad():
+        offload.change(linear, torch.clone)
+    assert [type(tensor) for tensor in first] == [type(tensor) for _, _, tensor in offload.slots(linear)]
+    assert not {id(tensor) for tensor in first} & {id(tensor) for _, _, tensor in offload.slots(linear)}
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert torch.equal(linear(torch.ones(1, 4)), expected)
+
+
 def test_bytes_used_are_counted_with_the_rest_of_the_model():
     model = nn.Sequential(*blocks_of(1, 2, 3, 4), nn.Linear(4, 4))
     blocks = list(model)[:4]
@@ -345,3 +361,17 @@ def test_on_cuda_copies_wait_for_the_last_use_and_computing_waits_for_the_copy(m
         "main records event free 1",
         "synchronize",
     ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("allowance", [float("inf"), 0])
+def test_what_was_loaded_in_inference_mode_runs_on_a_gpu(model, allowance):
+    with torch.inference_mode():
+        offload.change(model, torch.clone)
+        latents, t, feats = torch.randn(1, 16, 8, 8), torch.tensor([0.3]), torch.randn(5, model.config.cap_feat_dim)
+        expected = model(latents, t, model.prepare([feats], 64, 64))
+        streamer = BlockStreamer([*model.context_refiner, *model.noise_refiner, *model.layers], model)
+        streamer.place("cuda", allowance)
+        hooks = Hooks(run_block=streamer.run_block)
+        found = model(latents.cuda(), t.cuda(), model.prepare([feats.cuda()], 64, 64, hooks), hooks)
+    assert torch.allclose(found.cpu(), expected, rtol=0.05, atol=0.05)
