@@ -107,10 +107,15 @@ class Graphs:
 
     @property
     def possible(self) -> bool:
-        """Whether steps can be captured: on an NVIDIA GPU, with nothing streamed, by kernels known to allow it."""
+        """Whether steps can be captured: on an NVIDIA GPU, with nothing streamed, by kernels known to allow it.
+
+        And in memory of torch's own allocator: ComfyUI's default, cudaMallocAsync, has no pool for a graph.
+        """
         backend = self._transformer.backend
         known = backend is None or backend.name in BACKENDS
-        return known and self._streamer.addresses is not None and capability(self._streamer.device) is not None
+        if not known or self._streamer.addresses is None or capability(self._streamer.device) is None:
+            return False
+        return torch.cuda.get_allocator_backend() == "native"
 
     def run(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """model(latents, t, cond), where model calls the transformer and nothing that differs between steps."""

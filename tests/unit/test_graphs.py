@@ -135,6 +135,8 @@ def test_only_what_is_known_to_allow_it_is_captured():
         assert possible(backend=SimpleNamespace(name="triton"))
         assert not possible(backend=SimpleNamespace(name="nunchaku"))
         assert not possible(addresses=None), "streamed"
+        patch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+        assert not possible()
 
 
 def test_addresses_tell_of_every_move():
