@@ -131,6 +131,7 @@ def test_only_what_is_known_to_allow_it_is_captured():
     assert not possible()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "capability", lambda device: 90)
+        patch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
         assert possible()
         assert possible(backend=SimpleNamespace(name="triton"))
         assert not possible(backend=SimpleNamespace(name="nunchaku"))
