@@ -10,8 +10,8 @@ channels and loud tokens) and measures the outputs' relative error on inputs tha
 rounding left, stopped at the first that is worse; "+ gptq" is its gptq.yaml on top.
 
 `demo` quantizes the demo's BF16 transformer, plain and calibrated, and compares with BF16 for the same noise: error of
-the predicted flow, PSNR of the last latents, PSNR and SSIM of the picture, and whether it shows what was asked. On the
-CPU in fp32, and w4a8 on a GPU in bf16 (`--precisions w4a8`).
+the predicted flow, PSNR of the last latents, PSNR and SSIM of the picture, and whether it shows what was asked. All on
+the CPU in fp32; w4a8 rounds to fp8 where `backends.triton` does and computes in fp32, too.
 Each prints a table for people and ends with a line of JSON.
 """
 
@@ -25,10 +25,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from zimage_core.backends import Backend
+from zimage_core.backends.reference import dequantize_codes
 from zimage_core.layout import unpack_nibbles
 from zimage_core.solver import (
     InputStats,
@@ -40,7 +44,7 @@ from zimage_core.solver import (
     svdq_calibrated,
     svdq_from_dense,
 )
-from zimage_core.svdq import SVDQWeights
+from zimage_core.svdq import SVDQLinear, SVDQWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = {"w4a16": 16, "w4a8": 8, "w4a4": 4}
@@ -172,8 +176,6 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
         print(table([rows[-1]]).splitlines()[-1], flush=True)
 
     add("-", "bf16", "auto", source, source.stat().st_size)
-    if "w4a8" in precisions:
-        add("-", "bf16", "w4a8", source, source.stat().st_size)  # what bf16 arithmetic alone does there
     with tempfile.TemporaryDirectory() as folder:
         for rank in ranks:
             for way in ("plain", "calibrated"):
@@ -183,6 +185,28 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
                 for precision in precisions:
                     add(rank, way, precision, path, path.stat().st_size)
     return rows
+
+
+def fp8(values: Tensor) -> Tensor:
+    """Values (rows, columns) rounded to e4m3 with a scale for each row, as `backends.triton` does."""
+    scale = values.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+    return (values / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def use_fp8(transformer: torch.nn.Module) -> None:
+    """Have every INT4 linear compute as w4a8 with fp8 does, in plain torch."""
+
+    def prepare(weights: SVDQWeights, precision: str) -> dict[str, Tensor]:
+        return weights.tensors() | {"rounded": fp8(dequantize_codes(weights.qweight, weights.wscales.float()))}
+
+    def linear(x: Tensor, prepared: dict[str, Tensor], precision: str) -> Tensor:
+        y = F.linear(fp8(x / prepared["smooth_factor"]), prepared["rounded"], prepared.get("bias"))
+        return torch.addmm(y, x @ prepared["proj_down"].T, prepared["proj_up"].T)
+
+    backend = Backend("torch", "w4a8", SimpleNamespace(prepare=prepare, linear=linear), "fp8 in plain torch")
+    for module in transformer.modules():
+        if isinstance(module, SVDQLinear):
+            module.load(module.weights(), backend)
 
 
 @torch.inference_mode()
@@ -198,13 +222,10 @@ def draw(model: Path, others: dict[str, Path], captions: list[str], precision: s
 
     encoder = load_text_encoder(others["text_encoder"], dtype=torch.float32)
     feats = encode_prompts(encoder, load_tokenizer(others["tokenizer"]), captions)
-    on_gpu = precision == "w4a8"
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    transformer = load_transformer(model, device=device, dtype=dtype, precision=precision)
-
-    def predict(x: Tensor, sigma: Tensor) -> Tensor:
-        return predict_flow(transformer, x.to(device), sigma.to(device), cond).cpu()
-
+    eight = precision == "w4a8"
+    transformer = load_transformer(model, device="cpu", dtype=torch.float32, precision="auto" if eight else precision)
+    if eight:
+        use_fp8(transformer)
     vae = load_vae(others["vae"], device="cpu")
     sigmas = get_sigmas(8)
     seen, latents, errors = [], [], []
@@ -212,11 +233,11 @@ def draw(model: Path, others: dict[str, Path], captions: list[str], precision: s
         cond = transformer.prepare([caption], 128, 128)
         x, path = draw_noise(i, 1, 128, 128), []
         for step in range(8):
-            flow = predict(x, sigmas[step])
+            flow = predict_flow(transformer, x, sigmas[step], cond)
             path.append((x, flow))
             if steps:
                 theirs, true = steps[i][step]
-                off = predict(theirs, sigmas[step]) - true
+                off = predict_flow(transformer, theirs, sigmas[step], cond) - true
                 errors.append((off.norm() / true.norm()).item())
             x = x + (sigmas[step + 1] - sigmas[step]) * flow
         seen.append(path)
@@ -275,7 +296,7 @@ def main() -> None:
     demo.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128])
     demo.add_argument("--captions", type=int, default=40)
     demo.add_argument("--calibration", type=int, default=16, help="prompts to calibrate with, other ones")
-    demo.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["w4a16", "w4a4"], help="w4a8: on a GPU")
+    demo.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     demo.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "layers":

@@ -152,6 +152,24 @@ def test_w4a8_error_on_the_golden_linears_is_below_w4a4s(path, codes):
     assert ratio < 1  # the `range` cases hold scales that differ 100-fold within a channel
 
 
+def test_the_quality_benchmark_computes_w4a8_as_this_does(monkeypatch):
+    """In plain torch and fp32; what differs is bf16's rounding, a fraction of w4a8's own error."""
+    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs sm_89")
+    monkeypatch.setattr(backend, "capability", lambda device: 90)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import quality
+
+    weights = wide_weights(128, 3840)
+    linear = SVDQLinear(3840, 128, rank=RANK)
+    linear.load(weights.to(dtype=torch.float32), Backend("triton", "w4a16", backend, ""))
+    quality.use_fp8(linear)
+    x = rows(8, weights)
+    found = backend.linear(x, backend.prepare(weights, "w4a8"), "w4a8")
+    exact = x.float() @ weights.dequantize().T
+    assert relative(found, linear(x.float())) < 0.2 * relative(found, exact)
+
+
 def test_prepared_form_restores_and_repeats_bit_for_bit(codes):
     weights = wide_weights(64, 3840)
     prepared, x = backend.prepare(weights, "w4a8"), rows(3, weights)
