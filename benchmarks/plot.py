@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+LONGEST = 20.0  # ratio that is drawn
 
 
 def panels(lines: list[dict]) -> dict[str, dict[str, float]]:
@@ -43,11 +44,12 @@ def main() -> None:
     found = panels(lines)
     figure, axes = pyplot.subplots(len(found), 1, figsize=(8, 2.6 * len(found)), squeeze=False)
     for axis, (title, ratios) in zip(axes[:, 0], found.items()):
-        names = list(ratios)[::-1]
+        names = [name for name, ratio in ratios.items() if ratio <= LONGEST][::-1]
+        beyond = [f"{name} {ratio:.0f}" for name, ratio in ratios.items() if ratio > LONGEST]
         bars = axis.barh(names, [ratios[name] for name in names], color="#4c72b0")
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title + (f" (beyond the axis: {', '.join(beyond)})" if beyond else ""), fontsize=9)
         axis.set_xlabel("time, ratio to dense 16 bit (lower is better)")
         axis.margins(x=0.12)
     figure.tight_layout()

@@ -8,12 +8,14 @@ w4a8: activations x / smooth in 8 bits with a scale per row, weights in 8 bits w
 (e4m3) from sm_89 on and int8 before. The low-rank branch stays in 16 bits: inside the fp8 weight it would be
 rounded too, and the error would grow from 0.34 to 0.52 of w4a4's (random layers, equal norms of both branches).
 
-Floors on an H200 (4.0 TB/s, bf16 790 TFLOP/s) for the four linears of a block at 4224 rows, rank 256, beside the
-GEMMs (bf16 1495 GFLOP, 1.89 ms by that rate, 2.05 measured; fp8 1.25 measured). Computed, not yet measured:
-    w4a16  dequantize    94 MB read, 354 MB written: 0.11 ms; up @ down 91 GFLOP: 0.12 ms     1.06 to 1.11 in all
-    w4a8   requantize    94 MB read, 177 MB written: 0.07 ms
-           rows to fp8   184 MB read, 92 MB written: 0.07 ms
-           low rank      133 GFLOP: 0.17 ms; y read and written again, 670 MB: 0.17 ms        0.76 to 0.84 in all
+Times on an H200 (4.26 TB/s, bf16 795 TFLOP/s) for the linears of a block at 4224 rows, rank 256, and their floors:
+    bf16 GEMMs   1495 GFLOP                                                      1.86 ms    1.88
+    fp8 GEMMs                                                                    0.99       0.75
+    dequantize   94 MB read, 354 MB written                                      0.14       0.11
+                 with up @ down, 91 GFLOP                                        0.42       0.12 to 0.22
+    requantize   94 MB read, 177 MB written                                      0.09       0.06
+    rows to fp8  184 MB read, 92 MB written                                      0.11       0.06
+    low rank     133 GFLOP; y read and written again, 670 MB                     0.28       0.17 to 0.33
 In a block only the attention's result is left to `quantize_rows`: `fused` makes the codes of the other three linears.
 
 Legend: M rows, N out, K in, R rank.
