@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .backends import capability
+from .backends import capability, guard
 from .transformer import Conditioning, ZImageTransformer
 
 if TYPE_CHECKING:
     from .offload import BlockStreamer
 
 BACKENDS = ("triton", "reference")
-
 SHAPES = 4  # remembered at a time: prompt and negative prompt, of two sizes
 LAUNCH_BOUND = 1.1  # times the launching that the GPU may take for a step
 ROOM = 2**31  # bytes that must be free on the GPU: a graph keeps its activations
@@ -119,6 +118,21 @@ class Graphs:
 
     def run(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """model(latents, t, cond), where model calls the transformer and nothing that differs between steps."""
+        with guard(latents.device):
+            return self._run(model, latents, t, cond)
+
+    def clear(self) -> None:
+        """Forget all graphs; their memory is free once torch's cache is emptied."""
+        while self._steps:
+            self._drop_oldest()
+        self._pool = None
+
+    def _drop_oldest(self) -> None:
+        _, step = self._steps.popitem(last=False)
+        if step.graph:
+            torch.cuda.synchronize(step.graph.latents.device)  # it may be running
+
+    def _run(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         weights = self._streamer.addresses, getattr(self._transformer, "adapter_version", 0)
         if weights != self._weights:
             self.clear()
@@ -128,7 +142,7 @@ class Graphs:
         step = self._steps.setdefault(key, Step())
         self._steps.move_to_end(key)
         if len(self._steps) > SHAPES:
-            self._steps.popitem(last=False)
+            self._drop_oldest()
 
         bound = step.watch.launch_bound() if step.watch and not step.settled else None
         if bound is not None:
@@ -144,13 +158,6 @@ class Graphs:
         step.watch = self._watch()
         with step.watch:
             return model(latents, t, cond)
-
-    def clear(self) -> None:
-        """Forget all graphs; their memory is free once torch's cache is emptied."""
-        if any(step.graph for step in self._steps.values()):
-            torch.cuda.synchronize()  # none of them may be running
-        self._steps.clear()
-        self._pool = None
 
 
 def tensors(cond: Conditioning) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def steps(monkeypatch):
     made.clear(), watched.clear(), Watched.answers.clear()
     monkeypatch.setattr(graphs, "room", lambda device: graphs.ROOM)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     transformer, streamer = SimpleNamespace(backend=None, adapter_version=0), SimpleNamespace(addresses=1)
     found, ran = Graphs(transformer, streamer, Recorded, Watched), []
 
