@@ -280,7 +280,7 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set(xscale="log", xlabel="rank", ylabel="PSNR to BF16, dB", title="Demo model, INT4 against BF16")
     axes.set_xticks(ticks := sorted({row["rank"] for row in quantized}), [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
