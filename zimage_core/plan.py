@@ -105,13 +105,14 @@ class Plan:
     def table(self) -> str:
         """The plan for people, a few lines."""
         limit = "no limit" if self.budget is None else f"budget {readable(self.budget)}"
-        rows = [("GiB", "weights", "on device", "activations", "buffers", "peak", "")]
+        unit, count, digits = ("MiB", 2**20, 1) if self.peak < GIB / 4 else ("GiB", GIB, 2)
+        rows = [(unit, "weights", "on device", "activations", "buffers", "peak", "")]
         for stage in self.stages:
             parts = (stage.weights, stage.on_device, stage.activations, stage.workspace + stage.other, stage.peak)
             streamed = stage.blocks - stage.resident
             notes = [f"{streamed} of {stage.blocks} blocks streamed"] if streamed else []
             note = ", ".join((*notes, *filter(None, (stage.note,)), *(f"{other} stays" for other in stage.beside)))
-            rows.append((stage.name, *(f"{part / GIB:.2f}" for part in parts), note))
+            rows.append((stage.name, *(f"{part / count:.{digits}f}" for part in parts), note))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = [f"{self.title}, {limit}, predicted peak {readable(self.peak)}"]
         for name, *numbers, note in rows:

@@ -553,6 +553,7 @@ def test_the_plan_for_json_and_for_people(unlimited):
     lines = unlimited.plan.table().splitlines()
     assert lines[0].startswith("1 picture of 48 x 64, no limit, predicted peak")
     assert len({line.rindex(".") for line in lines[2:]}) == 1
+    assert lines[1].split()[0] == "MiB" and full_plan(None).table().splitlines()[1].split()[0] == "GiB"
 
 
 def test_the_command_line_prints_the_plan_and_keeps_it(tiny_files, tmp_path, capsys, caplog):
