@@ -170,6 +170,13 @@ def test_the_quality_benchmark_computes_w4a8_as_this_does(monkeypatch):
     assert relative(found, linear(x.float())) < 0.2 * relative(found, exact)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_what_is_prepared_on_the_cpu_to_be_streamed_is_the_same():
+    weights = wide_weights(128, 3840)
+    there, here = backend.prepare(weights, "w4a8"), backend.prepare(weights.to("cpu"), "w4a8")
+    assert all(torch.equal(there[name].cpu(), tensor) for name, tensor in here.items())
+
+
 def test_prepared_form_restores_and_repeats_bit_for_bit(codes):
     weights = wide_weights(64, 3840)
     prepared, x = backend.prepare(weights, "w4a8"), rows(3, weights)
