@@ -389,8 +389,7 @@ class DiffusionModel(Adapted):
         super().__init__(transformer, stock_state(transformer))
         self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes ask for them
         self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
-        blocks = [*transformer.context_refiner, *transformer.noise_refiner, *transformer.layers]
-        self.streamer = BlockStreamer(blocks, transformer)
+        self.streamer = BlockStreamer(transformer.blocks, transformer)
         self.graphs = Graphs(transformer, self.streamer)
         self.budgeted = False  # graphs keep memory that no budget knows of
         self.prepared = Kept(KEPT_PROMPTS)

@@ -34,7 +34,7 @@ from .checkpoint import identify, load_transformer
 from .config import ZImageConfig
 from .graphs import Graphs
 from .offload import BlockStreamer
-from .pipeline import blocks_of, choose_device, choose_dtype
+from .pipeline import choose_device, choose_dtype
 from .sampler import draw_noise
 from .svdq import SVDQLinear, SVDQWeights
 from .transformer import ZImageTransformer
@@ -252,7 +252,7 @@ def step_of(model: ZImageTransformer, device: torch.device, dtype: torch.dtype) 
     """Steps of this project's transformer as the pipeline runs them, from a CUDA graph where it would.
 
     The prompt's part, made once for all steps, is not in them."""
-    streamer = BlockStreamer(blocks_of(model), model)
+    streamer = BlockStreamer(model.blocks, model)
     streamer.place(device, math.inf)
 
     def at(size: int, batch: int) -> Call:

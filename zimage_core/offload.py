@@ -313,9 +313,7 @@ class BlockStreamer:
         if self.host and not self._buffers:
             self._make_slots(buffer)
         self.used = rest + sum(sizes[i] for i in keep) + BUFFERS * self._size()
-        parts = [self._model] if self._model else self.blocks
-        there = tuple(tensor.data_ptr() for part in parts for _, _, tensor in slots(part))
-        self.addresses = None if self.host else hash(there)
+        self.addresses = None if self.host else self._digest()
         return self.used
 
     @torch.inference_mode(False)
@@ -355,6 +353,10 @@ class BlockStreamer:
         finally:
             home.point_home()
             self._copies.used(slot)
+
+    def _digest(self) -> int:
+        parts = [self._model] if self._model else self.blocks
+        return hash(tuple(tensor.data_ptr() for part in parts for _, _, tensor in slots(part)))
 
     def _place_rest(self, device: torch.device) -> int:
         """Move the model's other parts, and count their bytes."""

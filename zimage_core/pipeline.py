@@ -199,11 +199,6 @@ def load_pipeline(
     return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget, once)
 
 
-def blocks_of(model: ZImageTransformer) -> list[torch.nn.Module]:
-    """The transformer's blocks in the order in which they run."""
-    return [*model.context_refiner, *model.noise_refiner, *model.layers]
-
-
 class Pipeline:
     """Draws pictures from prompts; `plan`, `stages` and `seeds` tell about the last call."""
 
@@ -423,7 +418,7 @@ class Pipeline:
                     precision=self.precision,
                     compute_device=self.device,
                 )
-                self._streamer = BlockStreamer(blocks_of(model), model)
+                self._streamer = BlockStreamer(model.blocks, model)
                 self._graphs = Graphs(model, self._streamer)
                 self.used_backend = model.backend
         lora.apply(self.transformer, self.loras)
@@ -531,10 +526,9 @@ class Pipeline:
             return weights
         with torch.device("meta"):
             model = ZImageTransformer(config).to(self.dtype)
-        blocks = blocks_of(model)
-        before = weights_of(blocks, model)
+        before = weights_of(model.blocks, model)
         lora.apply(model, self.loras)
-        after = weights_of(blocks, model)
+        after = weights_of(model.blocks, model)
         return Weights(
             weights.rest + after.rest - before.rest,
             tuple(own + y - x for own, x, y in zip(weights.blocks, before.blocks, after.blocks, strict=True)),

@@ -239,6 +239,11 @@ class ZImageTransformer(nn.Module):
                 module.ops = chosen
 
     @property
+    def blocks(self) -> list[Block]:
+        """All blocks in the order in which they run."""
+        return [*self.context_refiner, *self.noise_refiner, *self.layers]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.x_embedder.weight.dtype
 

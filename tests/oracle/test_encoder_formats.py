@@ -283,32 +283,10 @@ def test_quanto_as_quanto_writes_it(tmp_path, original, reference, quanto, kind)
 
 # ---------------------------------------------------------------- GGUF
 
-GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 @pytest.fixture(scope="module")
 def gguf():
     return pytest.importorskip("gguf")
-
-
-def gguf_name(name: str) -> str:
-    stem = name.removesuffix(".weight")
-    if stem.startswith("layers."):
-        _, number, rest = stem.split(".", 2)
-        return f"blk.{number}.{GGUF_NAMES[rest]}.weight"
-    return {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[stem]
 
 
 def fp16_bytes(x):
@@ -381,7 +359,7 @@ def write_gguf(gguf, path, weights, kind, embedding=None, arch="qwen3", change=N
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6)
     writer.add_float32(f"{arch}.rope.freq_base", 1e6)
     writer.add_token_list([f"t{i}" for i in range(VOCAB)])
-    meant = {}
+    names, meant = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, LAYERS), {}
     for name, tensor in weights.items():
         if tensor.ndim == 1:
             form = "F32"
@@ -390,7 +368,7 @@ def write_gguf(gguf, path, weights, kind, embedding=None, arch="qwen3", change=N
         else:
             form = kind(name) if callable(kind) else kind
         data, which = gguf_bytes(gguf, tensor, form), gguf.GGMLQuantizationType[form]
-        writer.add_tensor(gguf_name(name), data, raw_dtype=which)
+        writer.add_tensor(names.get_name(f"model.{name}", try_suffixes=(".weight",)), data, raw_dtype=which)
         meant[name] = torch.from_numpy(gguf.quants.dequantize(data, which).copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

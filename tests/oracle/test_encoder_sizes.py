@@ -141,21 +141,6 @@ def quanto(folder: Path, shapes) -> Path:
     return path
 
 
-GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
 def gguf_file(kind: Callable[[str], str]) -> Callable[[Path, Mapping[str, tuple[int, ...]]], Path]:
     def write(folder: Path, shapes) -> Path:
         gguf = pytest.importorskip("gguf")
@@ -170,14 +155,9 @@ def gguf_file(kind: Callable[[str], str]) -> Callable[[Path, Mapping[str, tuple[
         writer.add_float32("qwen3.attention.layer_norm_rms_epsilon", 1e-6)
         writer.add_float32("qwen3.rope.freq_base", 1e6)
         writer.add_token_list([f"t{i}" for i in range(1000)])
-        end = 0
+        names, end = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 36), 0
         for name, shape in shapes.items():
-            stem = name.removeprefix("model.").removesuffix(".weight")
-            if stem.startswith("layers."):
-                _, number, leaf = stem.split(".", 2)
-                stem = f"blk.{number}.{GGUF_NAMES[leaf]}"
-            else:
-                stem = {"embed_tokens": "token_embd", "norm": "output_norm"}[stem]
+            stem = names.get_name(name.removesuffix(".weight"))
             form = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind(stem)]
             block, size = gguf.GGML_QUANT_SIZES[form]
             row = shape[-1] // block * size

@@ -14,7 +14,6 @@ from zimage_core.backends import select
 from zimage_core.config import ZImageConfig
 from zimage_core.graphs import Graph, Graphs
 from zimage_core.offload import BlockStreamer
-from zimage_core.pipeline import blocks_of
 from zimage_core.sampler import draw_noise
 
 CONFIG = ZImageConfig(dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64)
@@ -142,7 +141,7 @@ def test_only_what_is_known_to_allow_it_is_captured():
 
 def test_addresses_tell_of_every_move():
     transformer = bench.random_model(CONFIG, torch.device("cpu"), torch.float32, None)
-    streamer = BlockStreamer(blocks_of(transformer), transformer)
+    streamer = BlockStreamer(transformer.blocks, transformer)
     streamer.place("cpu", math.inf)
     first = streamer.addresses
     streamer.place("cpu", math.inf)
@@ -163,7 +162,7 @@ def test_on_a_gpu_replays_are_the_same_bit_for_bit(precision):
     device = torch.device("cuda", torch.cuda.current_device())
     backend = precision and select("triton", precision, device=device, dtype=torch.bfloat16)
     transformer = bench.random_model(CONFIG, device, torch.bfloat16, backend, 32)
-    streamer = BlockStreamer(blocks_of(transformer), transformer)
+    streamer = BlockStreamer(transformer.blocks, transformer)
     streamer.place(device, math.inf)
     found = Graphs(transformer, streamer)
     assert found.possible

@@ -19,7 +19,7 @@ from zimage_core.demo import demo_loras
 from zimage_core.encoder_formats import StoredLinear
 from zimage_core.lora import Lora, load_lora
 from zimage_core.offload import weights
-from zimage_core.pipeline import blocks_of, load_pipeline
+from zimage_core.pipeline import load_pipeline
 from zimage_core.svdq import SVDQLinear
 from zimage_core.tensorfiles import read_header
 from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
@@ -754,7 +754,7 @@ def test_the_plan_counts_loras_before_the_model_is_read(tiny_files, style, preci
         pipe.transformer = pipe._streamer = None
         pipe.set_loras(loras)
         pipe("a cat", 32, 32, 1, generator=1)
-        found = weights(blocks_of(pipe.transformer), pipe.transformer)
+        found = weights(pipe.transformer.blocks, pipe.transformer)
         stage = pipe.plan.stage("transformer")
         assert stage.weights == found.total
         planned.append(found)

@@ -265,7 +265,7 @@ def test_small_blocks_and_full_ones_are_one_copy():
 def test_a_transformer_streams_bit_identically_with_and_without_adapters(model, monkeypatch, whole):
     """With one buffer for each block, and with several."""
     monkeypatch.setattr(offload, "WHOLE", whole)
-    blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
+    blocks = model.blocks
     plain = draw(model)
     streamer = BlockStreamer(blocks, model, copies=Lazy)
     hooks = Hooks(run_block=streamer.run_block)
@@ -370,7 +370,7 @@ def test_what_was_loaded_in_inference_mode_runs_on_a_gpu(model, allowance):
         offload.change(model, torch.clone)
         latents, t, feats = torch.randn(1, 16, 8, 8), torch.tensor([0.3]), torch.randn(5, model.config.cap_feat_dim)
         expected = model(latents, t, model.prepare([feats], 64, 64))
-        streamer = BlockStreamer([*model.context_refiner, *model.noise_refiner, *model.layers], model)
+        streamer = BlockStreamer(model.blocks, model)
         streamer.place("cuda", allowance)
         hooks = Hooks(run_block=streamer.run_block)
         found = model(latents.cuda(), t.cuda(), model.prepare([feats.cuda()], 64, 64, hooks), hooks)

@@ -237,12 +237,10 @@ def test_weights_from_the_header_are_those_of_the_model(tiny_files):
     for dtype, precision in ((BF16, "w4a16"), (FP32, "w4a4")):
         model = load_transformer(tiny_files["model"], dtype=dtype, backend="reference", precision=precision)
         arithmetic = plan.arithmetic(model.backend, torch.device("cpu"))
-        blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
         found = plan.transformer_weights(info.config, info.rank, info.quantized_refiners, dtype.itemsize, arithmetic)
-        assert found == weights(blocks, model)
+        assert found == weights(model.blocks, model)
     model = meta_transformer(CONFIG, "triton w4a8", 256, BF16)
-    blocks = [*model.context_refiner, *model.noise_refiner, *model.layers]
-    assert plan.transformer_weights(CONFIG, 256, True, 2, "triton w4a8") == weights(blocks, model)
+    assert plan.transformer_weights(CONFIG, 256, True, 2, "triton w4a8") == weights(model.blocks, model)
     assert (plan.CHUNK, plan.KEPT_DENSE) == (reference.CHUNK, reference.DENSE)
     assert plan.FEW_ROWS == triton.FEW_ROWS
     config, stored = check_text_encoder(tiny_files["text_encoder"])
