@@ -6,8 +6,9 @@
     python benchmarks/quantize.py --device cpu --small
 
 Weights and captions are random, which changes no time. Seconds are by the clock, the device's work included; the
-whole model's are told apart by the quantizer's own progress. Memory of the device is what torch allocated and reserved
-at most, of the host the process's own without mapped files. Tables are for people, the last line is JSON.
+whole model's are told apart by the quantizer's own progress. torch is limited to 8 GiB of the device for it; told are
+what it allocated and reserved at most, and of the host the process's own memory without mapped files and with them.
+Tables are for people, the last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from zimage_core import bench
 from zimage_core.checkpoint import identify
 from zimage_core.config import ZImageConfig
+from zimage_core.pipeline import choose_device, host_peak, reset_host_peak
 from zimage_core.quantize import quantize_checkpoint
 from zimage_core.solver import InputStats, gptq, low_rank, svdq_calibrated
 
@@ -33,6 +35,7 @@ CAPTION_TOKENS = 64
 CHUNK = 8192
 PARTS = ("attention.", "feed_forward.")  # of a block, whose linears the progress names
 FULL = ZImageConfig()
+LIMIT = 8 * 2**30  # bytes of the device
 
 
 def timed(device: torch.device, run: Callable[..., object], *args: object) -> float:
@@ -83,10 +86,13 @@ def whole_model(source: Path, target: Path, rank: int, prompts: int, size: int, 
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    watch, start = Watch(), time.perf_counter()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(LIMIT / total, 1.0), device)
+    watch, counted, start = Watch(), reset_host_peak(), time.perf_counter()
     with bench.host_memory() as host:
         quantize_checkpoint(source, target, rank=rank, cap_feats=captions, size=size, device=device, progress=watch)
     found = {"seconds": time.perf_counter() - start, "host_gib": host.get("peak_gib")}
+    found["host_with_files_gib"] = host_peak() / 2**30 if counted else None
     if device.type == "cuda":
         found["allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         found["reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
@@ -103,9 +109,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--size", type=int, default=512, help="pixels of the pictures to calibrate on (default 512)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU if torch sees one")
     args = parser.parse_args()
-    device, config = torch.device(args.device), SMALL if args.small else FULL
+    device, config = choose_device(args.device), SMALL if args.small else FULL
     if args.layers:
         config = replace(config, n_layers=args.layers, n_refiner_layers=1)
     facts = bench.machine(device, torch.bfloat16)
@@ -124,7 +130,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # TMPDIR says where
         source = args.source or Path(folder, "dense.safetensors")
         if not args.source:
-            make_synthetic.write_synthetic(source, config, None)
+            make_synthetic.write_synthetic(source, config, None, device=device)
         run = whole_model(source, Path(folder, "int4.safetensors"), args.rank, args.prompts, args.size, device)
     blocks = config.n_layers + 2 * config.n_refiner_layers
     full = FULL.n_layers + 2 * FULL.n_refiner_layers

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        print("zimage: out of memory; try a smaller --width and --height, --batch 1 or --device cpu", file=sys.stderr)
+        print("zimage: out of memory; try smaller pictures, one at a time, or --device cpu", file=sys.stderr)
         return EXIT_MEMORY
 
 
@@ -136,7 +136,7 @@ def build_parser() -> Parser:
         help="LoRA to make part of the weights first; may be repeated",
     )
     p.add_argument("--skip-refiners", action="store_true", help="leave the refiners in bf16: larger file, less error")
-    p.add_argument("--device", default="cpu", help="where to compute (default cpu)")
+    p.add_argument("--device", help="where to compute (default: a GPU if torch sees one)")
 
     p = commands.add_parser("quantize-encoder", help="write a smaller text encoder file from a BF16 one")
     p.set_defaults(run=quantize_encoder)
@@ -357,18 +357,20 @@ def save_png(picture, path: Path, texts: Mapping[str, str]) -> None:
 
 def quantize(args: argparse.Namespace) -> int:
     """Write the INT4 file, calibrated where there is a text encoder, and print its path."""
+    from .pipeline import choose_device
     from .quantize import TimeLeft, calibration_captions, calibration_defaults, quantize_checkpoint
 
     encoder = args.text_encoder or Path(args.src) / "text_encoder"
     calibrated = not args.no_calibration and (args.text_encoder is not None or encoder.is_dir())
-    prompts, size = calibration_defaults(args.device)
+    device = choose_device(args.device)
+    prompts, size = calibration_defaults(device)
     if args.prompts and not calibrated:
         raise ValueError("--prompts: are to calibrate with, so name a --text-encoder and leave out --no-calibration")
     if args.prompts:
         prompts = read_prompts(args.prompts)
     cap_feats = None
     if calibrated:
-        cap_feats = calibration_captions(encoder, prompts, tokenizer=args.tokenizer, device=args.device)
+        cap_feats = calibration_captions(encoder, prompts, tokenizer=args.tokenizer, device=device)
     elif not args.no_calibration:
         print(
             "zimage: without --text-encoder the file is made from the weights alone, with a larger error than a "
@@ -391,7 +393,7 @@ def quantize(args: argparse.Namespace) -> int:
             size=args.size or size,
             merge=args.merge,
             skip_refiners=args.skip_refiners,
-            device=args.device,
+            device=device,
             progress=show,
         )
     finally:

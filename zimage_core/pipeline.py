@@ -2,7 +2,7 @@
 
 prompt -> token ids -> cap_feats -> (encoder leaves) -> Conditioning -> latents -> (B, H, W, 3) -> pictures.
 The models are on the device one after the other, within a budget as `plan` shares it out before work starts
-(`Pipeline.plan`); without a budget, transformer and VAE wait there for the next picture where there is room for both.
+(`Pipeline.plan`); only where nothing is limited do transformer and VAE wait there for the next picture.
 Every stage's seconds and peak memory are kept in `Pipeline.stages`.
 
 Source of the interface: huggingface/diffusers `pipelines/z_image@v0.42.1`.
@@ -188,10 +188,10 @@ def load_pipeline(
 
     Without a model it draws with the bundled demo. vram_budget ("4GiB", or a number of GiB) limits what is on the
     device at once: what does not fit is streamed from the host, with the same results, and two models are never there
-    together. "auto" is what is free there, None everything; with either, transformer and VAE stay for the next picture
-    where both fit. once is for a pipeline that is called a single time: the transformer is dropped when it has drawn,
-    before the VAE comes. Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or
-    budget that cannot be used.
+    together. "auto" is what is free there. None, for many pictures on a large GPU, is no limit: transformer and VAE
+    stay there for the next one. once is for a pipeline that is called a single time: the transformer is dropped when it
+    has drawn, before the VAE comes. Raises ValueError for missing files, a transformer that cannot be read and a
+    device, dtype or budget that cannot be used.
     """
     files = find_files(model, text_encoder, vae, tokenizer)
     budget = planning.parse_budget(vram_budget)
@@ -311,8 +311,7 @@ class Pipeline:
     ) -> Tensor:
         """Latents (B, 16, H/8, W/8) on the device after all steps."""
         model = functools.partial(self.transformer, hooks=hooks)
-        # Graphs keep memory: none within a budget, and none for a single picture.
-        if self._graphs.possible and not isinstance(self.vram_budget, int) and not self.once:
+        if self.vram_budget is None and self._graphs.possible:  # graphs keep memory, and are lost with the model
             model = functools.partial(self._graphs.run, model)
         return sampler.denoise(
             model, latents.to(self.device), sigmas, cond, negative=negative, guidance=guidance, on_step=on_step
@@ -500,6 +499,7 @@ class Pipeline:
             )
         vae_config = read_vae_config(self.files.vae)
         vae_e = self._vae_dtype().itemsize
+        budget = self._budget()
         count = f"{pictures} pictures" if pictures > 1 else "1 picture"
         return planning.make_plan(
             title=f"{count} of {width} x {height}",
@@ -511,8 +511,8 @@ class Pipeline:
             width=width,
             pictures=pictures,
             vae_itemsize=vae_e,
-            budget=self._budget(),
-            together=not (self.once or isinstance(self.vram_budget, int)),
+            budget=budget,
+            together=budget is None and not self.once,
             libraries=planning.libraries(self.device),
             held=self._held(),
         )
@@ -569,10 +569,10 @@ class Pipeline:
         """Send to the host what may not be on the device during a stage; returns its plan."""
         stage = self.plan.stage(name)
         if self.plan.usable is not None:
-            if self._streamer is not None and "transformer" not in (name, *stage.beside):
+            if self._streamer is not None and name != "transformer":
                 self._graphs.clear()
                 self._streamer.leave()
-            if self.vae is not None and "VAE" not in (name, *stage.beside):
+            if self.vae is not None and name != "VAE":
                 self.vae.to("cpu")
             self._empty_cache()
         return stage

@@ -1,11 +1,10 @@
 """What a picture will take of the device's memory, told before work starts, and what is streamed to keep a budget.
 
 Text encoder, transformer and VAE are on the device one after the other, so a budget must hold the largest of three
-stages: weights that stay, two slots for streamed blocks, activations, a backend's buffers. Where no budget is given
-(`together`), the transformer and the VAE wait there for the next picture as long as what is free holds them beside the
-stage at hand; the encoder never does. The activations are counted from the code: the tensors alive at the widest
-moments of a block, in bytes per token or pixel. A test runs the models under a counter of live storages and holds these
-formulas against it.
+stages: weights that stay, two slots for streamed blocks, activations, a backend's buffers. Only without any limit do
+the transformer and the VAE wait there for the next picture; the encoder never does. The activations are counted from
+the code: the tensors alive at the widest moments of a block, in bytes per token or pixel. A test runs the models under
+a counter of live storages and holds these formulas against it.
 
 Legend: D width, F feed-forward width, H heads, K head width of a model (K in, N out, R rank of a linear); e bytes of
 its dtype, s of the residual stream (4 where the dtype is fp16). All sizes are bytes.
@@ -62,7 +61,7 @@ class Need:
 class Stage:
     """One model's time on the device. on_device: its weights there, slots included; other: what else lies there.
 
-    allowance: bytes of weights, as `offload.BlockStreamer.place` takes it; beside: the models that may stay.
+    allowance: bytes of weights, as `offload.BlockStreamer.place` takes it; beside: the models that stay there, too.
     """
 
     name: str
@@ -414,14 +413,13 @@ def make_plan(
 ) -> Plan:
     """Share a budget out.
 
-    encoder is None where the prompts are known already; together lets a model stay on the device through another's
-    stage where there is room for both; libraries is what cuBLAS and the like hold for good; held tells bytes that
-    "transformer" and "VAE" have on the device now, from the picture before. Raises ValueError where the budget does not
-    hold a stage even with every block streamed.
+    encoder is None where the prompts are known already; together leaves transformer and VAE on the device through the
+    others' stages; held tells bytes that they have there now, from the picture before; libraries is what cuBLAS and the
+    like hold for good. Raises ValueError where the budget does not hold a stage even with every block streamed.
     """
     usable = None if budget is None else budget - reserve(budget)
     room = float("inf") if usable is None else usable
-    held = dict(held or {})
+    held = dict(held or {}) if together else {}
     stages = []
     for name, part in (("text encoder", encoder), ("transformer", transformer)):
         if part is None:
@@ -434,8 +432,7 @@ def make_plan(
             on_device += BUFFERS * weights.slot
         if fixed + on_device > room:
             raise _too_small(name, fixed + on_device, budget, title)
-        beside = _beside(name, held, allowance - on_device) if together else ()
-        others = sum(held[other] for other in beside)
+        others = {other: count for other, count in held.items() if other != name}
         stages.append(
             Stage(
                 name=name,
@@ -445,13 +442,12 @@ def make_plan(
                 resident=len(keep),
                 activations=part.need.activations,
                 workspace=part.need.workspace,
-                other=part.other + libraries + others,
-                allowance=allowance - others,
-                beside=beside,
+                other=part.other + libraries + sum(others.values()),
+                allowance=allowance,
+                beside=tuple(others),
             )
         )
-        held = {other: held[other] for other in beside}
-    held["transformer"] = stages[-1].on_device
+    others = {"transformer": stages[-1].on_device} if together else {}
 
     cells = max(height, width) // vae_config.downscale
     tiles = [tile for tile in TILES if tile < cells]
@@ -462,7 +458,6 @@ def make_plan(
             break
     else:
         raise _too_small("VAE", peak, budget, title)
-    beside = _beside("VAE", held, room - peak) if together else ()
     stages.append(
         Stage(
             name="VAE",
@@ -472,9 +467,9 @@ def make_plan(
             resident=0,
             activations=need.activations,
             workspace=0,
-            other=libraries + sum(held[other] for other in beside),
+            other=libraries + sum(others.values()),
             allowance=room,
-            beside=beside,
+            beside=tuple(others),
             note="" if tile is None else f"in tiles of {tile} cells",
         )
     )
@@ -530,16 +525,6 @@ def full_size_plan(
         libraries=CUBLAS,
         held=held,
     )
-
-
-def _beside(name: str, held: Mapping[str, int], room: float) -> tuple[str, ...]:
-    """Which of the models on the device may stay there in a stage with so much room left, the larger ones first."""
-    staying = []
-    for other in sorted(held, key=held.get, reverse=True):
-        if other != name and held[other] <= room:
-            staying.append(other)
-            room -= held[other]
-    return tuple(staying)
 
 
 def _too_small(name: str, needed: int, budget: int, title: str) -> ValueError:

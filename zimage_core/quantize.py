@@ -24,6 +24,7 @@ from .checkpoint import CheckpointInfo, expected_tensors, identify, match_tensor
 from .config import ZImageConfig
 from .keys import diffusers_svdq_module
 from .lora import Bias, Delta, Lora, compose, load_lora
+from .offload import BlockStreamer
 from .solver import svdq_calibrated, svdq_from_dense
 from .svdq import SVDQWeights
 from .svdq_file import StreamedFile, block_names, file_metadata, plan_header
@@ -122,14 +123,19 @@ def calibration_captions(
 ) -> list[torch.Tensor]:
     """Features (L, C) of the calibration prompts, from a text encoder that is read for this and dropped again.
 
-    tokenizer: its folder, looked for beside the encoder unless named. ValueError as `load_text_encoder`.
+    Its layers are streamed to a GPU, which need not hold them all. tokenizer: its folder, looked for beside the encoder
+    unless named. ValueError as `load_text_encoder`.
     """
     from .text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
 
-    encoder = load_text_encoder(text_encoder, device=device)
+    device = torch.device(device)
+    encoder = load_text_encoder(text_encoder)
     tokenize = load_tokenizer(tokenizer or find_tokenizer(text_encoder))
-    features = [found.cpu() for found in encode_prompts(encoder, tokenize, prompts)]
-    del encoder
+    streamer = BlockStreamer(encoder.layers)
+    streamer.place(device, math.inf if device.type == "cpu" else 0)
+    found = encode_prompts(encoder, tokenize, prompts, run_block=streamer.run_block, device=device)
+    features = [feature.cpu() for feature in found]
+    del encoder, streamer, found
     _release(device)
     return features
 

@@ -149,7 +149,7 @@ def test_usage_errors_are_one_line_too(capsys, arguments):
     ("error", "code", "words"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 3, "out of memory; try a smaller"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 3, "out of memory; try smaller"),
     ],
 )
 def test_interrupt_and_out_of_memory(generate, capsys, monkeypatch, error, code, words):

@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from zimage_core.checkpoint import load_transformer
 from zimage_core.config import ZImageConfig
 from zimage_core.keys import diffusers_svdq_module
-from zimage_core.quantize import TimeLeft, quantize_checkpoint
+from zimage_core.offload import BlockStreamer
+from zimage_core.quantize import TimeLeft, calibration_captions, quantize_checkpoint
 from zimage_core.solver import low_rank, svdq_from_dense
 from zimage_core.svdq import SVDQWeights
 from zimage_core.svdq_file import StreamedFile, diffusers_config, file_metadata, plan_header
 from zimage_core.tensorfiles import read_header
+from zimage_core.text_encoder import encode_prompts, load_text_encoder, load_tokenizer
 from zimage_core.transformer import ZImageTransformer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -458,3 +460,19 @@ def test_streamed_file_takes_only_what_is_planned(tmp_path):
     with pytest.raises(ValueError, match="1 tensors missing: b"), StreamedFile(tmp_path / "g", header, {}) as out:
         out.write("a", a)
     assert os.listdir(tmp_path) == ["f"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_text_encoder_need_not_fit_on_a_gpu(tiny_files, monkeypatch):
+    encoder, tokenizer, prompts = tiny_files["text_encoder"], tiny_files["tokenizer"], ["a cat", "two dogs"]
+    resident, place = [], BlockStreamer.place
+
+    def watched(streamer, *args):
+        place(streamer, *args)
+        resident.append(streamer.resident)
+
+    monkeypatch.setattr(BlockStreamer, "place", watched)
+    found = calibration_captions(encoder, prompts, tokenizer=tokenizer, device="cuda")
+    assert resident == [0]
+    expected = encode_prompts(load_text_encoder(encoder, device="cuda"), load_tokenizer(tokenizer), prompts)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(found, expected, strict=True))
