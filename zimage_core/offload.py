@@ -17,18 +17,22 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 256
 BUFFERS = 2
+CPU = torch.device("cpu")
 WHOLE = 2**22  # bytes that are not worth a copy of their own
 
 Slot = tuple[dict, str, Tensor]
 """Where a module keeps a tensor: its `_parameters` or `_buffers`, the name in it, the tensor."""
+Contents = list[tuple[dict, tuple]]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,12 @@ def change(module: nn.Module, make: Callable[[Tensor], Tensor], inside: bool = T
     for holder, name, tensor in slots(module, inside):
         made = make(tensor)
         if made is not tensor:
-            holder[name] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+            holder[name] = _alike(made, tensor)
+
+
+def _alike(made: Tensor, tensor: Tensor) -> Tensor:
+    """As a parameter, where the other is one."""
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -141,63 +150,96 @@ class HostBlock:
         self.bytes = sum(sizes)
         self.pinned = pin
         self.buffers = []
-        entries = {}  # (holder, name, dtype, shape, stride, offset in a slot in elements, home)
+        laid: dict[int, tuple[Slot, tuple[int, ...], int]] = {}  # place, stride, offset in a slot in bytes
         start = 0  # of the buffer in a slot
         for group in share_buffers(sizes):
             count = sum(sizes[i] for i in group)
-            flat = _pinned(count) if pin else torch.empty(count, dtype=torch.uint8)
-            typed, offset = Typed(flat), 0
+            flat, offset = _pinned(count) if pin else torch.empty(count, dtype=torch.uint8), 0
             for i in group:
                 holder, name, tensor = found[i]
-                size = tensor.element_size()
                 stride = torch.empty_like(tensor, device="meta").stride()  # that of the tensor, without holes
-                home = typed.view(tensor.dtype, tensor.shape, stride, offset // size)
+                home = holder[name] = _alike(_view(flat, tensor, stride, offset), tensor)
                 home.copy_(tensor)
-                if isinstance(tensor, nn.Parameter):
-                    home = nn.Parameter(home, requires_grad=False)
-                holder[name] = home
-                entries[i] = (holder, name, tensor.dtype, tensor.shape, stride, (start + offset) // size, home)
+                laid[i] = (holder, name, home), stride, start + offset
                 offset += sizes[i]
             self.buffers.append(flat)
             start += count
-        self.entries = [entries[i] for i in range(len(found))]
+        self.laid = [laid[i] for i in range(len(found))]
+        self.places = [place for place, _, _ in self.laid]
+        self.device = CPU  # where the block is, if it is valid
+        self._at_home = contents(block)
+        self._away: Contents = []
 
-    def in_slot(self, slot: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The copies that bring the block into a slot: (target, source)."""
-        parts = slot[: self.bytes].split([len(flat) for flat in self.buffers])
-        return list(zip(parts, self.buffers, strict=True))
-
-    def current(self, block: nn.Module) -> bool:
+    def current(self) -> bool:
         """False where the block's tensors are no longer at home (an adapter came or went, the block moved)."""
-        found = list(slots(block))
-        return len(found) == len(self.entries) and all(
-            holder is entry[0]
-            and tensor.dtype is entry[2]
-            and tensor.shape == entry[3]
-            and (not tensor.numel() or tensor.data_ptr() == entry[6].data_ptr())
-            for (holder, _, tensor), entry in zip(found, self.entries, strict=True)
-        )
+        return unchanged(self._at_home)
 
-    def point_to(self, typed: Typed) -> None:
-        for holder, name, dtype, shape, stride, offset, _ in self.entries:
-            holder[name] = typed.view(dtype, shape, stride, offset)
+    def send(self, block: nn.Module, device: torch.device) -> None:
+        """Have the block on a device until further notice."""
+        if device == self.device:
+            return
+        self.come_back()
+        if device.type != "cpu":
+            copies, places = DeviceSlot(torch.empty(self.bytes, dtype=torch.uint8, device=device)).views(self)
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
+            put(places)
+            self.device, self._away = device, contents(block)
 
-    def point_home(self) -> None:
-        for holder, name, *_, home in self.entries:
-            holder[name] = home
+    def valid(self) -> bool:
+        """Whether the block is at home, or what is on the device came from here."""
+        return self.current() or bool(self._away) and unchanged(self._away)
+
+    def come_back(self) -> None:
+        """Have the block use its tensors here; weights never change, so nothing is copied."""
+        put(self.places)
+        self.device, self._away = CPU, []
 
 
-class Typed:
-    """A flat buffer, to be looked at as tensors of any dtype."""
+def contents(module: nn.Module) -> Contents:
+    """What a module and those inside it hold, to find out later whether they still do."""
+    kinds = ("_parameters", "_buffers", "_modules")
+    holders = (getattr(part, kind) for part in module.modules() for kind in kinds)
+    return [(holder, tuple(holder.values())) for holder in holders]
+
+
+def unchanged(found: Contents) -> bool:
+    return not any(
+        len(holder) != len(values) or (values and not all(map(operator.is_, holder.values(), values)))
+        for holder, values in found
+    )
+
+
+def put(places: Sequence[Slot]) -> None:
+    """Put tensors where a module keeps them."""
+    for holder, name, tensor in places:
+        holder[name] = tensor
+
+
+def _view(flat: Tensor, like: Tensor, stride: tuple[int, ...], offset: int) -> Tensor:
+    """The bytes of a flat buffer from an offset on as a tensor of another's dtype and shape."""
+    return torch.as_strided(flat.view(like.dtype), like.shape, stride, offset // like.element_size())
+
+
+class DeviceSlot:
+    """A flat buffer on the device in which one streamed block at a time has its tensors."""
 
     def __init__(self, flat: Tensor):
         self.flat = flat
-        self._as: dict[torch.dtype, Tensor] = {}
+        self._views: WeakKeyDictionary[HostBlock, tuple] = WeakKeyDictionary()
 
-    def view(self, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
-        if dtype not in self._as:
-            self._as[dtype] = self.flat.view(dtype)
-        return torch.as_strided(self._as[dtype], shape, stride, offset)
+    def views(self, home: HostBlock) -> tuple[list[tuple[Tensor, Tensor]], list[Slot]]:
+        """A block in this slot: the copies (target, source) that bring it, and its tensors there. Made once: the host,
+        which launches a step hardly faster than a GPU runs it, has no time for that in every step."""
+        if home not in self._views:
+            with torch.inference_mode(False), torch.no_grad():
+                parts = self.flat[: home.bytes].split([len(flat) for flat in home.buffers])
+                places = [
+                    (holder, name, _alike(_view(self.flat, like, stride, offset), like))
+                    for (holder, name, like), stride, offset in home.laid
+                ]
+            self._views[home] = list(zip(parts, home.buffers, strict=True)), places
+        return self._views[home]
 
 
 class CopyAtOnce:
@@ -264,7 +306,7 @@ class BlockStreamer:
 
     def __init__(self, blocks: Sequence[nn.Module], model: nn.Module | None = None, copies: Callable = copier):
         self.blocks = list(blocks)
-        self.device = torch.device("cpu")
+        self.device = CPU
         self.host: dict[int, HostBlock] = {}  # the blocks that are streamed
         self.used = 0  # bytes on the device
         self.addresses: int | None = None  # a digest of where all tensors lie, None where blocks are streamed
@@ -273,7 +315,7 @@ class BlockStreamer:
         self._make_copier = copies
         self._copies: CopyAtOnce | None = None
         self._homes: dict[int, HostBlock] = {}  # blocks whose tensors rest in a flat host buffer
-        self._buffers: list[Typed] = []
+        self._buffers: list[DeviceSlot] = []
         self._in_buffer: dict[int, int] = {}  # block -> slot that its copy was started into
         self._next: dict[int, int] = {}  # streamed block -> the streamed one that ran after it
         self._last: int | None = None
@@ -304,9 +346,12 @@ class BlockStreamer:
             self._go_home(i, pin)
         self.device = device
         for i in keep:
-            change(self.blocks[i], lambda tensor: tensor.to(device))
-            if i in self._homes and not self._homes[i].current(self.blocks[i]):
+            if i in self._homes and not self._homes[i].valid():
                 del self._homes[i]
+            if i in self._homes:
+                self._homes[i].send(self.blocks[i], device)
+            else:
+                change(self.blocks[i], lambda tensor: tensor.to(device))
         self.host = {i: self._homes[i] for i in range(len(self.blocks)) if i not in keep}
         order = sorted(self.host)
         self._next = dict(zip(order, order[1:] + order[:1]))
@@ -323,8 +368,8 @@ class BlockStreamer:
         self._drop_slots()
         for i in range(len(self.blocks)):
             self._go_home(i, self.device.type == "cuda")
-        self._place_rest(torch.device("cpu"))
-        self.device, self.host, self.used, self.addresses = torch.device("cpu"), {}, 0, None
+        self._place_rest(CPU)
+        self.device, self.host, self.used, self.addresses = CPU, {}, 0, None
 
     def run_block(self, stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
         """Run one of the blocks, in the form in which models ask their hooks to do it."""
@@ -338,7 +383,8 @@ class BlockStreamer:
             if not self._in_buffer:
                 self._start(next((i for i in sorted(self.host) if i > index), min(self.host)))
             return compute()
-        self._take_up_changes(index)
+        if not self.host[index].current():
+            self._take_up_changes(index)
         if self._last is not None:
             self._next[self._last] = index
         self._last = index
@@ -347,11 +393,11 @@ class BlockStreamer:
         self._copies.wait(slot)
         if self._next[index] != index:
             self._start(self._next[index], busy=slot)
-        home.point_to(self._buffers[slot])
+        put(self._buffers[slot].views(home)[1])
         try:
             return compute()
         finally:
-            home.point_home()
+            put(home.places)
             self._copies.used(slot)
 
     def _digest(self) -> int:
@@ -370,18 +416,17 @@ class BlockStreamer:
         return total
 
     def _go_home(self, index: int, pin: bool) -> None:
-        """Make the flat host buffer of a block, unless its tensors are there already."""
+        """Bring a block to its flat host buffer, which is made unless it has one that is still right."""
         home = self._homes.get(index)
-        if home is None or home.pinned < pin or not home.current(self.blocks[index]):
+        if home is None or home.pinned < pin or not home.valid():
             self._homes[index] = HostBlock(self.blocks[index], pin)
+        elif not home.current():
+            home.come_back()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _take_up_changes(self, index: int) -> None:
-        """Bring a block's buffer up to date if its tensors were replaced since `place`."""
-        block = self.blocks[index]
-        if self.host[index].current(block):
-            return
+        """Bring the buffer of a block up to date whose tensors were replaced since `place`."""
         self._copies.drain()
         self._in_buffer.pop(index, None)
         self._go_home(index, self.host[index].pinned)
@@ -394,7 +439,8 @@ class BlockStreamer:
         return self._buffers[0].flat.numel() if self._buffers else 0
 
     def _make_slots(self, size: int) -> None:
-        self._buffers = [Typed(torch.empty(size, dtype=torch.uint8, device=self.device)) for _ in range(BUFFERS)]
+        flats = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(BUFFERS)]
+        self._buffers = [DeviceSlot(flat) for flat in flats]
         self._copies = self._make_copier(self.device)
 
     def _drop_slots(self) -> None:
@@ -412,7 +458,5 @@ class BlockStreamer:
         free = [slot for slot in range(BUFFERS) if slot not in taken]
         if not free:  # what was brought ahead is not what runs next: drop it
             free = [self._in_buffer.pop(next(iter(self._in_buffer)))]
-        slot, home = free[0], self.host[index]
-        self._in_buffer[index] = slot
-        with torch.inference_mode(False), torch.no_grad():
-            self._copies.start(slot, home.in_slot(self._buffers[slot].flat))
+        slot = self._in_buffer[index] = free[0]
+        self._copies.start(slot, self._buffers[slot].views(self.host[index])[0])

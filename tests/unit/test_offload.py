@@ -166,6 +166,37 @@ def test_placing_and_leaving_restore_tensors_and_their_kinds():
         assert all(torch.equal(block.state_dict()[k], v) for k, v in state.items())
 
 
+def test_what_was_at_home_before_comes_back_without_a_copy():
+    """The meta device has nothing to copy back."""
+    blocks = blocks_of(1, 2, 3)
+    expected = [block(torch.zeros(())).item() for block in blocks]
+    streamer = streamer_of(blocks)
+    homes = [block.weight.data_ptr() for block in blocks]
+    for _ in range(2):
+        streamer.place("meta", 1e9)
+        assert {tensor.device.type for block in blocks for _, _, tensor in offload.slots(block)} == {"meta"}
+        streamer.place("meta", 1e9)  # for the next picture
+        streamer.leave()
+        assert [block.weight.data_ptr() for block in blocks] == homes
+    streamer.place(CPU, 0)
+    assert run_all(streamer, range(3)) == expected
+
+
+def test_what_changed_while_it_was_resident_is_not_taken_from_home():
+    blocks = blocks_of(1, 2, 3)
+    streamer = streamer_of(blocks)
+    for place in (streamer.leave, functools.partial(streamer.place, CPU, 0)):
+        streamer.place(CPU, 1e9)
+        blocks[0].register_buffer("short", torch.full((3,), 9.0, dtype=torch.bfloat16))
+        blocks[1].adapter = Scale(5)
+        place()
+        assert blocks[0].short.sum() == 27 and blocks[1].adapter.weight[0] == 5
+        streamer.place(CPU, 1e9)
+        del blocks[1].adapter
+        place()
+        assert len(list(offload.slots(blocks[1]))) == 3
+
+
 def test_what_was_loaded_in_inference_mode_runs_in_it_and_outside_after_a_move():
     """ComfyUI's nodes run in inference mode, and `place` outside; a clone stands for the move to another device."""
     with torch.inference_mode():
@@ -374,4 +405,5 @@ def test_what_was_loaded_in_inference_mode_runs_on_a_gpu(model, allowance):
         streamer.place("cuda", allowance)
         hooks = Hooks(run_block=streamer.run_block)
         found = model(latents.cuda(), t.cuda(), model.prepare([feats.cuda()], 64, 64, hooks), hooks)
+        streamer.leave()
     assert torch.allclose(found.cpu(), expected, rtol=0.05, atol=0.05)

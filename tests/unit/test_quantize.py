@@ -25,7 +25,7 @@ from zimage_core.solver import low_rank, svdq_from_dense
 from zimage_core.svdq import SVDQWeights
 from zimage_core.svdq_file import StreamedFile, diffusers_config, file_metadata, plan_header
 from zimage_core.tensorfiles import read_header
-from zimage_core.text_encoder import encode_prompts, load_text_encoder, load_tokenizer
+from zimage_core.text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
 from zimage_core.transformer import ZImageTransformer
 
 DATA = Path(__file__).parents[1] / "data"
@@ -464,7 +464,7 @@ def test_streamed_file_takes_only_what_is_planned(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_text_encoder_need_not_fit_on_a_gpu(tiny_files, monkeypatch):
-    encoder, tokenizer, prompts = tiny_files["text_encoder"], tiny_files["tokenizer"], ["a cat", "two dogs"]
+    encoder, prompts = tiny_files["text_encoder"], ["a cat", "two dogs"]
     resident, place = [], BlockStreamer.place
 
     def watched(streamer, *args):
@@ -472,7 +472,8 @@ def test_the_text_encoder_need_not_fit_on_a_gpu(tiny_files, monkeypatch):
         resident.append(streamer.resident)
 
     monkeypatch.setattr(BlockStreamer, "place", watched)
-    found = calibration_captions(encoder, prompts, tokenizer=tokenizer, device="cuda")
+    found = calibration_captions(encoder, prompts, device="cuda")
     assert resident == [0]
-    expected = encode_prompts(load_text_encoder(encoder, device="cuda"), load_tokenizer(tokenizer), prompts)
+    whole, tokenizer = load_text_encoder(encoder, device="cuda"), load_tokenizer(find_tokenizer(encoder))
+    expected = encode_prompts(whole, tokenizer, prompts)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(found, expected, strict=True))

@@ -146,6 +146,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
+@cache  # torch asks the driver every time, and kernels are chosen by it in every step
 def capability(device: torch.device) -> int | None:
     """Compute capability of an NVIDIA GPU as 10 * major + minor; None for any other device."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
@@ -156,7 +157,9 @@ def capability(device: torch.device) -> int | None:
 
 def guard(device: torch.device) -> AbstractContextManager:
     """Make a GPU the current one, as kernels that are not torch's own need it."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def describe(device: torch.device) -> str:
