@@ -51,7 +51,9 @@ def random_files(folder: Path, tiny: bool, device: torch.device | str = "cpu") -
 
 
 def draw(files: dict[str, Path], out: Path, cache: Path, options: list[str]) -> dict:
-    """One picture in a new process: what `zimage generate --json` tells, and the seconds from start to end."""
+    """One picture in a new process: what `zimage generate --json` tells, and the seconds from start to end.
+
+    Not where it lies, which is of no use later."""
     command = [sys.executable, "-m", "zimage_core", "generate", PROMPT, f"--seed={SEED}", f"--out={out}", "--json"]
     command += [f"--{name}={path}" for name, path in files.items()] + options
     begun = time.perf_counter()
@@ -59,7 +61,9 @@ def draw(files: dict[str, Path], out: Path, cache: Path, options: list[str]) -> 
     seconds = time.perf_counter() - begun
     if done.returncode:
         raise SystemExit(done.returncode)
-    return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": seconds}
+    told = json.loads(done.stdout.splitlines()[-1])
+    del told["images"]
+    return told | {"process_seconds": seconds}
 
 
 def pixels(path: Path) -> bytes:

@@ -13,8 +13,6 @@ last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -132,15 +130,15 @@ def main() -> None:
     base = min(seconds["none"], seconds["none again"])
     identical = torch.equal(outputs["none"], outputs["none again"])
     backend = f"{model.backend.name} {model.backend.precision}" if model.backend else "dense"
-    where = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
-    print(f"{where}, torch {torch.__version__}, {backend}, {size} x {size}, rank {args.rank}")
+    machine = bench.machine(device, dtype)
+    print(f"{machine['device']}, torch {machine['torch']}, {backend}, {size} x {size}, rank {args.rank}")
     for name, value in seconds.items():
         print(f"  {name:12} {value * 1e3:9.1f} ms {value / base - 1:+8.1%}   buffers {memory[name]:8.0f} MiB")
     for name, value in changes.items():
         print(f"  {name:20} {value * 1e3:8.1f} ms")
     print(f"  without any, afterwards: {'bit-identical' if identical else 'DIFFERENT'}")
-    facts = {"device": where, "torch": torch.__version__, "backend": backend, "size": size, "rank": args.rank}
-    print(json.dumps(facts | {"step_s": seconds, "change_s": changes, "buffers_mib": memory, "identical": identical}))
+    found = {"step_s": seconds, "change_s": changes, "buffers_mib": memory, "identical": identical}
+    bench.print_json("lora", machine, backend=backend, size=size, rank=args.rank, **found)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
@@ -25,10 +24,10 @@ from pathlib import Path
 
 import torch
 
-from zimage_core import load_pipeline
+from zimage_core import bench, load_pipeline
 from zimage_core.config import ZImageConfig
 from zimage_core.demo import demo_files
-from zimage_core.pipeline import Pipeline, choose_device
+from zimage_core.pipeline import Pipeline, choose_device, choose_dtype
 from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.vae import VAE, VAEConfig
 
@@ -269,10 +268,9 @@ def main() -> int:
     print(f"host to device: {speed:.1f} GB/s")
     series = in_a_row(arguments, targets[0][0], targets[0][1], arguments.pictures)
     print(f"{series['pictures']} pictures in a row: device {series['device_gib']}, host {series['host_gib']} GiB")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    facts = {"device": name, "torch": torch.__version__, "host_to_device_gb_s": speed, "in_a_row": series}
     ok = all(row.ok for row in rows) and series["ok"]
-    print(json.dumps(facts | {"ok": ok, "rows": [asdict(row) for row in rows]}))
+    found = {"host_to_device_gb_s": speed, "in_a_row": series, "ok": ok, "rows": [asdict(row) for row in rows]}
+    bench.print_json("memory", bench.machine(device, choose_dtype(None, device)), **found)
     return 0 if ok else 1
 
 
