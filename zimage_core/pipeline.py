@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ SEEDS = 2**64
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OnStage = Callable[[str, int], None]
 OnStep = Callable[[int, int, Tensor], "bool | None"]
 
@@ -231,7 +232,7 @@ class Pipeline:
         self._on_stage: OnStage | None = None
         self._streamer: BlockStreamer | None = None
         self._graphs: Graphs | None = None
-        self._too_much: int | None = None  # pixels from which memory ran out with blocks resident
+        self._too_much: dict[str, int] = {}  # model -> pixels from which memory ran out with blocks of it resident
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -271,11 +272,12 @@ class Pipeline:
 
         guided = guidance_scale > 0
         texts = prompts + [negative_prompt or ""] * guided
-        self.plan = self._make_plan(texts, len(prompts), guided, height, width, batch)
+        plan = functools.partial(self._make_plan, texts, len(prompts), guided, height, width, batch)
+        self.plan = plan()
         logger.info(self.plan.table())
         self._on_stage = on_stage
         self.stages = []
-        feats = self._encode(texts)
+        feats = self._with_less("text encoder", 0, plan, functools.partial(self._encode, texts))
         if image is not None:
             clean = self._encode_image(image, height, width)
             latents = (1 - sigmas[0]) * clean + sigmas[0] * latents
@@ -283,21 +285,20 @@ class Pipeline:
         captions = feats[: len(prompts)]
         if len(prompts) > 1:
             captions = [caption for caption in captions for _ in range(num_images_per_prompt)]
-        model = self._load_transformer(batch * height * width)
-        with self._stage("sample", len(sigmas) - 1):
 
-            def sample() -> Tensor:
+        def sample() -> Tensor:
+            model = self._load_transformer()
+            with self._stage("sample", len(sigmas) - 1):
                 hooks = Hooks(run_block=self._streamer.run_block)
                 cond = model.prepare(captions, height, width, hooks)
                 negative = model.prepare(feats[-1:], height, width, hooks) if guided else None
                 return self._denoise(latents, sigmas, cond, negative, guidance_scale, on_step, hooks)
 
-            latents = self._with_less(sample, batch * height * width)
+        denoised = self._with_less("transformer", batch * height * width, plan, sample)
         if self.once:
-            del model, sample
             self.transformer = self._streamer = self._graphs = None
             self._empty_cache()
-        return self._decode(latents)
+        return self._decode(denoised)
 
     def _denoise(
         self,
@@ -317,21 +318,23 @@ class Pipeline:
             model, latents.to(self.device), sigmas, cond, negative=negative, guidance=guidance, on_step=on_step
         )
 
-    def _with_less(self, sample: Callable[[], Tensor], pixels: int) -> Tensor:
-        """sample(), and once more with every block streamed where memory runs out."""
+    def _with_less(self, name: str, pixels: int, plan: Callable[[], planning.Plan], work: Callable[[], T]) -> T:
+        """work(), and where memory runs out once more with every block of a model streamed, as the plan then says.
+
+        So it stays for pictures of as many pixels.
+        """
         try:
-            return sample()
+            return work()
         except RuntimeError as error:
-            if not out_of_memory(error) or not self._streamer.resident:
+            if not out_of_memory(error) or not self.plan.stage(name).resident:
                 raise
         # Outside the handler: only now are the failed attempt's tensors free.
-        logger.warning("out of memory while sampling; trying again with every block of the transformer streamed")
-        self._too_much = pixels
-        self._graphs.clear()
-        self._streamer.leave()
-        self._empty_cache()
-        self._streamer.place(self.device, 0)
-        return sample()
+        logger.warning("out of memory in the %s; trying again with every block of it streamed", name)
+        self._too_much[name] = pixels
+        self._leave()
+        self.plan = plan()
+        logger.info(self.plan.table())
+        return work()
 
     def hold_budget(self) -> None:
         """Have torch refuse this process more of the GPU than the budget, so that no mistake here can break it."""
@@ -404,7 +407,7 @@ class Pipeline:
             self._prompts.popitem(last=False)
         return [known[text] for text in prompts]
 
-    def _load_transformer(self, pixels: int) -> torch.nn.Module:
+    def _load_transformer(self) -> torch.nn.Module:
         """The transformer with its LoRAs, on the device as far as the plan allows."""
         stage = self._make_room("transformer")
         if self.transformer is None:
@@ -421,8 +424,7 @@ class Pipeline:
                 self._graphs = Graphs(model, self._streamer)
                 self.used_backend = model.backend
         lora.apply(self.transformer, self.loras)
-        tight = self._too_much is not None and pixels >= self._too_much
-        self._streamer.place(self.device, 0 if tight else stage.allowance)
+        self._streamer.place(self.device, stage.allowance)
         return self.transformer
 
     def _load_vae(self) -> torch.nn.Module:
@@ -513,6 +515,7 @@ class Pipeline:
             vae_itemsize=vae_e,
             budget=budget,
             together=budget is None and not self.once,
+            streamed=[name for name, least in self._too_much.items() if pictures * height * width >= least],
             libraries=planning.libraries(self.device),
             held=self._held(),
         )
@@ -569,13 +572,17 @@ class Pipeline:
         """Send to the host what may not be on the device during a stage; returns its plan."""
         stage = self.plan.stage(name)
         if self.plan.usable is not None:
-            if self._streamer is not None and name != "transformer":
-                self._graphs.clear()
-                self._streamer.leave()
-            if self.vae is not None and name != "VAE":
-                self.vae.to("cpu")
-            self._empty_cache()
+            self._leave(name)
         return stage
+
+    def _leave(self, name: str | None = None) -> None:
+        """Send every model to the host but the named one."""
+        if self._streamer is not None and name != "transformer":
+            self._graphs.clear()
+            self._streamer.leave()
+        if self.vae is not None and name != "VAE":
+            self.vae.to("cpu")
+        self._empty_cache()
 
     def _empty_cache(self) -> None:
         if self.device.type == "cuda":

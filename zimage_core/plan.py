@@ -13,7 +13,7 @@ its dtype, s of the residual stream (4 where the dtype is fp16). All sizes are b
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .config import ZImageConfig
@@ -408,14 +408,16 @@ def make_plan(
     vae_itemsize: int,
     budget: int | None,
     together: bool,
+    streamed: Collection[str] = (),
     libraries: int = 0,
     held: Mapping[str, int] | None = None,
 ) -> Plan:
     """Share a budget out.
 
     encoder is None where the prompts are known already; together leaves transformer and VAE on the device through the
-    others' stages; held tells bytes that they have there now, from the picture before; libraries is what cuBLAS and the
-    like hold for good. Raises ValueError where the budget does not hold a stage even with every block streamed.
+    others' stages; streamed names models of which no block may stay; libraries is what cuBLAS and the like hold for
+    good; held tells bytes that "transformer" and "VAE" have on the device now, from the picture before. Raises
+    ValueError where the budget does not hold a stage even with every block streamed.
     """
     usable = None if budget is None else budget - reserve(budget)
     room = float("inf") if usable is None else usable
@@ -425,7 +427,7 @@ def make_plan(
         if part is None:
             continue
         fixed = part.need.total + part.other + libraries
-        weights, allowance = part.weights, room - fixed - pieces(part.need)
+        weights, allowance = part.weights, 0 if name in streamed else room - fixed - pieces(part.need)
         keep = fit(weights.blocks, weights.slot, allowance - weights.rest)
         on_device = weights.rest + sum(weights.blocks[i] for i in keep)
         if len(keep) < len(weights.blocks):

@@ -523,15 +523,41 @@ def test_out_of_memory_while_sampling_streams_everything_once_and_is_remembered(
 
     monkeypatch.setattr(type(unlimited), "_denoise", denoise)
     assert block("a cat", **SIZE)[0].tobytes() == expected.tobytes()
-    assert len(failures) == 1 and "trying again with every block of the transformer streamed" in caplog.text
+    assert len(failures) == 1 and "trying again with every block of it streamed" in caplog.text
     assert block("a cat", **SIZE)[0].tobytes() == expected.tobytes()
     assert len(failures) == 1, "the next picture of that size is streamed at once"
+    assert block.plan.stage("transformer").resident == 0, "and its plan says so"
     with pytest.raises(torch.OutOfMemoryError):
         block("a cat", **SIZE | {"height": 32})  # smaller: tried with resident blocks again ...
         monkeypatch.setattr(type(unlimited), "_denoise", always_fails)
         block("a cat", **SIZE)
     monkeypatch.undo()
     assert block("a cat", **SIZE)[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("what", ["load text encoder", "place text encoder", "encode", "load", "place"])
+def test_out_of_memory_on_the_way_to_the_device_is_survived_too(tiny_files, unlimited, monkeypatch, caplog, what):
+    (expected,) = unlimited("a cat", **SIZE)
+    owner, name = {
+        "load text encoder": (pipeline, "load_text_encoder"),
+        "encode": (pipeline, "encode_prompts"),
+        "load": (pipeline.checkpoint, "load_transformer"),
+    }.get(what, (BlockStreamer, "place"))
+    plain, failed = getattr(owner, name), []
+
+    def once(*args, **options):
+        model = args[0]._model if owner is BlockStreamer else None
+        if not failed and (owner is not BlockStreamer or (model is None) == (what == "place text encoder")):
+            failed.append(what)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return plain(*args, **options)
+
+    monkeypatch.setattr(owner, name, once)
+    pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a16")
+    assert pipe("a cat", **SIZE)[0].tobytes() == expected.tobytes()
+    assert failed and "trying again with every block of it streamed" in caplog.text
+    model = "text encoder" if "encode" in what else "transformer"
+    assert pipe.plan.stage(model).resident == 0 and f"out of memory in the {model}" in caplog.text
 
 
 def always_fails(self, *args):
