@@ -67,12 +67,14 @@ class ModelFiles:
 class Stage:
     """What one stage took: seconds, and peak bytes on the device and resident in the host's memory while it ran.
 
-    device_peak is None on a CPU, host_peak where the system does not count a stage's own (it does on Linux).
+    device_peak counts tensors, device_reserved all that torch's allocator held for them; both are None on a CPU.
+    host_peak is None where the system does not count a stage's own (it does on Linux).
     """
 
     name: str
     seconds: float
     device_peak: int | None
+    device_reserved: int | None
     host_peak: int | None
 
 
@@ -603,5 +605,6 @@ class Pipeline:
         if on_cuda:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
-        device_peak = torch.cuda.max_memory_allocated(self.device) if on_cuda else None
-        self.stages.append(Stage(name, seconds, device_peak, host_peak() if counted else None))
+        peak = torch.cuda.max_memory_allocated(self.device) if on_cuda else None
+        reserved = torch.cuda.max_memory_reserved(self.device) if on_cuda else None
+        self.stages.append(Stage(name, seconds, peak, reserved, host_peak() if counted else None))
