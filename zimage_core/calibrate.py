@@ -16,11 +16,9 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import ZImageConfig
@@ -148,6 +146,13 @@ def blocks_to_draw(config: ZImageConfig) -> int:
     return STEPS * (config.n_refiner_layers + config.n_layers) + config.n_refiner_layers
 
 
+def planned_samples(config: ZImageConfig, prompts: int, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What `draw_samples` gives for so many prompts: field -> (safetensors dtype, shape)."""
+    count, cells = STEPS // 2 * prompts, size // PIXELS_PER_CELL
+    shape = (count, config.in_channels, cells, cells)
+    return {"latents": ("F32", shape), "sigmas": ("F32", (count,)), "prompts": ("I64", (count,))}
+
+
 def draw_samples(streamed: Streamed, cap_feats: Sequence[Tensor], size: int) -> Samples:
     """Draw a picture of size x size pixels for each caption (L, C), and keep its latents at every second step.
 
@@ -191,13 +196,3 @@ def input_stats(block: Block, linear: str, chunks: list[Chunk]) -> InputStats:
             stats.add(rows)
     tap.tapped = False
     return stats
-
-
-def save_samples(samples: Samples, path: Path) -> None:
-    """Keep the samples for a run that is resumed."""
-    save_file({field.name: getattr(samples, field.name).cpu().contiguous() for field in fields(Samples)}, path)
-
-
-def load_samples(path: Path) -> Samples:
-    """The samples of an earlier run."""
-    return Samples(**load_file(path))

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -63,9 +64,9 @@ def quantize_checkpoint(
     exception from it ends the run.
 
     `dst` is replaced if it exists, and only at the end. A calibrated run that is interrupted leaves its finished
-    blocks beside it, as `dst`.partial and two small files; the same call goes on from there. Raises
-    FileNotFoundError, or ValueError where the source is no dense Z-Image transformer or holds NaN, or where the
-    destination cannot be written.
+    blocks beside it, as `dst`.partial and a small file; the same call goes on from there. Raises FileNotFoundError,
+    or ValueError where the source is no dense Z-Image transformer or holds NaN, or where the destination cannot be
+    written or another run is at it.
     """
     src, dst, device = Path(src), Path(dst), torch.device(device)
     loras = [(load_lora(path), float(strength)) for path, strength in merge]
@@ -76,9 +77,10 @@ def quantize_checkpoint(
         header = plan_header(info.config, rank, skip_refiners)
         metadata = file_metadata(info.config, rank, skip_refiners)
         source = _Source(files, info.config, loras, device)
+        notes = None if cap_feats is None else calibrate.planned_samples(info.config, len(cap_feats), size)
         if cap_feats is not None or merge:
             metadata["quantized_by"] = json.dumps(_provenance(files, cap_feats, size, merge))
-        with StreamedFile(dst, header, metadata, resumable=cap_feats is not None) as out, torch.inference_mode():
+        with StreamedFile(dst, header, metadata, notes) as out, torch.inference_mode():
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
 
 
@@ -282,17 +284,22 @@ class _Job:
         device = self.source.device
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         config, drawing = self.source.config, "drawing what to calibrate with"
+        resumed = f"{RESUMED} after block {len(self.out.finished)}/{len(self.blocks)}"
+        if set(self.blocks) <= set(self.out.finished):
+            self._advance(self.total, resumed)
+            return
         streamed = calibrate.Streamed(
             config, self.source.get, device, dtype, on_block=lambda: self._advance(self.BLOCK_COST, drawing)
         )
         cost = self.BLOCK_COST * calibrate.blocks_to_draw(config)
         self.total += cost
         if self.out.finished:
-            samples = calibrate.load_samples(self.out.notes)
-            self._advance(cost, f"{RESUMED} after block {len(self.out.finished)}/{len(self.blocks)}")
+            samples = calibrate.Samples(*(self.out.read(field.name) for field in fields(calibrate.Samples)))
+            self._advance(cost, resumed)
         else:
             samples = calibrate.draw_samples(streamed, cap_feats, size)
-            calibrate.save_samples(samples, self.out.notes)
+            for name, tensor in vars(samples).items():
+                self.out.write(name, tensor)
         calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
 
     def _visit(self, name: str, block: Block, chunks: list[calibrate.Chunk]) -> None:

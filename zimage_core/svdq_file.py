@@ -15,9 +15,11 @@ import json
 import math
 import os
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 
@@ -25,14 +27,22 @@ from .config import ZImageConfig
 from .layout import GROUP
 from .transformer import ADALN_WIDTH, T_EMBED_HIDDEN
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
+    "I64": torch.int64,
     "I8": torch.int8,
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
 }
 ITEM_SIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a network file system that knows none
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # name -> (safetensors dtype, shape)
 
@@ -148,40 +158,59 @@ def file_metadata(config: ZImageConfig, rank: int, skip_refiners: bool = False) 
     }
 
 
+def check_destination(path: Path) -> None:
+    """ValueError unless a file can lie there: in a folder that exists, and where nothing but a file is."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: expected a file in a folder, found no {path.parent}; choose another folder")
+    if path.exists() and not path.is_file():
+        found = "a folder" if path.is_dir() else "a device or the like"
+        raise ValueError(f"{path}: expected the name of a file to write, found {found}; choose another name")
+
+
 class StreamedFile:
     """A safetensors file written tensor by tensor, in any order, which gets its name only when complete.
 
-    A context manager: leaving it normally checks that every planned tensor was written, flushes the file to
-    the disk and renames it; leaving it by an exception removes the temporary file, unless the file is resumable
-    and a section of it is finished. A later one with the same header and metadata then goes on from there.
+    A context manager: leaving it normally checks that every planned tensor was written, flushes the file to the disk
+    and renames it; where that fails, or an exception ends it, the temporary file is removed, unless the file is
+    resumable and a section of it is finished. A later one with the same header and metadata then goes on from there.
+    Until it is left, nobody else, in this process or another, gets one for the same path.
     """
 
-    def __init__(self, path: Path, header: Header, metadata: Mapping[str, str], resumable: bool = False):
-        """Reserve the whole file. ValueError if the folder is missing, not writable or too full."""
+    def __init__(self, path: Path, header: Header, metadata: Mapping[str, str], notes: Header | None = None):
+        """Reserve the whole file. ValueError if it cannot be written there, is being written, or does not fit.
+
+        notes: tensors for the caller's own use, kept behind the file's until it is complete; with them, were there
+        none, the file is resumable.
+        """
+        check_destination(path)
         self.path = path
-        self.header = header
+        self.header = header | (notes or {})
         self.partial = path.with_name(path.name + ".partial")
-        self.notes = path.with_name(path.name + ".partial.notes")  # for the caller's own use, removed at the end
         self.finished: list[str] = []
-        self._record = path.with_name(path.name + ".partial.finished")
-        self._resumable = resumable
+        self._resumable = notes is not None
         self._missing = set(header)
         encoded, self._offsets, self.size = _encode_header(header, metadata)
-        if resumable and self._is_continued(encoded):
-            self._file = self.partial.open("r+b")
-            for section in self._record.read_text(encoding="utf-8").splitlines():
+        behind, self._full_size = _placed(notes or {}, self.size)
+        self._offsets |= behind
+        try:
+            self._record = path.with_name(path.name + ".partial.finished").open("a+b")
+            if not _lock(self._record):
+                self._record.close()
+                raise ValueError(f"{path}: another run is writing it; wait until it is done, or choose another name")
+            sections = self._earlier(encoded)
+            self._file = self.partial.open("r+b" if sections else "w+b")
+        except OSError as error:
+            raise ValueError(f"{path}: cannot write ({error.strerror}); choose another folder") from error
+        if sections:
+            for section in sections:
                 self._mark(section)
             return
         try:
-            self._file = self.partial.open("w+b")
-        except OSError as error:
-            raise ValueError(f"{path}: cannot write ({error.strerror}); choose another folder") from error
-        try:
-            self._record.unlink(missing_ok=True)
-            _reserve(self._file.fileno(), self.size)
+            self._record.truncate(0)
+            _reserve(self._file.fileno(), self._full_size)
             self._file.write(encoded)
         except OSError as error:
-            self._discard()
+            self._close(keep=False)
             raise self._no_space(error) from error
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -200,10 +229,13 @@ class StreamedFile:
         self._missing.discard(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that was written, by this object or before it was resumed."""
+        """A tensor that was written, by this object or before it was resumed. ValueError if it has been cut off."""
         dtype, shape = self.header[name]
         self._file.seek(self._offsets[name])
-        data = bytearray(self._file.read(ITEM_SIZE[dtype] * math.prod(shape)))
+        expected = _bytes(dtype, shape)
+        data = bytearray(self._file.read(expected))
+        if len(data) < expected:
+            raise ValueError(f"{self.partial}: {name}: expected {expected} bytes, found {len(data)}; delete the file")
         return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
 
     def finish(self, section: str) -> None:
@@ -211,8 +243,9 @@ class StreamedFile:
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            with self._record.open("a", encoding="utf-8") as record:
-                record.write(section + "\n")
+            self._record.write(f"{section}\n".encode())
+            self._record.flush()
+            os.fsync(self._record.fileno())
         except OSError as error:
             raise self._no_space(error) from error
         self._mark(section)
@@ -221,25 +254,48 @@ class StreamedFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            if self._resumable and self.finished:
-                self._file.close()
-            else:
-                self._discard()
-            return
+        keep = self._resumable and bool(self.finished)
         try:
-            if self._missing:
-                raise ValueError(f"{self.path}: {len(self._missing)} tensors missing: {min(self._missing)}")
+            if error is None:
+                self._complete(keep)
+                keep = False
+        finally:
+            self._close(keep)
+
+    def _complete(self, resumable: bool) -> None:
+        """Give the file its name."""
+        if self._missing:
+            raise ValueError(f"{self.path}: {len(self._missing)} tensors missing: {min(self._missing)}")
+        try:
+            self._file.truncate(self.size)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self.partial, self.path)
-        finally:
-            self._discard()
+        except OSError as error:
+            then = f"run the same again, which goes on from {self.partial.name}" if resumable else "run it again"
+            raise ValueError(
+                f"{self.path}: cannot be put in place ({error.strerror}); see that it can be written there and that "
+                f"nothing has it open, then {then}"
+            ) from error
 
-    def _is_continued(self, encoded: bytes) -> bool:
-        """Whether an earlier run left a file for the same header, that is with the same settings and source."""
-        if not (self.partial.is_file() and self._record.is_file() and self.partial.stat().st_size == self.size):
+    def _earlier(self, encoded: bytes) -> list[str]:
+        """The sections that an earlier run finished, if it was for the same header: same settings and source."""
+        self._record.seek(0)
+        recorded = self._record.read().decode(errors="replace").splitlines()
+        sections = [s for s in dict.fromkeys(recorded) if any(name.startswith(s + ".") for name in self._missing)]
+        if sections and not (self._resumable and self._is_whole(encoded)):
+            warnings.warn(
+                f"{self.partial}: is damaged or of a run with other settings, so its {len(sections)} finished parts "
+                "cannot be used; everything is made afresh",
+                stacklevel=4,
+            )
+            return []
+        return sections
+
+    def _is_whole(self, encoded: bytes) -> bool:
+        """Whether the temporary file begins as it should and is as long; complete, it has lost its notes."""
+        if not self.partial.is_file() or self.partial.stat().st_size not in (self.size, self._full_size):
             return False
         with self.partial.open("rb") as file:
             return file.read(len(encoded)) == encoded
@@ -248,13 +304,19 @@ class StreamedFile:
         self.finished.append(section)
         self._missing = {name for name in self._missing if not name.startswith(section + ".")}
 
-    def _discard(self) -> None:
-        self._file.close()
-        for path in (self.partial, self._record, self.notes):
-            path.unlink(missing_ok=True)
+    def _close(self, keep: bool) -> None:
+        """Let go of the files, and remove them unless they are kept; the locked one comes last."""
+        try:
+            self._file.close()
+        finally:
+            if not keep:
+                self.partial.unlink(missing_ok=True)
+            self._record.close()
+            if not keep:
+                Path(self._record.name).unlink(missing_ok=True)
 
     def _no_space(self, error: OSError) -> ValueError:
-        needed = f"{self.size / 2**30:.1f} GiB"
+        needed = f"{self._full_size / 2**30:.1f} GiB"
         return ValueError(f"{self.path}: {error.strerror}; free {needed} there or choose another folder")
 
 
@@ -269,17 +331,44 @@ def _check_packable(config: ZImageConfig, rank: int) -> None:
 def _encode_header(header: Header, metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """Length and JSON of the header -> (bytes, each tensor's absolute offset, size of the whole file)."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    relative, position = {}, 0
+    relative, size = _placed(header, 0)
     for name, (dtype, shape) in header.items():
-        size = ITEM_SIZE[dtype] * math.prod(shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
-        relative[name] = position
-        position += size
+        place = [relative[name], relative[name] + _bytes(dtype, shape)]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     offsets = {name: start + at for name, at in relative.items()}
-    return struct.pack("<Q", len(text)) + text, offsets, start + position
+    return struct.pack("<Q", len(text)) + text, offsets, start + size
+
+
+def _placed(header: Header, position: int) -> tuple[dict[str, int], int]:
+    """Tensors one after the other from a position on -> (each one's offset, where the last one ends)."""
+    offsets = {}
+    for name, (dtype, shape) in header.items():
+        offsets[name] = position
+        position += _bytes(dtype, shape)
+    return offsets, position
+
+
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return ITEM_SIZE[dtype] * math.prod(shape)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether this opening of a file now has it for itself until it is closed; True where there are no locks."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
 
 
 def _reserve(descriptor: int, size: int) -> None:

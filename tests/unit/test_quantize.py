@@ -291,7 +291,7 @@ def test_calibrated_file_has_the_same_header_and_says_how_it_was_made(outliers, 
     assert ours.metadata == plain.metadata
 
 
-LEFTOVERS = ["q.partial", "q.partial.finished", "q.partial.notes"]
+LEFTOVERS = ["q.partial", "q.partial.finished"]
 SECOND_BLOCK = "block 2/2, attention.to_qkv"
 
 
@@ -346,7 +346,7 @@ def test_a_disk_that_fills_up_half_way_gets_a_sentence_and_the_run_goes_on_later
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the first block's are the file and the list of finished blocks
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
@@ -355,6 +355,110 @@ def test_a_disk_that_fills_up_half_way_gets_a_sentence_and_the_run_goes_on_later
         quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96)
     monkeypatch.undo()
     assert_resumes(outliers, captions, calibrated, tmp_path)
+
+
+def test_a_failure_in_the_last_second_costs_nothing(outliers, captions, calibrated, tmp_path, monkeypatch):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ValueError, match=r"cannot be put in place \(Permission denied\); .* goes on from q.partial"):
+        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96)
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == LEFTOVERS
+    reports = []
+    quantize_checkpoint(
+        outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=lambda *call: reports.append(call)
+    )
+    assert [report[2] for report in reports] == ["resumed after block 2/2", "q"]
+    assert reports[-1][0] == reports[-1][1]
+    assert os.listdir(tmp_path) == ["q"]
+    assert digest(tmp_path / "q") == digest(calibrated)
+
+
+HEADER, NOTES = {"b.x": ("BF16", (2, 3)), "c.x": ("BF16", (2, 3))}, {"n": ("F32", (1, 5)), "p": ("I64", (1,))}
+VALUES = {"b.x": torch.ones(2, 3).to(torch.bfloat16), "n": torch.rand(1, 5), "p": torch.tensor([7])}
+
+
+def begin(path: Path) -> None:
+    """Finish one of two sections, and stop."""
+    with pytest.raises(RuntimeError), StreamedFile(path, HEADER, {}, NOTES) as out:
+        for name, value in VALUES.items():
+            out.write(name, value)
+        out.finish("b")
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "raised"),
+    [("fsync", OSError(5, "Input/output error"), ValueError), ("replace", KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_what_is_finished_is_kept_when_the_end_fails(tmp_path, monkeypatch, failing, error, raised):
+    def fail(*_):
+        raise error
+
+    begin(tmp_path / "q")
+    with pytest.raises(raised), StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out:
+        out.write("c.x", VALUES["b.x"])
+        out.finish("c")
+        monkeypatch.setattr(os, failing, fail)
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path)) == LEFTOVERS
+    with StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out:
+        assert out.finished == ["b", "c"]
+    assert torch.equal(load_file(tmp_path / "q")["c.x"], VALUES["b.x"])
+    assert os.listdir(tmp_path) == ["q"]
+
+
+@pytest.mark.parametrize("damage", ["cut off", "overwritten", "gone"])
+def test_damaged_leftovers_are_made_afresh(tmp_path, damage):
+    begin(tmp_path / "q")
+    partial = tmp_path / "q.partial"
+    old = partial.read_bytes()
+    if damage == "gone":
+        partial.unlink()
+    else:
+        partial.write_bytes(old[:-10] if damage == "cut off" else b"damaged!" + old[8:])
+    with pytest.warns(UserWarning, match="q.partial: is damaged or .* its 1 finished parts cannot be used"):
+        begin(tmp_path / "q")
+    assert partial.read_bytes() == old
+    assert (tmp_path / "q.partial.finished").read_text() == "b\n"
+
+
+def test_a_list_of_finished_sections_may_end_anywhere(tmp_path):
+    begin(tmp_path / "q")
+    with (tmp_path / "q.partial.finished").open("a") as record:
+        record.write("c.")
+    stop = pytest.raises(ValueError, match="tensors missing: c.x")
+    with stop, StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out:
+        assert out.finished == ["b"]
+
+
+def test_notes_are_reserved_with_the_file_and_not_part_of_it(tmp_path):
+    begin(tmp_path / "f")
+    with StreamedFile(tmp_path / "f", HEADER, {}, NOTES) as out:
+        assert out.partial.stat().st_size == out.size + 28
+        assert all(torch.equal(out.read(name), value) for name, value in VALUES.items())
+        out.write("c.x", VALUES["b.x"])
+    assert (tmp_path / "f").stat().st_size == out.size
+    assert load_file(tmp_path / "f").keys() == HEADER.keys()
+
+
+def test_two_runs_do_not_write_one_file(outliers, tmp_path):
+    """Neither in this process nor in another; nothing of the first run's is touched."""
+    header, tensor = {"b": ("BF16", (2, 3))}, torch.randn(2, 3).to(torch.bfloat16)
+    code = "import sys; from zimage_core.quantize import quantize_checkpoint as q; q(sys.argv[1], sys.argv[2], rank=32)"
+    with StreamedFile(tmp_path / "q", header, {}, {}) as out:
+        with pytest.raises(ValueError, match="another run is writing it; wait until it is done"):
+            quantize_checkpoint(outliers, tmp_path / "q", rank=32)
+        command = [sys.executable, "-c", code, str(outliers), str(tmp_path / "q")]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1].startswith(f"ValueError: {tmp_path / 'q'}: another run is writing it")
+        out.write("b", tensor)
+    assert torch.equal(load_file(tmp_path / "q")["b"], tensor)
+    assert os.listdir(tmp_path) == ["q"]
+    with StreamedFile(tmp_path / "q", header, {}) as out:
+        out.write("b", tensor)
 
 
 def test_a_disk_that_is_full_at_the_first_tensor_leaves_nothing(outliers, tmp_path, monkeypatch):
@@ -396,19 +500,23 @@ def test_time_left_follows_the_pace_of_late():
 def test_leftovers_serve_the_same_job_only(tmp_path):
     header = {"b.x": ("BF16", (2, 3)), "c.x": ("BF16", (2, 3))}
     tensor = torch.randn(2, 3).to(torch.bfloat16)
-    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "f", header, {"a": "1"}, resumable=True) as out:
+    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "f", header, {"a": "1"}, notes={}) as out:
         out.write("b.x", tensor)
         out.finish("b")
         raise RuntimeError
-    with StreamedFile(tmp_path / "f", header, {"a": "1"}, resumable=True) as out:
+    with StreamedFile(tmp_path / "f", header, {"a": "1"}, notes={}) as out:
         assert out.finished == ["b"]
         assert torch.equal(out.read("b.x"), tensor)
         out.write("c.x", tensor)
     assert torch.equal(load_file(tmp_path / "f")["b.x"], tensor)
-    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "g", header, {"a": "1"}, resumable=True) as out:
+    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "g", header, {"a": "1"}, notes={}) as out:
         out.finish("b")
         raise RuntimeError
-    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "g", header, {"a": "2"}, resumable=True) as out:
+    with (
+        pytest.warns(UserWarning, match="g.partial: is damaged or of a run with other settings"),
+        pytest.raises(RuntimeError),
+        StreamedFile(tmp_path / "g", header, {"a": "2"}, notes={}) as out,
+    ):
         assert out.finished == []
         raise RuntimeError
     assert os.listdir(tmp_path) == ["f"]
@@ -427,6 +535,7 @@ def test_bad_input_is_refused_in_a_sentence(dense, source, tmp_path):
         (source, out / "q", 24, "rank: expected a multiple of 16"),
         (source, out / "q", 400, "rank: expected a multiple of 16 up to 384"),
         (source, out / "none" / "q", 16, "choose another folder"),
+        (source, out, 16, "expected the name of a file to write, found a folder"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             quantize_checkpoint(src, dst, rank=rank)
