@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import calibrate
+from . import __version__, calibrate
 from .adapters import Linear
 from .checkpoint import CheckpointInfo, expected_tensors, identify, match_tensors
 from .config import ZImageConfig
@@ -78,8 +78,7 @@ def quantize_checkpoint(
         metadata = file_metadata(info.config, rank, skip_refiners)
         source = _Source(files, info.config, loras, device)
         notes = None if cap_feats is None else calibrate.planned_samples(info.config, len(cap_feats), size)
-        if cap_feats is not None or merge:
-            metadata["quantized_by"] = json.dumps(_provenance(files, cap_feats, size, merge))
+        metadata["quantized_by"] = json.dumps(_provenance(source, cap_feats, size, merge))
         with StreamedFile(dst, header, metadata, notes) as out, torch.inference_mode():
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
 
@@ -345,18 +344,22 @@ class _Job:
 
 
 def _provenance(
-    files: TensorFiles,
+    source: _Source,
     cap_feats: Sequence[torch.Tensor] | None,
     size: int,
     merge: Sequence[tuple[str | Path, float]],
 ) -> dict[str, object]:
     """How the file was made, which also tells whether a half-finished one was made the same way."""
-    source, captions = hashlib.sha256(), hashlib.sha256()
-    for name in sorted(files.keys()):
-        tensor = files.get(name).flatten()
-        source.update(f"{name} {len(tensor)} {tensor.dtype}".encode())
-        source.update(tensor[:: max(len(tensor) // 16, 1)].float().numpy().tobytes())
-    made: dict[str, object] = {"tool": "zimage-int4", "source": source.hexdigest()[:16]}
+    weights, captions = hashlib.sha256(), hashlib.sha256()
+    for name, keys in sorted(source.keys.items()):
+        parts = [source.files.get(key).flatten() for key in keys]
+        count, place = sum(map(len, parts)), 0
+        weights.update(f"{name} {count} {parts[0].dtype}".encode())
+        step = max(count // 16, 1)
+        for part in parts:  # however a tensor is cut into parts, the same of its values are taken
+            weights.update(part[-place % step :: step].float().numpy().tobytes())
+            place += len(part)
+    made: dict[str, object] = {"tool": "zimage-int4", "version": __version__, "source": weights.hexdigest()[:16]}
     if merge:
         made["merged"] = [
             f"{Path(path).name}:{strength} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from zimage_core import __version__, quantize
 from zimage_core.checkpoint import load_transformer
 from zimage_core.config import ZImageConfig
 from zimage_core.keys import diffusers_svdq_module
@@ -101,6 +103,8 @@ def test_header_and_metadata_equal_those_of_a_genuine_file(tmp_path):
     quantize_checkpoint(tmp_path / "a", tmp_path / "b", rank=32)
     genuine, written = read_header(TINY), read_header(tmp_path / "b")
     assert list(written.tensors.items()) == list(genuine.tensors.items())
+    made = json.loads(written.metadata.pop("quantized_by"))
+    assert (made["tool"], made["version"], made["method"]) == ("zimage-int4", __version__, "svd")
     assert written.metadata == genuine.metadata
 
 
@@ -286,8 +290,9 @@ def test_calibrated_file_has_the_same_header_and_says_how_it_was_made(outliers, 
     quantize_checkpoint(outliers, tmp_path / "plain", rank=32)
     plain, ours = read_header(tmp_path / "plain"), read_header(calibrated)
     assert ours.tensors == plain.tensors
-    made = json.loads(ours.metadata.pop("quantized_by"))
+    made, plainly = (json.loads(header.metadata.pop("quantized_by")) for header in (ours, plain))
     assert (made["tool"], made["prompts"], made["size"]) == ("zimage-int4", 2, 96)
+    assert made["source"] == plainly["source"] and made["method"] != plainly["method"]
     assert ours.metadata == plain.metadata
 
 
@@ -355,6 +360,17 @@ def test_a_disk_that_fills_up_half_way_gets_a_sentence_and_the_run_goes_on_later
         quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96)
     monkeypatch.undo()
     assert_resumes(outliers, captions, calibrated, tmp_path)
+
+
+def test_another_version_does_not_go_on_with_the_blocks_of_this_one(outliers, captions, tmp_path, monkeypatch):
+    def interrupt(done: int, total: int, name: str) -> None:
+        if name == SECOND_BLOCK:
+            raise KeyboardInterrupt
+
+    for version, warns in (("0.0.1", nullcontext()), ("0.0.2", pytest.warns(UserWarning, match="cannot be used"))):
+        monkeypatch.setattr(quantize, "__version__", version)
+        with warns, pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=32, progress=interrupt)
 
 
 def test_a_failure_in_the_last_second_costs_nothing(outliers, captions, calibrated, tmp_path, monkeypatch):

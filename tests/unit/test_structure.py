@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "compare": set(),
     "calibrate": {"config", "sampler", "solver", "transformer"},
     "quantize": {
-        *("adapters", "calibrate", "checkpoint", "config", "keys", "lora", "offload", "solver", "svdq"),
+        *("", "adapters", "calibrate", "checkpoint", "config", "keys", "lora", "offload", "solver", "svdq"),
         *("svdq_file", "tensorfiles", "text_encoder", "transformer"),
     },
     "quantize_encoder": {"encoder_formats", "svdq_file", "tensorfiles", "text_encoder"},
