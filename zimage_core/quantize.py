@@ -28,9 +28,16 @@ from .lora import Bias, Delta, Lora, compose, load_lora
 from .offload import BlockStreamer
 from .solver import svdq_calibrated, svdq_from_dense
 from .svdq import SVDQWeights
-from .svdq_file import StreamedFile, block_names, file_metadata, plan_header
+from .svdq_file import (
+    StreamedFile,
+    block_names,
+    check_destination,
+    file_metadata,
+    plan_header,
+    quantized_linears,
+)
 from .tensorfiles import TensorFiles, open_tensors
-from .transformer import Block, ZImageTransformer
+from .transformer import PIXELS_PER_CELL, Block, ZImageTransformer
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 FP8_SCALES = (".weight_scale", ".scale_weight")
@@ -38,6 +45,9 @@ FP8_UNUSED = (".input_scale", ".scale_input", ".comfy_quant", "scaled_fp8")
 
 Progress = Callable[[int, int, str], None]
 
+EDGE = PIXELS_PER_CELL * ZImageConfig.patch_size  # pixels of a token
+LARGEST = 1e6  # of what is quantized: far above any working model's weights, and its powers are still fp32 numbers
+THIN = 2  # input channels for each token of the calibration pictures from which on it did more harm than good
 PACE = 16  # last reports from which the time left is told: four blocks' linears
 RESUMED = "resumed"  # begins what is reported of work that an earlier run did
 
@@ -61,14 +71,21 @@ def quantize_checkpoint(
     the weights alone. merge: LoRA files and their strengths, made part of the weights first. skip_refiners: leave the
     refiners' linears in bf16. device: where the arithmetic runs; deterministic for a device. progress(done, total,
     what), for which `TimeLeft` has words, is called as the work goes on and once at the end, where done == total; an
-    exception from it ends the run.
+    exception from it ends the run. A warning tells where cap_feats are too few or the pictures too small to help.
 
     `dst` is replaced if it exists, and only at the end. A calibrated run that is interrupted leaves its finished
     blocks beside it, as `dst`.partial and a small file; the same call goes on from there. Raises FileNotFoundError,
-    or ValueError where the source is no dense Z-Image transformer or holds NaN, or where the destination cannot be
-    written or another run is at it.
+    or ValueError where the source is no dense Z-Image transformer, where it, the features or the LoRAs hold NaN or
+    numbers beyond use, and as `check_request`; also where the destination cannot be written or another run is at it.
     """
+    check_request(dst, size, merge)
     src, dst, device = Path(src), Path(dst), torch.device(device)
+    for i, features in enumerate(cap_feats or (), 1):
+        if not features.isfinite().all():
+            raise ValueError(
+                f"cap_feats of prompt {i}/{len(cap_feats)}: expected finite numbers, found NaN or infinity; "
+                "get an undamaged text encoder"
+            )
     loras = [(load_lora(path), float(strength)) for path, strength in merge]
     with _open_dense(src) as files:
         info = _dense_info(files)
@@ -77,10 +94,23 @@ def quantize_checkpoint(
         header = plan_header(info.config, rank, skip_refiners)
         metadata = file_metadata(info.config, rank, skip_refiners)
         source = _Source(files, info.config, loras, device)
-        notes = None if cap_feats is None else calibrate.planned_samples(info.config, len(cap_feats), size)
+        notes = None
+        if cap_feats is not None:
+            notes = calibrate.planned_samples(info.config, len(cap_feats), size)
+            _warn_if_thin(info.config, cap_feats, size)
         metadata["quantized_by"] = json.dumps(_provenance(source, cap_feats, size, merge))
         with StreamedFile(dst, header, metadata, notes) as out, torch.inference_mode():
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
+
+
+def check_request(dst: str | Path, size: int, merge: Sequence[tuple[str | Path, float]]) -> None:
+    """ValueError for a destination, a size or a LoRA's strength that `quantize_checkpoint` does not take."""
+    check_destination(Path(dst))
+    if size <= 0 or size % EDGE:
+        raise ValueError(f"size: expected a positive multiple of {EDGE} pixels, found {size}; 512 is usual")
+    for path, strength in merge:
+        if not math.isfinite(strength):
+            raise ValueError(f"{path}: strength: expected a finite number, found {strength}; 1 is usual")
 
 
 def check_source(src: str | Path) -> None:
@@ -139,6 +169,23 @@ def calibration_captions(
     del encoder, streamer, found
     _release(device)
     return features
+
+
+def _warn_if_thin(config: ZImageConfig, cap_feats: Sequence[torch.Tensor], size: int) -> None:
+    tokens = calibrate.STEPS // 2 * len(cap_feats) * (size // EDGE) ** 2
+    channels = max(k for _, k in quantized_linears(config).values())
+    if tokens * THIN <= channels:
+        warnings.warn(
+            f"{len(cap_feats)} prompts at {size} x {size} pixels give {tokens} tokens to calibrate linears of "
+            f"{channels} inputs, which can be worse than no calibration; take more prompts or larger pictures",
+            stacklevel=3,
+        )
+
+
+def _check_numbers(tensor: torch.Tensor, where: str, remedy: str) -> None:
+    largest = tensor.abs().amax().item()  # NaN if there is one
+    if not largest <= LARGEST:
+        raise ValueError(f"{where}: expected numbers up to {LARGEST:.0e}, found {largest:.1e}; {remedy}")
 
 
 def _release(device: str | torch.device) -> None:
@@ -202,22 +249,26 @@ class _Source:
         with torch.device("meta"):
             model = ZImageTransformer(config, linear=Linear)
         self.keys = match_tensors(files, expected_tensors(model, rank=0))
+        self.loras = ", ".join(lora.name for lora, _ in loras)
         self.changes: dict[str, list[tuple[Delta, float]]] = {}
         for lora, strength in loras:
             for target, deltas in lora.check(model).items():
                 self.changes.setdefault(target, []).extend((delta, strength) for delta in deltas)
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor on the device, put together from its parts. ValueError if it holds NaN or infinity."""
+        """A tensor on the device, put together from its parts. ValueError if it holds NaN or is beyond `LARGEST`."""
         parts = []
         for key in self.keys[name]:
             parts.append(self.files.get(key).to(self.device))
-            if not parts[-1].isfinite().all():
-                raise ValueError(f"{self.files.path}: {key}: holds NaN or infinite values; get an undamaged file")
+            _check_numbers(parts[-1], f"{self.files.path}: {key}", "get an undamaged file")
         whole = torch.cat(parts)
         module, _, leaf = name.rpartition(".")
         changes = self.changes.get(module or name)
-        return self._merged(whole, module, leaf, changes) if changes else whole
+        if not changes:
+            return whole
+        merged = self._merged(whole, module, leaf, changes)
+        _check_numbers(merged, f"{self.loras}: merged into {name}", "lower its strength")
+        return merged
 
     def _merged(self, tensor: torch.Tensor, module: str, leaf: str, changes: list[tuple[Delta, float]]) -> torch.Tensor:
         """The tensor with the changes in it, in fp32."""

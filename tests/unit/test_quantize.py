@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from zimage_core.svdq_file import StreamedFile, diffusers_config, file_metadata,
 from zimage_core.tensorfiles import read_header
 from zimage_core.text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
 from zimage_core.transformer import ZImageTransformer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* tokens to calibrate linears of:UserWarning")
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
@@ -370,7 +373,7 @@ def test_another_version_does_not_go_on_with_the_blocks_of_this_one(outliers, ca
     for version, warns in (("0.0.1", nullcontext()), ("0.0.2", pytest.warns(UserWarning, match="cannot be used"))):
         monkeypatch.setattr(quantize, "__version__", version)
         with warns, pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=32, progress=interrupt)
+            quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=interrupt)
 
 
 def test_a_failure_in_the_last_second_costs_nothing(outliers, captions, calibrated, tmp_path, monkeypatch):
@@ -545,7 +548,7 @@ def test_bad_input_is_refused_in_a_sentence(dense, source, tmp_path):
     damaged["layers.0.feed_forward.w1.weight"] = damaged["layers.0.feed_forward.w1.weight"] * float("nan")
     save_file(damaged, tmp_path / "nan")
     for src, dst, rank, message in (
-        (tmp_path / "nan", out / "q", 16, "feed_forward.w1.weight: holds NaN"),
+        (tmp_path / "nan", out / "q", 16, "feed_forward.w1.weight: expected numbers up to 1e.06, found nan; get an"),
         (TINY, out / "q", 16, "expected a BF16 model, found svdq-int4"),
         (source, source, 16, "is the source itself"),
         (source, out / "q", 24, "rank: expected a multiple of 16"),
@@ -558,6 +561,44 @@ def test_bad_input_is_refused_in_a_sentence(dense, source, tmp_path):
         assert "\n" not in str(caught.value)
     assert os.listdir(out) == []
     assert source.is_file()
+
+
+def test_numbers_that_cannot_be_computed_with_are_refused_in_a_sentence(dense, source, captions, tmp_path):
+    (tmp_path / "out").mkdir()
+    huge = {key: tensor.float() for key, tensor in diffusers_names(dense).items()}
+    huge["layers.0.feed_forward.w2.weight"][0, 0] = 3.4e38
+    save_file(huge, tmp_path / "huge")
+    name = "diffusion_model.layers.0.attention.to_k"
+    pair = {"lora_A": torch.ones(4, 384), "lora_B": torch.ones(384, 4)}
+    save_file({f"{name}.{leaf}.weight": tensor for leaf, tensor in pair.items()}, tmp_path / "lora")
+    damaged = [captions[0], captions[1] * float("nan")]
+    for src, options, message in (
+        (tmp_path / "huge", {}, "huge: layers.0.feed_forward.w2.weight: expected numbers up to .*, found 3.4e.38"),
+        (source, {"merge": [(tmp_path / "lora", 1e30)]}, "lora: merged into layers.*to_qkv.weight: .*; lower its"),
+        (source, {"merge": [(tmp_path / "lora", float("nan"))]}, "lora: strength: expected a finite number, found nan"),
+        (source, {"merge": [(tmp_path / "lora", float("-inf"))]}, "strength: expected a finite number, found -inf"),
+        (source, {"cap_feats": damaged}, "cap_feats of prompt 2/2: expected finite numbers, found NaN or infinity"),
+        *((source, {"size": size}, "size: expected a positive multiple of 16 pixels") for size in (-64, 0, 72)),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            quantize_checkpoint(src, tmp_path / "out" / "q", rank=16, **options)
+        assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_thin_calibration_gets_a_warning(outliers, captions, tmp_path):
+    """Two pictures of 8 x 8 tokens at four sigmas each are half as many as there are inputs, of 9 x 9 more."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for size in (128, 144):
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(outliers, tmp_path / "q", rank=16, cap_feats=captions, size=size, progress=stop)
+    (warning,) = caught
+    assert "2 prompts at 128 x 128 pixels give 512 tokens to calibrate linears of 1024 inputs" in str(warning.message)
 
 
 def test_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
