@@ -358,12 +358,15 @@ def save_png(picture, path: Path, texts: Mapping[str, str]) -> None:
 def quantize(args: argparse.Namespace) -> int:
     """Write the INT4 file, calibrated where there is a text encoder, and print its path."""
     from .pipeline import choose_device
-    from .quantize import TimeLeft, calibration_captions, calibration_defaults, quantize_checkpoint
+    from .quantize import TimeLeft, calibration_captions, calibration_defaults, check_request, quantize_checkpoint
 
     encoder = args.text_encoder or Path(args.src) / "text_encoder"
     calibrated = not args.no_calibration and (args.text_encoder is not None or encoder.is_dir())
     device = choose_device(args.device)
     prompts, size = calibration_defaults(device)
+    if args.size is not None:
+        size = args.size
+    check_request(args.dst, size, args.merge)
     if args.prompts and not calibrated:
         raise ValueError("--prompts: are to calibrate with, so name a --text-encoder and leave out --no-calibration")
     if args.prompts:
@@ -390,7 +393,7 @@ def quantize(args: argparse.Namespace) -> int:
             args.dst,
             rank=args.rank,
             cap_feats=cap_feats,
-            size=args.size or size,
+            size=size,
             merge=args.merge,
             skip_refiners=args.skip_refiners,
             device=device,
@@ -416,6 +419,8 @@ def read_prompts(path: Path) -> list[str]:
 def compare(args: argparse.Namespace) -> int:
     """Draw the sheet and print the scores."""
     targets = output_paths(args.out, 1)
+    from .backends import select
+    from .checkpoint import identify
     from .compare import compare
     from .pipeline import load_pipeline
 
@@ -424,10 +429,7 @@ def compare(args: argparse.Namespace) -> int:
         raise ValueError(f"--precision: expected 1 or {len(args.models)}, one for each model, found {len(precisions)}")
     models = {}
     for model, precision in zip(args.models, precisions, strict=True):
-        label = model if len(args.precision) == 1 else f"{model} {precision}"
-        if label in models:
-            raise ValueError(f"--models: {label} is there twice; leave one out, or give --precision for each model")
-        models[label] = partial(
+        load = partial(
             load_pipeline,
             model,
             args.text_encoder,
@@ -438,6 +440,14 @@ def compare(args: argparse.Namespace) -> int:
             backend=args.backend,
             precision=precision,
         )
+        pipeline = load()  # reads no more than headers, and refuses what would be refused after the first pictures
+        quantized = identify(pipeline.files.model).rank
+        if quantized:
+            select(args.backend, precision, device=pipeline.device, dtype=pipeline.dtype)
+        label = f"{model} {precision}" if quantized and len(args.precision) > 1 else model
+        if label in models:
+            raise ValueError(f"--models: {label} is there twice; leave one out, or give --precision for each model")
+        models[label] = load
     progress = Progress()
     progress.start("compare", len(models) * len(args.seeds))
     try:

@@ -318,6 +318,13 @@ def test_quantize_takes_prompts_a_size_and_dense_refiners(tiny_files, tmp_path, 
     for content, words in ((b"\n \n", "expected a prompt a line"), (b"caf\xe9", "expected UTF-8 text")):
         prompts.write_bytes(content)
         assert words in refused(capsys, cli.main(["quantize", src, dst, *options, *encoder]))
+    for given, words in (
+        (["--size=0"], "expected a positive multiple of 16 pixels, found 0"),
+        (["--size=-64"], "found -64"),
+        (["--merge=a.safetensors:inf"], "a.safetensors: strength: expected a finite number"),
+    ):
+        assert words in refused(capsys, cli.main(["quantize", src, dst, *given, *encoder]))
+    assert "found a folder" in refused(capsys, cli.main(["quantize", src, str(tmp_path), *encoder]))
     prompts.unlink()
     assert "no such file" in refused(capsys, cli.main(["quantize", src, dst, *options, *encoder])).lower()
     assert len(asked) == 1
@@ -342,7 +349,7 @@ def test_quantize_shows_the_time_left(tiny_files, tmp_path, monkeypatch):
     assert re.search(r"quantize .* 50% 00:0\d, block 3/34, attention\.to_out, 0:0\d left", sys.stderr.getvalue())
 
 
-def test_compare_writes_a_sheet_and_scores(tmp_path, capsys):
+def test_compare_writes_a_sheet_and_scores(tmp_path, capsys, monkeypatch):
     """The demo's BF16 source against its INT4 file."""
     from zimage_core.demo import demo_files
 
@@ -359,6 +366,12 @@ def test_compare_writes_a_sheet_and_scores(tmp_path, capsys):
     assert last["scores"][0]["psnr"] > 25 and last["scores"][0]["ssim"] > 0.9
     code = cli.main(["compare", "a red star", "--models", models[0], *parts, *size])
     assert "two models or more" in refused(capsys, code)
+    monkeypatch.setattr(pipeline.Pipeline, "__call__", lambda *_, **__: pytest.fail("drew before it refused"))
+    for second, words in (("gone", "gone: no such file"), (files["vae"], "found a VAE")):
+        command = ["compare", "a red star", "--models", models[0], second, *parts, *size]
+        assert words in refused(capsys, cli.main(command))
+    command = ["compare", "a red star", "--models", *models, *parts, *size, "--precision", "auto", "w9"]
+    assert "w9" in refused(capsys, cli.main(command))
 
 
 def test_compare_takes_a_precision_for_each_model(tmp_path, capsys):
@@ -374,6 +387,22 @@ def test_compare_takes_a_precision_for_each_model(tmp_path, capsys):
     assert score["label"] == f"{model} w4a4" and score["psnr"] is not None and score["psnr"] < 60
     assert "is there twice" in refused(capsys, cli.main(command))
     assert "expected 1 or 2" in refused(capsys, cli.main([*command, "--precision", "w4a16", "w4a4", "w4a8"]))
+
+
+def test_compare_gives_a_bf16_model_no_precision(tmp_path, capsys, monkeypatch):
+    from zimage_core import compare
+    from zimage_core.demo import demo_files
+
+    files = {name: str(path) for name, path in demo_files().items()}
+    dense, parts = str(ROOT / "demo_training" / "z-image-demo-bf16.safetensors"), []
+    for name in ("text_encoder", "tokenizer", "vae"):
+        parts.append(f"--{name.replace('_', '-')}={files[name]}")
+    seen = []
+    monkeypatch.setattr(compare, "compare", lambda prompt, models, *_, **__: seen.append(list(models)) or (sheet, []))
+    sheet = Image.new("RGB", (16, 16))
+    command = ["compare", "x", "--models", dense, files["model"], files["model"], *parts, "--device=cpu"]
+    assert cli.main([*command, f"--out={tmp_path / 'a.png'}", "--precision", "w4a4", "w4a16", "w4a4"]) == 0
+    assert seen == [[dense, f"{files['model']} w4a16", f"{files['model']} w4a4"]]
 
 
 def test_the_draw_command_of_the_readme_follows_its_prompt(tmp_path, monkeypatch, capsys):
