@@ -281,6 +281,8 @@ class StreamedFile:
 
     def _earlier(self, encoded: bytes) -> list[str]:
         """The sections that an earlier run finished, if it was for the same header: same settings and source."""
+        if not self.partial.is_file():
+            return []
         self._record.seek(0)
         recorded = self._record.read().decode(errors="replace").splitlines()
         sections = [s for s in dict.fromkeys(recorded) if any(name.startswith(s + ".") for name in self._missing)]
@@ -295,7 +297,7 @@ class StreamedFile:
 
     def _is_whole(self, encoded: bytes) -> bool:
         """Whether the temporary file begins as it should and is as long; complete, it has lost its notes."""
-        if not self.partial.is_file() or self.partial.stat().st_size not in (self.size, self._full_size):
+        if self.partial.stat().st_size not in (self.size, self._full_size):
             return False
         with self.partial.open("rb") as file:
             return file.read(len(encoded)) == encoded
