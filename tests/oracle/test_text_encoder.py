@@ -231,12 +231,48 @@ def test_other_files_are_refused_in_one_sentence(tensors, tmp_path, change, word
         ('{"model_type": "qwen2"}', "model_type: expected 'qwen3', found 'qwen2'"),
         ('{"hidden_size": 64}', "vocab_size: expected an integer"),
         ('{"rope_scaling": {"rope_type": "yarn"}}', "rope_type: expected 'default', found 'yarn'"),
+        ('{"rope_scaling": ["yarn"]}', r"rope_scaling: expected a JSON object, found \['yarn'\]; get Qwen3-4B"),
+        ('{"rope_parameters": "default"}', "rope_parameters: expected a JSON object, found 'default'; get Qwen3-4B"),
     ],
 )
 def test_unfit_configs_are_refused(tensors, tmp_path, config, words):
     path = tmp_path / "encoder.safetensors"
     save_file(tensors, path, metadata={"config": config})
     with pytest.raises(ValueError, match=words):
+        load_text_encoder(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("head_dim", "64", "an integer above 0 and up to 10000, found '64'"),
+        ("head_dim", 64.0, "an integer above 0 and up to 10000, found 64.0"),
+        ("head_dim", 0, "an integer above 0 and up to 10000, found 0"),
+        ("num_key_value_heads", "2", "an integer above 0 and up to 10000, found '2'"),
+        ("vocab_size", True, "an integer above 0 and up to 1000000, found True"),
+        ("num_hidden_layers", 1_000_000, "an integer above 0 and up to 1000, found 1000000"),
+        ("rms_norm_eps", None, "a number above 0 and up to 1, found None"),
+        ("rms_norm_eps", "1e-6", "a number above 0 and up to 1, found '1e-6'"),
+        ("rms_norm_eps", float("nan"), "a number above 0 and up to 1, found nan"),
+        ("rope_theta", "abc", "a number above 0 and up to 1000000000000, found 'abc'"),
+    ],
+)
+def test_numbers_of_a_config_are_checked_before_anything_is_built(
+    oracle, tensors, tmp_path, monkeypatch, name, value, words
+):
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {**oracle.config.to_dict(), "rope_parameters": None, name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(TextEncoder, "__init__", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(ValueError) as error:
+        load_text_encoder(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: {name}: expected {words}; get Qwen3-4B")
+
+
+def test_an_absurd_layer_without_a_config_is_refused(tensors, tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    save_file(tensors | {"model.layers.1000000.input_layernorm.weight": torch.ones(64)}, path)
+    with pytest.raises(ValueError, match="num_hidden_layers: expected an integer .* up to 1000, found 1000001"):
         load_text_encoder(path)
 
 
@@ -340,6 +376,26 @@ def test_unfit_tokenizers_are_refused(tmp_path):
         load_tokenizer(bare)
     with pytest.raises(ValueError, match="expected a JSON object with 'model'"):
         load_tokenizer(bare / "vocab.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"model": {}}'),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": "x"}, "merges": []}}'),
+        ("merges.txt", b"\xff\xfe\n"),
+        ("merges.txt", b"#version: 0.2\na 1000\n"),
+        ("tokenizer_config.json", b"[]"),
+    ],
+)
+def test_broken_tokenizers_are_refused_in_one_sentence(tmp_path, name, content):
+    folder = write_vocabulary(tmp_path / "broken")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(folder)
+    message, path = str(error.value), folder / name if name == "tokenizer.json" else folder
+    assert message.startswith(f"{path}: expected Qwen's tokenizer, found a broken one (") and "\n" not in message
+    assert "; put Qwen3's tokenizer.json, or its vocab.json, merges.txt" in message
 
 
 def test_prompts_are_encoded_one_by_one_unpadded(oracle, single, folder):
