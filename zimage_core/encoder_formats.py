@@ -37,14 +37,24 @@ _MAIN = ("weight", "weight._data", "weight._data._data")
 _SCALES = ("weight_scale", "scale_weight", "weight_scale_2", "weight._scale")
 _UNUSED = ("weight._shift", "comfy_quant", "input_scale", "output_scale", "scale_input")
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_MAIN, *_SCALES, *_UNUSED)))})")
-_REFUSED = (
-    (r"\.weight_scale_inv$", "FP8 scaled in blocks"),
-    (r"\.(weight_packed|weight_global_scale)$", "compressed-tensors weights"),
-    (r"\.(absmax|quant_map|weight\.quant_state.*)$", "bitsandbytes"),
-    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
-    (r"\.weight\._data\._data$", "quanto INT4 or INT2"),
-)
 _READ = "BF16, F16, F32, ComfyUI's FP8 or NVFP4, or quanto INT8"
+# What is refused by its tensors' names, other models before other forms: a pattern, what to call it, what is expected.
+_REFUSED = (
+    (r"(^|\.)encoder\.block\.\d+\.layer\.", "a T5 text encoder", "Qwen3"),
+    (r"text_model\.encoder\.layers\.", "a CLIP text encoder", "Qwen3"),
+    (r"(^|\.)(visual|vision_tower|vision_model)\.", "a vision-language model", "Qwen3"),
+    (r"\.(proj_down|smooth_factor)$", "an SVDQuant transformer", "Qwen3"),
+    (r"(^|\.)(noise_refiner|context_refiner|cap_embedder)\.", "a Z-Image transformer", "Qwen3"),
+    (r"^decoder\.(up|up_blocks)\.", "a VAE", "Qwen3"),
+    (r"\.mlp\.experts\.", "a mixture-of-experts model", "Qwen3"),
+    (r"(pre|post)_feedforward_layernorm", "a Gemma model", "Qwen3"),
+    (r"\.weight_scale_inv$", "FP8 scaled in blocks", _READ),
+    (r"\.(weight_packed|weight_global_scale)$", "compressed-tensors weights", _READ),
+    (r"\.(SCB|absmax|quant_map|weight\.quant_state.*)$", "bitsandbytes", _READ),
+    (r"\.W_q$", "HQQ", _READ),
+    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ", _READ),
+    (r"\.weight\._data\._data$", "quanto INT4 or INT2", _READ),
+)
 _GGUF_LAYERS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -290,9 +300,9 @@ class SafetensorsEncoder:
 
     def _plan(self) -> tuple[dict[str, Stored], set[str]]:
         """The weights, and the names that belong to none."""
-        for pattern, what in _REFUSED:
+        for pattern, found, expected in _REFUSED:
             if key := next(filter(re.compile(pattern).search, self.files.tensors), None):
-                raise self._refuse(key, _READ, what)
+                raise self._refuse(key, expected, found)
         layers: dict[str, dict[str, str]] = {}
         others = set()
         for key in self.files.tensors:

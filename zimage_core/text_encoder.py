@@ -33,16 +33,6 @@ HUB_TOKENIZERS = (("Tongyi-MAI/Z-Image-Turbo", "tokenizer/"), ("Qwen/Qwen3-4B", 
 _TOKENIZER_REMEDY = (
     "put Qwen3's tokenizer.json, or its vocab.json, merges.txt and tokenizer_config.json, there"
 )
-# Other models: a pattern over the tensor names, and what to call it.
-_OTHER_MODELS = (
-    (r"(^|\.)encoder\.block\.\d+\.layer\.", "a T5 text encoder"),
-    (r"text_model\.encoder\.layers\.", "a CLIP text encoder"),
-    (r"(^|\.)(visual|vision_tower|vision_model)\.", "a vision-language model"),
-    (r"(^|\.)(noise_refiner|context_refiner|cap_embedder)\.", "a Z-Image transformer"),
-    (r"^decoder\.(up|up_blocks)\.", "a VAE"),
-    (r"\.mlp\.experts\.", "a mixture-of-experts model"),
-    (r"(pre|post)_feedforward_layernorm", "a Gemma model"),
-)
 # A number in transformers' config: its kind, and the largest that is built.
 _NUMBERS = {
     "vocab_size": (int, 10**6),
@@ -337,7 +327,7 @@ def _encoder_path(path) -> Path:
 
 def _checked_file(file) -> tuple[TextEncoderConfig, list[str]]:
     """The sizes of an open file's model, and the names of the weights that it needs."""
-    check_model(file.weights, file.others, file.where)
+    check_model(file.weights, file.where)
     config = read_config(file.config, file.weights, file.where)
     body = TextEncoder(config, device="meta", embedding=HostEmbedding)  # on meta, nn.Embedding takes seconds
     shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)}
@@ -346,11 +336,8 @@ def _checked_file(file) -> tuple[TextEncoderConfig, list[str]]:
     return config, list(shapes)
 
 
-def check_model(weights: Mapping[str, Stored], others: Iterable[str], where: str) -> None:
-    """ValueError where the tensors' names are those of another model than Qwen3."""
-    for pattern, what in _OTHER_MODELS:
-        if key := next(filter(re.compile(pattern).search, (*weights, *others)), None):
-            raise ValueError(f"{where}: {key}: expected Qwen3, found {what}; {ENCODER_REMEDY}")
+def check_model(weights: Mapping[str, Stored], where: str) -> None:
+    """ValueError where the tensors' names are those of a model of Qwen3's kind without its norms."""
     q_norm = "layers.0.self_attn.q_norm.weight"
     if "layers.0.self_attn.q_proj.weight" in weights and q_norm not in weights:
         found = "Qwen2, Llama or the like without it"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from zimage_core import tensorfiles
 from zimage_core.text_encoder import (
@@ -23,6 +24,7 @@ from zimage_core.text_encoder import (
 transformers = pytest.importorskip("transformers")
 
 LAYERS = 3
+SVDQ = Path(__file__).parents[1] / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -173,6 +175,14 @@ def clip(tensors):
     return {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}
 
 
+def svdq(tensors):
+    return load_file(SVDQ)
+
+
+def zimage(tensors):
+    return {"noise_refiner.0.attention.to_q.qweight": torch.zeros(4, 4, dtype=torch.int8)}
+
+
 def qwen2(tensors):
     return {n: t for n, t in tensors.items() if "_norm" not in n or "layernorm" in n}
 
@@ -188,11 +198,24 @@ def plus(name, tensor=None):
 Q = "model.layers.1.self_attn.q_proj"
 
 
+def bitsandbytes(tensors):
+    """LLM.int8() as it is stored: rows of int8, their largest values, and a mark."""
+    codes = {f"{Q}.weight": torch.zeros(128, 64, dtype=torch.int8), f"{Q}.SCB": torch.ones(128)}
+    return tensors | codes | {f"{Q}.weight_format": torch.zeros((), dtype=torch.uint8)}
+
+
+def hqq(tensors):
+    parts = {"W_q": torch.zeros(64, 64, dtype=torch.uint8), "scale": torch.ones(1, 128), "zero": torch.ones(1, 128)}
+    return without(f"{Q}.weight")(tensors) | {f"{Q}.{name}": part for name, part in parts.items()}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (t5, ["found a T5 text encoder"]),
         (clip, ["found a CLIP text encoder"]),
+        (svdq, ["expected Qwen3, found an SVDQuant transformer"]),
+        (zimage, ["expected Qwen3, found a Z-Image transformer"]),
         (qwen2, ["expected Qwen3", "Qwen2"]),
         (plus("visual.blocks.0.norm1.weight"), ["vision-language"]),
         (plus(f"{Q}.comfy_quant"), [f"{Q}.comfy_quant", "expected a JSON object"]),
@@ -203,6 +226,8 @@ Q = "model.layers.1.self_attn.q_proj"
         (plus(f"{Q}.weight_scale_inv"), ["found FP8 scaled in blocks"]),
         (plus(f"{Q}.weight_packed"), ["found compressed-tensors"]),
         (plus(f"{Q}.weight.absmax"), ["found bitsandbytes"]),
+        (bitsandbytes, [f"{Q}.SCB", "found bitsandbytes"]),
+        (hqq, [f"{Q}.W_q", "found HQQ"]),
         (plus(f"{Q}.qzeros"), ["found GPTQ or AWQ"]),
         (plus(f"{Q}.bias"), ["layers.1.self_attn.q_proj.bias", "unknown"]),
         (plus(f"{Q}.weight", torch.zeros(128, 64, dtype=torch.int8)), ["q_proj.weight", "found I8"]),
