@@ -167,6 +167,8 @@ class StreamedFile:
         self._resumable = resumable
         self._missing = set(header)
         encoded, self._offsets, self.size = _encode_header(header, metadata)
+        if path.is_dir():
+            raise ValueError(f"{path}: expected a file to write, found a folder; name a .safetensors file in it")
         if resumable and self._is_continued(encoded):
             self._file = self.partial.open("r+b")
             for section in self._record.read_text(encoding="utf-8").splitlines():
