@@ -1,24 +1,26 @@
 """How much INT4 costs in quality: single layers against deepcompressor's recipe, and the demo model's pictures.
 
-    python benchmarks/quality.py layers [--width 3840] [--rank 32]
-    python benchmarks/quality.py demo --source BF16.safetensors [--ranks 16 32 64 128] [--captions 40] [--plot FILE.png]
+    python benchmarks/quality.py layers [--width 3840] [--out 3840] [--rank 128] [--seeds 2] [--inputs outliers white]
+    python benchmarks/quality.py demo-layers --source BF16.safetensors [--ranks 32 128]
+    python benchmarks/quality.py demo --source BF16.safetensors [--ranks 16 32 64 128] [--captions 24] [--plot FILE.png]
 
 `layers` quantizes random layers for white inputs and for inputs as transformers have them (correlated, with outlier
-channels and loud tokens) and measures the outputs' relative error on inputs that calibration never saw. The rival
-"deepcompressor" is the published recipe of mit-han-lab/deepcompressor@69f3473 (examples/diffusion/configs/svdquant):
-39 smoothing candidates by W4A4 output error with SVD and round-to-nearest, then up to 100 rounds of SVD of what
-rounding left, stopped at the first that is worse; "+ gptq" is its gptq.yaml on top.
+channels and loud tokens), `demo-layers` the demo's own linears for what they get while it draws, and both measure the
+outputs' relative error on inputs that calibration never saw. The rival "deepcompressor" is the published recipe of
+mit-han-lab/deepcompressor@69f3473 (examples/diffusion/configs/svdquant): 39 smoothing candidates by W4A4 output error
+with SVD and round-to-nearest, then up to 100 rounds of SVD of what rounding left, stopped at the first that is worse;
+"+ gptq" is its gptq.yaml on top.
 
-`demo` quantizes the demo's BF16 transformer, plain and calibrated, and compares with BF16 for the same noise: error of
-the predicted flow, PSNR of the last latents, PSNR and SSIM of the picture, and whether it shows what was asked. All on
-the CPU in fp32; w4a8 rounds to fp8 where `backends.triton` does and computes in fp32, too.
+`demo` quantizes the demo's BF16 transformer, plain, calibrated on captions of its own kind, and calibrated on the
+prompts that come with `zimage quantize`, which are of other kinds, and compares with BF16 for the same noise: error of
+the predicted flow, PSNR of the last latents, PSNR and SSIM of the picture, and whether it shows what was asked.
+All on the CPU in fp32; w4a8 rounds to fp8 where `backends.triton` does and computes in fp32, too.
 Each prints a table for people and ends with a line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zimage_core import bench
 from zimage_core.backends import Backend
 from zimage_core.backends.reference import dequantize_codes
 from zimage_core.layout import unpack_nibbles
@@ -48,19 +51,21 @@ from zimage_core.svdq import SVDQLinear, SVDQWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = {"w4a16": 16, "w4a8": 8, "w4a4": 4}
-CALIBRATION_ROWS, TEST_ROWS, SEARCH_ROWS = 8192, 1024, 1024
+CALIBRATION_ROWS, TEST_ROWS, SEARCH_ROWS = 32768, 1024, 1024
+OURS = "zimage quantize"
+PLAIN, CALIBRATED, BUILT_IN = "plain", "calibrated", "calibrated, built-in prompts"
 
 
-def random_layer(width: int, outliers: bool, seed: int) -> tuple[Tensor, Tensor]:
-    """A weight (width, width) and inputs (rows, width), for calibration and test together."""
+def random_layer(width: int, out: int, outliers: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """A weight (out, width) and inputs (rows, width), for calibration and test together."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     strengths = torch.linspace(1, 0.05, 64)
-    structure = (normal(width, 64) * strengths) @ normal(64, width) / math.sqrt(64 * width)
-    weight = (normal(width, width) / math.sqrt(width) + structure / 2) * (0.2 * normal(width, 1)).exp()
+    structure = (normal(out, 64) * strengths) @ normal(64, width) / math.sqrt(64 * width)
+    weight = (normal(out, width) / math.sqrt(width) + structure / 2) * (0.2 * normal(out, 1)).exp()
     inputs = normal(CALIBRATION_ROWS + TEST_ROWS, width)
     if not outliers:
         return weight, inputs
@@ -113,31 +118,90 @@ def quantized(weight: Tensor, rank: int, stats: InputStats, absmax: Tensor) -> I
     yield "svd + nearest", as_parts(svdq_from_dense(weight, rank))
     yield "deepcompressor", (parts := deepcompressor(weight, rank, stats, absmax))
     yield "deepcompressor + gptq", with_gptq(parts, weight, stats)
-    yield "calibrated (ours)", as_parts(svdq_calibrated(weight, rank, stats))
+    yield OURS, as_parts(svdq_calibrated(weight, rank, stats))
 
 
-def measure_layers(width: int, rank: int, seeds: int) -> list[dict]:
-    """Relative output error of every method on both kinds of inputs, mean over seeds."""
+@torch.inference_mode()
+def measure_layer(weight: Tensor, rank: int, calibration: Tensor, test: Tensor) -> dict[str, dict[str, float]]:
+    """Method -> precision -> relative error of the outputs for inputs (rows, width) that calibration never saw."""
+    stats = InputStats(weight.shape[1])
+    for chunk in calibration.split(1024):
+        stats.add(chunk)
+    outputs = test @ weight.T
+    found = {}
+    for method, parts in quantized(weight, rank, stats, calibration.abs().amax(0)):
+        squares = {name: squared_error(parts, test, outputs, bits) for name, bits in PRECISIONS.items()}
+        eight = fp8(test / parts.smooth) @ fp8(parts.residual()).T + (test @ parts.down.T) @ parts.up.T
+        squares["w4a8"] = (outputs - eight).square().sum() / outputs.square().sum()
+        found[method] = {name: square.sqrt().item() for name, square in squares.items()}
+    return found
+
+
+def measure_layers(width: int, out: int, rank: int, seeds: int, kinds: list[str]) -> list[dict]:
+    """Relative output error of every method on random layers, mean over seeds."""
     rows = []
-    for kind in ("outliers", "white"):
-        found: dict[str, list[list[float]]] = {}
+    for kind in kinds:
+        runs = []
         for seed in range(seeds):
-            weight, inputs = random_layer(width, kind == "outliers", seed)
-            stats = InputStats(width)
-            for chunk in inputs[:CALIBRATION_ROWS].split(1024):
-                stats.add(chunk)
-            test = inputs[CALIBRATION_ROWS:]
-            outputs = test @ weight.T
-            absmax = inputs[:CALIBRATION_ROWS].abs().amax(0)
-            for method, parts in quantized(weight, rank, stats, absmax):
-                errors = [squared_error(parts, test, outputs, bits).sqrt().item() for bits in PRECISIONS.values()]
-                found.setdefault(method, []).append(errors)
-                print(f"{kind}, seed {seed}, {method}: {errors}", flush=True)
-        for method, runs in found.items():
-            means = [sum(column) / len(runs) for column in zip(*runs, strict=True)]
-            errors = dict(zip(PRECISIONS, means, strict=True))
-            rows.append({"width": width, "rank": rank, "inputs": kind, "method": method, **errors})
+            weight, inputs = random_layer(width, out, kind == "outliers", seed)
+            runs.append(measure_layer(weight, rank, *inputs.split([CALIBRATION_ROWS, TEST_ROWS])))
+            print(f"{kind}, seed {seed}: {runs[-1]}", flush=True)
+        for method in runs[0]:
+            errors = {name: sum(run[method][name] for run in runs) / seeds for name in PRECISIONS}
+            rows.append({"width": width, "out": out, "rank": rank, "inputs": kind, "method": method, **errors})
     return rows
+
+
+def measure_demo_layers(source: Path, ranks: list[int]) -> list[dict]:
+    """Every method on every linear of the demo's image blocks: geometric means over them, and on how many of them ours
+    errs more than each."""
+    layers, rows = demo_inputs(source), []
+    for rank in ranks:
+        found = []
+        for name, (weight, calibration, test) in layers.items():
+            found.append(measure_layer(weight, rank, calibration, test))
+            print(f"rank {rank}, {name}: {found[-1]}", flush=True)
+        for method in found[0]:
+            row = {"rank": rank, "linears": len(found), "method": method}
+            for precision in PRECISIONS:
+                errors = [one[method][precision] for one in found]
+                ours = [one[OURS][precision] for one in found]
+                row[precision] = math.exp(sum(map(math.log, errors)) / len(errors))
+                row[f"{precision}: ours worse on"] = sum(a > 1.005 * b for a, b in zip(ours, errors, strict=True))
+            rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def demo_inputs(source: Path, captions: int = 16) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Linear -> weight, and inputs (rows, K) while it draws so many held-out captions, and so many others."""
+    sys.path.insert(0, str(ROOT / "demo_training"))
+    import scenes
+
+    from zimage_core.checkpoint import load_transformer
+    from zimage_core.demo import demo_files
+    from zimage_core.quantize import calibration_captions
+    from zimage_core.sampler import draw_noise, get_sigmas, predict_flow
+
+    asked = [caption for caption, _ in scenes.held_out_captions(2 * captions)]
+    model = load_transformer(source, dtype=torch.float32)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(("noise_refiner", "layers")) and name.endswith(("to_qkv", "to_out", "w3_w1", "w2"))
+    }
+    seen: dict[str, list[list[Tensor]]] = {name: [[], []] for name in linears}
+    half = 0
+    for name, module in linears.items():
+        keep = seen[name]
+        module.register_forward_pre_hook(lambda _, inputs, keep=keep: keep[half].append(inputs[0].flatten(0, -2)))
+    sigmas = get_sigmas(8)
+    for i, caption in enumerate(calibration_captions(demo_files()["text_encoder"], asked)):
+        half = i // captions
+        cond, x = model.prepare([caption], 128, 128), draw_noise(i, 1, 128, 128)
+        for step in range(8):
+            x = x + (sigmas[step + 1] - sigmas[step]) * predict_flow(model, x, sigmas[step], cond)
+    return {name: (linears[name].weight, *map(torch.cat, halves)) for name, halves in seen.items()}
 
 
 def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int, precisions: list[str]) -> list[dict]:
@@ -147,6 +211,7 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
     import numpy as np
     import scenes
 
+    from zimage_core.calibrate import PROMPTS
     from zimage_core.compare import psnr, ssim
     from zimage_core.demo import demo_files
     from zimage_core.quantize import calibration_captions, quantize_checkpoint
@@ -154,7 +219,11 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
     others = {name: path for name, path in demo_files().items() if name != "model"}
     asked = scenes.held_out_captions(captions + calibration)
     shown, kept = asked[:captions], asked[captions:]
-    cap_feats = calibration_captions(others["text_encoder"], [caption for caption, _ in kept])
+    ways = {
+        PLAIN: {"cap_feats": None},
+        CALIBRATED: {"cap_feats": calibration_captions(others["text_encoder"], [caption for caption, _ in kept])},
+        BUILT_IN: {"cap_feats": calibration_captions(others["text_encoder"], PROMPTS), "size": 256},
+    }
     right = draw(source, others, [caption for caption, _ in shown])
     rows = []
 
@@ -178,10 +247,9 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
     add("-", "bf16", "auto", source, source.stat().st_size)
     with tempfile.TemporaryDirectory() as folder:
         for rank in ranks:
-            for way in ("plain", "calibrated"):
+            for way, options in ways.items():
                 path = Path(folder) / f"{way}-{rank}.safetensors"
-                feats = cap_feats if way == "calibrated" else None
-                quantize_checkpoint(source, path, rank=rank, cap_feats=feats, size=128)
+                quantize_checkpoint(source, path, rank=rank, **{"size": 128} | options)
                 for precision in precisions:
                     add(rank, way, precision, path, path.stat().st_size)
     return rows
@@ -273,7 +341,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     quantized = [row for row in rows if row["way"] != "bf16"]
     for precision in dict.fromkeys(row["precision"] for row in quantized):
-        for way, style in (("plain", "--"), ("calibrated", "-")):
+        for way, style in ((PLAIN, "--"), (CALIBRATED, "-"), (BUILT_IN, ":")):
             line = [row for row in quantized if (row["precision"], row["way"]) == (precision, way)]
             x, y = ([row[key] for row in line] for key in ("rank", "PSNR"))
             axes.plot(x, y, style, marker="o", label=f"{precision} {way}")
@@ -289,25 +357,34 @@ def main() -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     layers = commands.add_parser("layers")
     layers.add_argument("--width", type=int, default=3840)
-    layers.add_argument("--rank", type=int, default=32)
-    layers.add_argument("--seeds", type=int, default=1)
+    layers.add_argument("--out", type=int, default=3840)
+    layers.add_argument("--rank", type=int, default=128)
+    layers.add_argument("--seeds", type=int, default=2)
+    layers.add_argument("--inputs", nargs="+", choices=("outliers", "white"), default=["outliers", "white"])
+    linears = commands.add_parser("demo-layers")
+    linears.add_argument("--source", type=Path, required=True, help="the demo's BF16 transformer")
+    linears.add_argument("--ranks", type=int, nargs="+", default=[32, 128])
     demo = commands.add_parser("demo")
     demo.add_argument("--source", type=Path, required=True, help="the demo's BF16 transformer")
     demo.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128])
-    demo.add_argument("--captions", type=int, default=40)
+    demo.add_argument("--captions", type=int, default=24)
     demo.add_argument("--calibration", type=int, default=16, help="prompts to calibrate with, other ones")
     demo.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     demo.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     if arguments.what == "layers":
-        rows = measure_layers(arguments.width, arguments.rank, arguments.seeds)
+        given = (arguments.width, arguments.out, arguments.rank, arguments.seeds, arguments.inputs)
+        rows = measure_layers(*given)
+    elif arguments.what == "demo-layers":
+        rows = measure_demo_layers(arguments.source, arguments.ranks)
     else:
         given = (arguments.source, arguments.ranks, arguments.captions, arguments.calibration, arguments.precisions)
         rows = measure_demo(*given)
         if arguments.plot:
             plot(rows, arguments.plot)
     print(table(rows))
-    print(json.dumps(rows))
+    cpu = torch.device("cpu")
+    bench.print_json(f"quality {arguments.what}", bench.machine(cpu, torch.float32), rows=rows)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def check_encoder(name: str) -> None:
     path = find("text_encoders", name, "text_encoder")
     if name != DEMO and not reads_encoder(path):
         with open_encoder(path) as file:
-            check_names(file.weights, file.others, file.where)
+            check_names(file.weights, file.where)
             read_config(file.config, file.weights, file.where)
 
 

@@ -475,12 +475,14 @@ def compare(args: argparse.Namespace) -> int:
 
 def quantize_encoder(args: argparse.Namespace) -> int:
     """Write the smaller text encoder and print its path."""
+    from .pipeline import choose_device
     from .quantize_encoder import quantize_encoder as write
 
+    device = choose_device(args.device)
     progress = Progress()
     progress.start("quantize-encoder", 1)
     try:
-        write(args.src, args.dst, bits=args.bits, device=args.device, progress=progress.step)
+        write(args.src, args.dst, bits=args.bits, device=device, progress=progress.step)
     finally:
         progress.finish()
     print(args.dst)

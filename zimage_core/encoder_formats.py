@@ -3,10 +3,15 @@
 Every stored form becomes a few tensors, its parts, that all have one row per row of the weight: a Linear can then be
 dequantized in slices of rows, and an embedding row by row without the rest of its table. One function per form turns
 rows of parts into rows of fp32 weights. Safetensors hold plain floats, ComfyUI's FP8 (older and newer naming) and
-NVFP4, and quanto's INT8; GGUF files are read through the `gguf` package.
+NVFP4, ModelOpt's NVFP4, and quanto's INT8; GGUF files are read through the `gguf` package.
+
+ComfyUI's and ModelOpt's NVFP4 have the same names and, since Qwen3-4B's widths fill ComfyUI's tiles of scales, the same
+shapes, but lie differently; so a file must say which it is, as the published ones do (`.comfy_quant` on every layer of
+Comfy-Org's qwen_3_4b_fp4_mixed and fp8_mixed, `quantization_config` in a config.json of ModelOpt's).
 
 Source: comfy/utils.py `convert_old_quants`, comfy/ops.py, comfy/float.py `to_blocked` and QUANTIZATION.md of
-Comfy-Org/ComfyUI@783545f6; optimum-quanto 0.2.7 (tensor/weights/qbytes.py) and the metadata of mmgp 3.8.2
+Comfy-Org/ComfyUI@783545f6; qtensor/nvfp4_tensor.py@211c6b34 and export/convert_hf_config.py@0030d2b3 of
+NVIDIA/Model-Optimizer; optimum-quanto 0.2.7 (tensor/weights/qbytes.py) and the metadata of mmgp 3.8.2
 (safetensors2.py); ggml-quants.c of ggml-org/llama.cpp by way of gguf 0.19 (quants.py).
 Legend: N out, K in, n some of the N rows, S blocks of a row.
 """
@@ -35,16 +40,26 @@ FLOATS = ("BF16", "F16", "F32")
 _FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _MAIN = ("weight", "weight._data", "weight._data._data")
 _SCALES = ("weight_scale", "scale_weight", "weight_scale_2", "weight._scale")
-_UNUSED = ("weight._shift", "comfy_quant", "input_scale", "output_scale", "scale_input")
+_UNUSED = ("weight._shift", "comfy_quant", "input_scale", "output_scale", "scale_input", "k_scale", "v_scale")
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_MAIN, *_SCALES, *_UNUSED)))})")
-_REFUSED = (
-    (r"\.weight_scale_inv$", "FP8 scaled in blocks"),
-    (r"\.(weight_packed|weight_global_scale)$", "compressed-tensors weights"),
-    (r"\.(absmax|quant_map|weight\.quant_state.*)$", "bitsandbytes"),
-    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ"),
-    (r"\.weight\._data\._data$", "quanto INT4 or INT2"),
-)
 _READ = "BF16, F16, F32, ComfyUI's FP8 or NVFP4, or quanto INT8"
+# What is refused by its tensors' names, other models before other forms: a pattern, what to call it, what is expected.
+_REFUSED = (
+    (r"(^|\.)encoder\.block\.\d+\.layer\.", "a T5 text encoder", "Qwen3"),
+    (r"text_model\.encoder\.layers\.", "a CLIP text encoder", "Qwen3"),
+    (r"(^|\.)(visual|vision_tower|vision_model)\.", "a vision-language model", "Qwen3"),
+    (r"\.(proj_down|smooth_factor)$", "an SVDQuant transformer", "Qwen3"),
+    (r"(^|\.)(noise_refiner|context_refiner|cap_embedder)\.", "a Z-Image transformer", "Qwen3"),
+    (r"^decoder\.(up|up_blocks)\.", "a VAE", "Qwen3"),
+    (r"\.mlp\.experts\.", "a mixture-of-experts model", "Qwen3"),
+    (r"(pre|post)_feedforward_layernorm", "a Gemma model", "Qwen3"),
+    (r"\.weight_scale_inv$", "FP8 scaled in blocks", _READ),
+    (r"\.(weight_packed|weight_global_scale)$", "compressed-tensors weights", _READ),
+    (r"\.(SCB|absmax|quant_map|weight\.quant_state.*)$", "bitsandbytes", _READ),
+    (r"\.W_q$", "HQQ", _READ),
+    (r"\.(qweight|qzeros|g_idx)$", "GPTQ or AWQ", _READ),
+    (r"\.weight\._data\._data$", "quanto INT4 or INT2", _READ),
+)
 _GGUF_LAYERS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -254,11 +269,15 @@ class HostEmbedding(StoredWeight):
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight in a file: its form, its own shape, and where its parts are (part -> key)."""
+    """A weight in a file: its form, its own shape, and where its parts are (part -> key).
+
+    plain: NVFP4 as ModelOpt has it, the earlier column in the low nibble and the scales in rows.
+    """
 
     form: str
     shape: tuple[int, ...]
     keys: dict[str, str]
+    plain: bool = False
 
 
 class SafetensorsEncoder:
@@ -290,9 +309,9 @@ class SafetensorsEncoder:
 
     def _plan(self) -> tuple[dict[str, Stored], set[str]]:
         """The weights, and the names that belong to none."""
-        for pattern, what in _REFUSED:
+        for pattern, found, expected in _REFUSED:
             if key := next(filter(re.compile(pattern).search, self.files.tensors), None):
-                raise self._refuse(key, _READ, what)
+                raise self._refuse(key, expected, found)
         layers: dict[str, dict[str, str]] = {}
         others = set()
         for key in self.files.tensors:
@@ -355,21 +374,29 @@ class SafetensorsEncoder:
 
         if main == "weight._data" and dtype in ("I8", *_FP8):
             return Stored(_FP8.get(dtype, "int8"), shape, {"codes": key, "scale": part("weight._scale", each)})
-        if comfy == "nvfp4" and dtype == "U8" and shape[1] % 8 == 0:
-            blocks = ((-(-shape[0] // 128) * 128, -(-shape[1] // 32) * 4),)  # padded, see `_unblocked`
+        plain = comfy is None and "weight_scale_2" in scales
+        if plain and not self._by_modelopt():
+            expected = "ComfyUI's .comfy_quant beside it or ModelOpt's config.json to tell the layouts of NVFP4 apart"
+            raise self._refuse(keys["weight_scale_2"], expected, "neither")
+        if (plain or comfy == "nvfp4") and dtype == "U8" and shape[1] % 8 == 0:
+            n, blocks = shape[0], shape[1] // 8
+            tiled = (-(-n // 128) * 128, -(-blocks // 4) * 4)  # padded, see `_unblocked`
             parts = {
                 "codes": key,
-                "block_scale": part("weight_scale", blocks, ("F8_E4M3", "U8")),
+                "block_scale": part("weight_scale", ((n, blocks) if plain else tiled,), ("F8_E4M3", "U8")),
                 "scale": part("weight_scale_2", one),
             }
-            return Stored("nvfp4", (shape[0], 2 * shape[1]), parts)
-        if "weight_scale_2" in scales:
-            raise self._refuse(keys["weight_scale_2"], _READ, "NVFP4 without ComfyUI's description of it")
+            return Stored("nvfp4", (n, 2 * shape[1]), parts, plain)
         form = comfy if dtype == "U8" else _FP8.get(dtype)
-        if main == "weight" and form in _FP8.values() and comfy in (None, form):
+        if main == "weight" and form in _FP8.values() and comfy in (None, form) and "weight_scale_2" not in scales:
             scale = {"scale": part(scales[0], each)} if scales else {}
             return Stored(form, shape, {"codes": key, **scale})
         raise self._refuse(key, f"{comfy} as described" if comfy else _READ, f"{dtype} of shape {shape}")
+
+    def _by_modelopt(self) -> bool:
+        """Whether the config says that NVIDIA's ModelOpt quantized the model."""
+        found = _json_object(self.config or "{}", f"{self.where}: config").get("quantization_config")
+        return isinstance(found, dict) and found.get("quant_method") == "modelopt"
 
     def _refuse(self, key: str, expected: str, found: str) -> ValueError:
         return ValueError(f"{self.where}: {key}: expected {expected}, found {found}; {ENCODER_REMEDY}")
@@ -502,7 +529,10 @@ def _row_parts(stored: Stored, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if stored.form != "int8":
         parts["codes"] = raw["codes"].view(torch.uint8)
     if stored.form == "nvfp4":
-        parts["block_scale"] = _unblocked(raw["block_scale"].view(torch.uint8), n, k // 16)
+        scales = raw["block_scale"].view(torch.uint8)
+        parts["block_scale"] = scales if stored.plain else _unblocked(scales, n, k // 16)
+        if stored.plain:
+            parts["codes"] = parts["codes"] << 4 | parts["codes"] >> 4
     scale = raw.get("scale", torch.ones(()))
     parts["scale"] = scale.reshape(-1, 1).expand(n, 1).contiguous()
     return parts

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -271,16 +270,15 @@ def check_file(path: Path, item: Item) -> None:
 
 
 def check_format(path: Path, file: HubFile) -> None:
-    """ValueError unless a file is what its name in the repository says, as far as its header tells."""
+    """ValueError unless a file is what its name in the repository says, by its header, and all of a tokenizer."""
     if file.path.endswith(".safetensors"):
         found = sum(tensor_bytes(dtype, shape) for dtype, shape in read_header(path).tensors.values())
         if file.payload not in (None, found):
             raise ValueError(f"{path}: expected {file.payload} bytes of tensors, found {found}; is it another model?")
     elif file.path.endswith(".json"):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: expected JSON, found otherwise ({error})") from None
+        from .text_encoder import load_tokenizer
+
+        load_tokenizer(path)
     else:
         with path.open("rb") as opened:
             if (start := opened.read(4)) != b"GGUF":

@@ -32,7 +32,7 @@ GROUP = 64
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
 
 # Form of an encoder's weight -> bytes per weight and per row, and the fp32 copies and the like of a chunk of weights
-# while it is dequantized, in bytes per weight.
+# while it is dequantized, in bytes per weight. `stored_form` knows GGUF's other types.
 FORMS = {
     "int8": (1.0, 4, 8),
     "float8_e4m3fn": (1.0, 4, 8),
@@ -214,6 +214,18 @@ def transformer_weights(config, rank: int, quantized_refiners: bool, e: int, ari
     return Weights(rest * e, tuple(size for size, _ in found), max((size for _, size in found), default=0))
 
 
+def stored_form(form: str, e: int) -> tuple[float, int, float]:
+    """The row of FORMS for any form; other GGUF types are dequantized on the host and come back in fp32."""
+    if form == "float":
+        return e, 0, 0
+    if form in FORMS:
+        return FORMS[form]
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[form]]
+    return size / block, 0, 4
+
+
 def encoder_weights(stored: Mapping[str, tuple[str, tuple[int, ...]]], layers: int, e: int) -> Weights:
     """Bytes of an encoder's first `layers` layers from (form, shape) of each weight; its token table stays outside."""
     blocks = [[] for _ in range(layers)]
@@ -223,7 +235,7 @@ def encoder_weights(stored: Mapping[str, tuple[str, tuple[int, ...]]], layers: i
             count = 1
             for side in shape:
                 count *= side
-            each, per_row, _ = FORMS.get(form, (e, 0, 0))
+            each, per_row, _ = stored_form(form, e)
             blocks[int(match[1])].append(int(count * each) + (per_row * shape[0] if len(shape) > 1 else 0))
     slot = max((sum(map(aligned, block)) for block in blocks), default=0)
     return Weights(0, tuple(map(sum, blocks)), slot)
@@ -338,7 +350,7 @@ def encoder_need(config, tokens: int, forms: Sequence[str], e: int) -> Need:
         (0, tokens * (2 * c * e + 12 * c)),
         (0, tokens * ((2 * c + q + 2 * k) * e + 10 * q)),
     ]
-    chunks = [FORMS[form][2] * min(ENCODER_CHUNK, f * c) for form in forms if form in FORMS]
+    chunks = [stored_form(form, e)[2] * min(ENCODER_CHUNK, f * c) for form in forms if form != "float"]
     if chunks:
         moments.append((round(f * c * e + max(chunks)), tokens * (residual + f * e)))
         moments.append((f * c * e, tokens * (residual + 2 * f * e)))

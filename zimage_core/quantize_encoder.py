@@ -123,7 +123,7 @@ def _to_fp4(x: Tensor) -> Tensor:
 
 def _check_source(file: SafetensorsEncoder | GGUFEncoder, dst: Path) -> TextEncoderConfig:
     """The sizes of a source fit to be quantized; ValueError for others, and where the destination is the source."""
-    check_model(file.weights, file.others, file.where)
+    check_model(file.weights, file.where)
     config = read_config(file.config, file.weights, file.where)
     expected = {name: tuple(t.shape) for name, t in TextEncoder(config, device="meta").state_dict().items()}
     check_weights(file.weights, file.others, expected, file.where)

@@ -132,16 +132,18 @@ def _search_smooth(weight: Tensor, rank: int, moments: Tensor, rows: Tensor, out
     """The plain quantization whose smoothing gives the smallest error of the outputs.
 
     Tried are 1, inputs^a and inputs^a / weights^(1 - a), first for few a, then for those next to the best, with steps
-    that halve. Inputs and weights are the channels' root mean squares (K,): these gave smaller errors than the paper's
-    maxima, which a single loud token decides.
+    that halve. Inputs and weights are the channels' root mean squares (K,) or, as in the paper, their maxima: for most
+    layers the former give smaller errors, as a single loud token decides a maximum, for some the latter.
     """
-    squares = (moments.diagonal().clamp(min=0), weight.square().mean(0))
-    inputs, weights = (t.clamp(min=1e-8 * t.amax().clamp(min=TINY)).log() / 2 for t in squares)
-    errors: dict[tuple[float, float], float] = {}
+    means = (moments.diagonal().clamp(min=0).sqrt(), weight.square().mean(0).sqrt())
+    maxima = (rows.abs().amax(0), weight.abs().amax(0))
+    spans = [[t.clamp(min=1e-4 * t.amax().clamp(min=TINY)).log() for t in pair] for pair in (means, maxima)]
+    errors: dict[tuple[int, float, float], float] = {}
     best = down = None
 
-    def attempt(alpha: float, beta: float) -> None:
+    def attempt(span: int, alpha: float, beta: float) -> None:
         nonlocal best, down
+        inputs, weights = spans[span]
         exponent = alpha * inputs - beta * weights
         smooth = _bf16((exponent - exponent.mean()).exp())
         up, down = low_rank(weight * smooth, rank, start=down)
@@ -149,16 +151,17 @@ def _search_smooth(weight: Tensor, rank: int, moments: Tensor, rows: Tensor, out
         error = _both_errors(parts, rows, outputs)
         if best is None or error < min(errors.values()):
             best = parts
-        errors[alpha, beta] = error
+        errors[span, alpha, beta] = error
 
-    attempt(0, 0)
-    for alpha in COARSE_ALPHAS:
-        attempt(alpha, 0)
-        attempt(alpha, 1 - alpha)
+    attempt(0, 0, 0)
+    for span in range(len(spans)):
+        for alpha in COARSE_ALPHAS:
+            attempt(span, alpha, 0)
+            attempt(span, alpha, 1 - alpha)
     for step in FINE_STEPS:
-        alpha, beta = min(errors, key=errors.get)
+        span, alpha, beta = min(errors, key=errors.get)
         for near in (alpha - step, alpha + step):
-            attempt(near, 1 - near if beta else 0)
+            attempt(span, near, 1 - near if beta else 0)
     return best
 
 

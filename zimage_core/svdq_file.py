@@ -163,8 +163,8 @@ def check_destination(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"{path}: expected a file in a folder, found no {path.parent}; choose another folder")
     if path.exists() and not path.is_file():
-        found = "a folder" if path.is_dir() else "a device or the like"
-        raise ValueError(f"{path}: expected the name of a file to write, found {found}; choose another name")
+        found = "a folder; name a .safetensors file in it" if path.is_dir() else "a device; choose another name"
+        raise ValueError(f"{path}: expected a file to write, found {found}")
 
 
 class StreamedFile:

@@ -109,7 +109,11 @@ class TensorFiles:
             self._file |= dict.fromkeys(header.tensors, header.path)
         config = self.path / "config.json"
         if self.path.is_dir() and config.is_file():
-            self.metadata.setdefault("config", config.read_text(encoding="utf-8"))
+            try:
+                text = config.read_text(encoding="utf-8")
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{config}: expected UTF-8 text, found other bytes ({e}); download it again") from e
+            self.metadata.setdefault("config", text)
 
     def __enter__(self) -> TensorFiles:
         from safetensors import safe_open
@@ -141,10 +145,12 @@ def _shards(path: Path) -> list[Path]:
     if indices:
         try:
             names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as e:
-            raise ValueError(f"{indices[0]}: not an index of shards ({e}); download it again") from e
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(
+                f"{indices[0]}: expected an index of shards with weight_map, found otherwise ({e}); download it again"
+            ) from e
         for name in names:
-            if Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name:
                 raise ValueError(f"{indices[0]}: names a file outside its folder, {name!r}; download it again")
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))

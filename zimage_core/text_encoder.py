@@ -33,16 +33,18 @@ HUB_TOKENIZERS = (("Tongyi-MAI/Z-Image-Turbo", "tokenizer/"), ("Qwen/Qwen3-4B", 
 _TOKENIZER_REMEDY = (
     "put Qwen3's tokenizer.json, or its vocab.json, merges.txt and tokenizer_config.json, there"
 )
-# Other models: a pattern over the tensor names, and what to call it.
-_OTHER_MODELS = (
-    (r"(^|\.)encoder\.block\.\d+\.layer\.", "a T5 text encoder"),
-    (r"text_model\.encoder\.layers\.", "a CLIP text encoder"),
-    (r"(^|\.)(visual|vision_tower|vision_model)\.", "a vision-language model"),
-    (r"(^|\.)(noise_refiner|context_refiner|cap_embedder)\.", "a Z-Image transformer"),
-    (r"^decoder\.(up|up_blocks)\.", "a VAE"),
-    (r"\.mlp\.experts\.", "a mixture-of-experts model"),
-    (r"(pre|post)_feedforward_layernorm", "a Gemma model"),
-)
+# A number in transformers' config: its kind, and the largest that is built.
+_NUMBERS = {
+    "vocab_size": (int, 10**6),
+    "hidden_size": (int, 10**5),
+    "intermediate_size": (int, 10**6),
+    "num_hidden_layers": (int, 1000),
+    "num_attention_heads": (int, 10**4),
+    "num_key_value_heads": (int, 10**4),
+    "head_dim": (int, 10**4),
+    "rope_theta": (float, 10**12),
+    "rms_norm_eps": (float, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,9 @@ class TextEncoder(nn.Module):
 
 def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
     """Sizes from the config of a transformers Qwen3 model; ValueError where it asks for what this body lacks."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(data.get(name), dict | None):
+            raise ValueError(f"{where}: {name}: expected a JSON object, found {data[name]!r}; {ENCODER_REMEDY}")
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     fixed = {
         "model_type": (data.get("model_type", "qwen3"), "qwen3"),
@@ -217,27 +222,35 @@ def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
     for name, (found, expected) in fixed.items():
         if found != expected:
             raise ValueError(f"{where}: {name}: expected {expected!r}, found {found!r}; {ENCODER_REMEDY}")
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ):
-        if not isinstance(data.get(name), int):
-            raise ValueError(f"{where}: {name}: expected an integer, found {data.get(name)!r}; {ENCODER_REMEDY}")
+    if rope.get("rope_theta") is not None:
+        data = {**data, "rope_theta": rope["rope_theta"]}
+
+    def number(name: str, default: float | None = None) -> float:
+        return _number(name, default if data.get(name) is None else data[name], where)
+
     return _checked_config(
         where,
-        vocab_size=data["vocab_size"],
-        hidden_size=data["hidden_size"],
-        intermediate_size=data["intermediate_size"],
-        num_layers=data["num_hidden_layers"] - 1,
-        num_heads=data["num_attention_heads"],
-        num_kv_heads=data.get("num_key_value_heads") or data["num_attention_heads"],
-        head_dim=data.get("head_dim") or 128,
-        rope_theta=float(rope.get("rope_theta") or data.get("rope_theta") or 1e6),
-        rms_norm_eps=data.get("rms_norm_eps", 1e-6),
+        vocab_size=number("vocab_size"),
+        hidden_size=number("hidden_size"),
+        intermediate_size=number("intermediate_size"),
+        num_layers=number("num_hidden_layers") - 1,
+        num_heads=number("num_attention_heads"),
+        num_kv_heads=number("num_key_value_heads", data["num_attention_heads"]),
+        head_dim=number("head_dim", 128),
+        rope_theta=number("rope_theta", 1e6),
+        rms_norm_eps=_number("rms_norm_eps", data.get("rms_norm_eps", 1e-6), where),
     )
+
+
+def _number(name: str, found: object, where: str) -> float:
+    """A number of a config; ValueError unless it is of its kind and in the range that is built."""
+    kind, most = _NUMBERS[name]
+    if type(found) not in (int, kind) or not 0 < found <= most:
+        what = "an integer" if kind is int else "a number"
+        raise ValueError(
+            f"{where}: {name}: expected {what} above 0 and up to {most}, found {found!r}; {ENCODER_REMEDY}"
+        )
+    return kind(found)
 
 
 def config_from_shapes(weights: Mapping[str, Stored], where: str) -> TextEncoderConfig:
@@ -251,12 +264,13 @@ def config_from_shapes(weights: Mapping[str, Stored], where: str) -> TextEncoder
 
     vocab_size, hidden_size = rows("embed_tokens.weight")
     (head_dim,) = rows("layers.0.self_attn.q_norm.weight", axes=1)
+    indices = [int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)]
     return _checked_config(
         where,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=rows("layers.0.mlp.gate_proj.weight")[0],
-        num_layers=max(int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)),
+        num_layers=_number("num_hidden_layers", 1 + max(indices), where) - 1,
         num_heads=rows("layers.0.self_attn.q_proj.weight")[0] // head_dim,
         num_kv_heads=rows("layers.0.self_attn.k_proj.weight")[0] // head_dim,
         head_dim=head_dim,
@@ -313,7 +327,7 @@ def _encoder_path(path) -> Path:
 
 def _checked_file(file) -> tuple[TextEncoderConfig, list[str]]:
     """The sizes of an open file's model, and the names of the weights that it needs."""
-    check_model(file.weights, file.others, file.where)
+    check_model(file.weights, file.where)
     config = read_config(file.config, file.weights, file.where)
     body = TextEncoder(config, device="meta", embedding=HostEmbedding)  # on meta, nn.Embedding takes seconds
     shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)}
@@ -322,11 +336,8 @@ def _checked_file(file) -> tuple[TextEncoderConfig, list[str]]:
     return config, list(shapes)
 
 
-def check_model(weights: Mapping[str, Stored], others: Iterable[str], where: str) -> None:
-    """ValueError where the tensors' names are those of another model than Qwen3."""
-    for pattern, what in _OTHER_MODELS:
-        if key := next(filter(re.compile(pattern).search, (*weights, *others)), None):
-            raise ValueError(f"{where}: {key}: expected Qwen3, found {what}; {ENCODER_REMEDY}")
+def check_model(weights: Mapping[str, Stored], where: str) -> None:
+    """ValueError where the tensors' names are those of a model of Qwen3's kind without its norms."""
     q_norm = "layers.0.self_attn.q_norm.weight"
     if "layers.0.self_attn.q_proj.weight" in weights and q_norm not in weights:
         found = "Qwen2, Llama or the like without it"
@@ -402,7 +413,7 @@ def load_tokenizer(path) -> Tokenizer:
         import tokenizers
 
         check_json(file, "model")
-        fast = tokenizers.Tokenizer.from_file(str(file))
+        fast = _opened(file, tokenizers.Tokenizer.from_file)
         fast.no_truncation()
         fast.no_padding()
         return Tokenizer(lambda text: fast.encode(text, add_special_tokens=False).ids, str(file))
@@ -411,8 +422,18 @@ def load_tokenizer(path) -> Tokenizer:
     import transformers
 
     check_json(path / "vocab.json", "a")
-    slow = transformers.Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
+    slow = _opened(path, transformers.Qwen2Tokenizer.from_pretrained, local_files_only=True)
     return Tokenizer(lambda text: slow(text, add_special_tokens=False)["input_ids"], str(path))
+
+
+def _opened(path: Path, read: Callable, **options: object):
+    """What a tokenizer library reads from a file or folder; ValueError where it cannot."""
+    try:
+        return read(str(path), **options)
+    except Exception as error:  # tokenizers has no narrower class, and transformers meets broken files with many
+        words = " ".join(str(error).split())
+        message = f"{path}: expected Qwen's tokenizer, found a broken one ({words}); {_TOKENIZER_REMEDY}"
+        raise ValueError(message) from error
 
 
 def check_json(path: Path, key: str) -> None:

@@ -221,6 +221,47 @@ def test_nvfp4_as_comfyui_writes_it(tmp_path, original, reference):
     check(path, nvfp4(path, original, quantize), reference, FOUR_BIT)
 
 
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"], "producer": {"name": "modelopt"}}
+
+
+def nvfp4_of_modelopt(folder, weights, quantization=MODELOPT):
+    """By the rules of ModelOpt's NVFP4QTensor and its export: low nibble first, scales in rows, config.json."""
+    stored, meant = dict(weights), dict(weights)
+    for layer in linears(weights):
+        weight = weights[f"{layer}.weight"].float()
+        scale = weight.abs().max() / (6 * 448)
+        blocks = weight.view(len(weight), -1, 16)
+        fp8 = (blocks.abs().amax(-1) / (6 * scale)).clamp(min=2**-9).to(torch.float8_e4m3fn)
+        step = (fp8.float() * scale).unsqueeze(-1)
+        index = ((blocks / step).abs().unsqueeze(-1) - FP4).abs().argmin(-1)
+        meant[f"{layer}.weight"] = (FP4[index] * blocks.sign() * step).view(weight.shape)
+        codes = ((blocks < 0).long() << 3 | index).view(weight.shape).to(torch.uint8)
+        stored[f"{layer}.weight"] = codes[:, 1::2] << 4 | codes[:, 0::2]
+        stored |= {f"{layer}.weight_scale": fp8, f"{layer}.weight_scale_2": scale}
+        stored[f"{layer}.input_scale"] = torch.tensor(0.1)
+        if layer.endswith(("k_proj", "v_proj")):  # of the cache, where that is FP8
+            stored[f"{layer}.{layer[-6]}_scale"] = torch.tensor(0.5)
+    folder.mkdir(exist_ok=True)
+    save_file(prefixed(stored), folder / "model.safetensors")
+    described = config().to_dict() | ({"quantization_config": quantization} if quantization else {})
+    (folder / "config.json").write_text(json.dumps(described))
+    return meant
+
+
+def test_nvfp4_as_modelopt_exports_it(tmp_path, original, reference):
+    """FFN and attention widths here fill ComfyUI's tiles, as Qwen3-4B's do: only the config tells the layouts apart."""
+    check(tmp_path, nvfp4_of_modelopt(tmp_path, original), reference, FOUR_BIT)
+
+
+@pytest.mark.parametrize("quantization", [None, {"quant_method": "fp8"}, []])
+def test_nvfp4_that_nothing_describes_is_refused(tmp_path, original, quantization):
+    nvfp4_of_modelopt(tmp_path, original, quantization)
+    words = ["weight_scale_2: expected ComfyUI's .comfy_quant beside it or ModelOpt's config.json", "found neither"]
+    refused(tmp_path, words)
+    (tmp_path / "config.json").unlink()
+    refused(tmp_path / "model.safetensors", words)
+
+
 def test_nvfp4_tiles_that_are_not_full():
     """Rows and blocks that do not fill the tiles of scales (128 x 4), as no layer of Qwen3-4B has."""
     from zimage_core.encoder_formats import Stored, _row_parts, blocked
@@ -608,6 +649,7 @@ def test_bad_sources_and_destinations(tmp_path, original, source):
         ((tmp_path / "fp8.safetensors", out), "found float8_e4m3fn, small already"),
         ((source, source), "is the source itself"),
         ((source, tmp_path / "absent" / "out.safetensors"), "cannot write"),
+        ((source, tmp_path), rf"^{tmp_path}: expected a file to write, found a folder; name a .safetensors file in it"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             quantize_encoder(*arguments)
@@ -650,7 +692,8 @@ def replaced(**parts):
         (fp8_mixed, replaced(comfy_quant=comfy("mxfp8")), ["mlp.up_proj", "found mxfp8"]),
         (fp8_mixed, replaced(comfy_quant=comfy("int8_tensorwise")), ["found int8_tensorwise"]),
         (fp8_mixed, replaced(comfy_quant=torch.zeros(4, dtype=torch.uint8)), ["comfy_quant: expected a JSON object"]),
-        (nvfp4, replaced(comfy_quant=None), ["weight_scale_2", "found NVFP4 without ComfyUI's description"]),
+        (fp8_mixed, replaced(weight_scale_2=torch.ones(())), ["expected float8_e4m3fn as described, found F8_E4M3"]),
+        (nvfp4, replaced(comfy_quant=None), ["weight_scale_2: expected ComfyUI's .comfy_quant", "found neither"]),
         (nvfp4, replaced(weight_scale_2=None), ["expected .weight_scale_2 beside it, found none"]),
         (nvfp4, replaced(weight_scale=torch.zeros(2, 2, dtype=torch.uint8)), ["up_proj.weight_scale", "(512, 16)"]),
         (nvfp4, replaced(weight=torch.zeros(FFN, 8, dtype=torch.uint8)), ["up_proj.weight_scale", "(512, 4)"]),

@@ -193,9 +193,14 @@ def q4_k_m(stem: str) -> str:
         (gguf_file(lambda stem: "Q8_0"), 4.28, {"Q8_0"}),
         (gguf_file(lambda stem: "Q6_K"), 3.3, {"Q6_K"}),
         (gguf_file(q4_k_m), 2.6, {"Q4_K", "Q6_K"}),
+        (gguf_file(lambda stem: "Q4_0"), 2.26, {"Q4_0"}),
+        (gguf_file(lambda stem: "Q3_K"), 1.73, {"Q3_K"}),
         (gguf_file(lambda stem: "BF16"), 8.05, {"float"}),
     ],
-    ids=["bf16", "shards", "fp8 scaled", "fp8 mixed", "nvfp4", "quanto", "Q8_0", "Q6_K", "Q4_K_M", "gguf bf16"],
+    ids=[
+        *("bf16", "shards", "fp8 scaled", "fp8 mixed", "nvfp4", "quanto"),
+        *("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q3_K", "gguf bf16"),
+    ],
 )
 def test_a_full_size_file_is_recognised_and_built(tmp_path, shapes, write, gigabytes, expected):
     path = write(tmp_path, shapes)

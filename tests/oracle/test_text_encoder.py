@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from zimage_core import tensorfiles
 from zimage_core.text_encoder import (
@@ -23,6 +24,7 @@ from zimage_core.text_encoder import (
 transformers = pytest.importorskip("transformers")
 
 LAYERS = 3
+SVDQ = Path(__file__).parents[1] / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -173,6 +175,14 @@ def clip(tensors):
     return {"text_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4)}
 
 
+def svdq(tensors):
+    return load_file(SVDQ)
+
+
+def zimage(tensors):
+    return {"noise_refiner.0.attention.to_q.qweight": torch.zeros(4, 4, dtype=torch.int8)}
+
+
 def qwen2(tensors):
     return {n: t for n, t in tensors.items() if "_norm" not in n or "layernorm" in n}
 
@@ -188,11 +198,24 @@ def plus(name, tensor=None):
 Q = "model.layers.1.self_attn.q_proj"
 
 
+def bitsandbytes(tensors):
+    """LLM.int8() as it is stored: rows of int8, their largest values, and a mark."""
+    codes = {f"{Q}.weight": torch.zeros(128, 64, dtype=torch.int8), f"{Q}.SCB": torch.ones(128)}
+    return tensors | codes | {f"{Q}.weight_format": torch.zeros((), dtype=torch.uint8)}
+
+
+def hqq(tensors):
+    parts = {"W_q": torch.zeros(64, 64, dtype=torch.uint8), "scale": torch.ones(1, 128), "zero": torch.ones(1, 128)}
+    return without(f"{Q}.weight")(tensors) | {f"{Q}.{name}": part for name, part in parts.items()}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (t5, ["found a T5 text encoder"]),
         (clip, ["found a CLIP text encoder"]),
+        (svdq, ["expected Qwen3, found an SVDQuant transformer"]),
+        (zimage, ["expected Qwen3, found a Z-Image transformer"]),
         (qwen2, ["expected Qwen3", "Qwen2"]),
         (plus("visual.blocks.0.norm1.weight"), ["vision-language"]),
         (plus(f"{Q}.comfy_quant"), [f"{Q}.comfy_quant", "expected a JSON object"]),
@@ -203,6 +226,8 @@ Q = "model.layers.1.self_attn.q_proj"
         (plus(f"{Q}.weight_scale_inv"), ["found FP8 scaled in blocks"]),
         (plus(f"{Q}.weight_packed"), ["found compressed-tensors"]),
         (plus(f"{Q}.weight.absmax"), ["found bitsandbytes"]),
+        (bitsandbytes, [f"{Q}.SCB", "found bitsandbytes"]),
+        (hqq, [f"{Q}.W_q", "found HQQ"]),
         (plus(f"{Q}.qzeros"), ["found GPTQ or AWQ"]),
         (plus(f"{Q}.bias"), ["layers.1.self_attn.q_proj.bias", "unknown"]),
         (plus(f"{Q}.weight", torch.zeros(128, 64, dtype=torch.int8)), ["q_proj.weight", "found I8"]),
@@ -231,12 +256,48 @@ def test_other_files_are_refused_in_one_sentence(tensors, tmp_path, change, word
         ('{"model_type": "qwen2"}', "model_type: expected 'qwen3', found 'qwen2'"),
         ('{"hidden_size": 64}', "vocab_size: expected an integer"),
         ('{"rope_scaling": {"rope_type": "yarn"}}', "rope_type: expected 'default', found 'yarn'"),
+        ('{"rope_scaling": ["yarn"]}', r"rope_scaling: expected a JSON object, found \['yarn'\]; get Qwen3-4B"),
+        ('{"rope_parameters": "default"}', "rope_parameters: expected a JSON object, found 'default'; get Qwen3-4B"),
     ],
 )
 def test_unfit_configs_are_refused(tensors, tmp_path, config, words):
     path = tmp_path / "encoder.safetensors"
     save_file(tensors, path, metadata={"config": config})
     with pytest.raises(ValueError, match=words):
+        load_text_encoder(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("head_dim", "64", "an integer above 0 and up to 10000, found '64'"),
+        ("head_dim", 64.0, "an integer above 0 and up to 10000, found 64.0"),
+        ("head_dim", 0, "an integer above 0 and up to 10000, found 0"),
+        ("num_key_value_heads", "2", "an integer above 0 and up to 10000, found '2'"),
+        ("vocab_size", True, "an integer above 0 and up to 1000000, found True"),
+        ("num_hidden_layers", 1_000_000, "an integer above 0 and up to 1000, found 1000000"),
+        ("rms_norm_eps", None, "a number above 0 and up to 1, found None"),
+        ("rms_norm_eps", "1e-6", "a number above 0 and up to 1, found '1e-6'"),
+        ("rms_norm_eps", float("nan"), "a number above 0 and up to 1, found nan"),
+        ("rope_theta", "abc", "a number above 0 and up to 1000000000000, found 'abc'"),
+    ],
+)
+def test_numbers_of_a_config_are_checked_before_anything_is_built(
+    oracle, tensors, tmp_path, monkeypatch, name, value, words
+):
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {**oracle.config.to_dict(), "rope_parameters": None, name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(TextEncoder, "__init__", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(ValueError) as error:
+        load_text_encoder(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: {name}: expected {words}; get Qwen3-4B")
+
+
+def test_an_absurd_layer_without_a_config_is_refused(tensors, tmp_path):
+    path = tmp_path / "encoder.safetensors"
+    save_file(tensors | {"model.layers.1000000.input_layernorm.weight": torch.ones(64)}, path)
+    with pytest.raises(ValueError, match="num_hidden_layers: expected an integer .* up to 1000, found 1000001"):
         load_text_encoder(path)
 
 
@@ -340,6 +401,26 @@ def test_unfit_tokenizers_are_refused(tmp_path):
         load_tokenizer(bare)
     with pytest.raises(ValueError, match="expected a JSON object with 'model'"):
         load_tokenizer(bare / "vocab.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"model": {}}'),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": "x"}, "merges": []}}'),
+        ("merges.txt", b"\xff\xfe\n"),
+        ("merges.txt", b"#version: 0.2\na 1000\n"),
+        ("tokenizer_config.json", b"[]"),
+    ],
+)
+def test_broken_tokenizers_are_refused_in_one_sentence(tmp_path, name, content):
+    folder = write_vocabulary(tmp_path / "broken")
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_tokenizer(folder)
+    message, path = str(error.value), folder / name if name == "tokenizer.json" else folder
+    assert message.startswith(f"{path}: expected Qwen's tokenizer, found a broken one (") and "\n" not in message
+    assert "; put Qwen3's tokenizer.json, or its vocab.json, merges.txt" in message
 
 
 def test_prompts_are_encoded_one_by_one_unpadded(oracle, single, folder):

@@ -119,6 +119,14 @@ def test_sharded_folder(dense, expected, tiny, tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="outside its folder"):
         load_transformer(tmp_path)
+    for content in (b"[]", b'{"weight_map": []}', b'{"weight_map": {"a": 1, "b": "c"}}', b"\xff"):
+        index.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{index.name}: expected an index of shards .*; download it again"):
+            load_transformer(tmp_path)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_bytes(b'{"dim": "\xff"}')
+    with pytest.raises(ValueError, match=r"config\.json: expected UTF-8 text, found other bytes .*; download it again"):
+        load_transformer(tmp_path)
 
 
 @pytest.mark.parametrize("metadata", [True, False])

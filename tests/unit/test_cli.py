@@ -349,6 +349,21 @@ def test_quantize_shows_the_time_left(tiny_files, tmp_path, monkeypatch):
     assert re.search(r"quantize .* 50% 00:0\d, block 3/34, attention\.to_out, 0:0\d left", sys.stderr.getvalue())
 
 
+@pytest.mark.parametrize(
+    ("device", "words"), [("cuda:99", "device cuda:99 is not there"), ("foo", "device 'foo' is no torch device")]
+)
+def test_quantize_encoder_on_a_device_that_is_not_there(tiny_files, tmp_path, capsys, device, words):
+    command = ["quantize-encoder", str(tiny_files["text_encoder"]), str(tmp_path / "small.safetensors")]
+    assert words in refused(capsys, cli.main([*command, f"--device={device}"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantizing_into_a_folder_names_the_folder(tiny_files, tmp_path, capsys):
+    code = cli.main(["quantize-encoder", str(tiny_files["text_encoder"]), str(tmp_path)])
+    assert f"zimage: {tmp_path}: expected a file to write, found a folder" in refused(capsys, code)
+    assert list(tmp_path.iterdir()) == [] and not list(tmp_path.parent.glob("*.partial"))
+
+
 def test_compare_writes_a_sheet_and_scores(tmp_path, capsys, monkeypatch):
     """The demo's BF16 source against its INT4 file."""
     from zimage_core.demo import demo_files

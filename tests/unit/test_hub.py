@@ -47,6 +47,14 @@ FILES = {
 }
 
 
+# The least that is one: Qwen's token and no other.
+TOKENIZER = b"""{
+    "added_tokens": [{"id": 0, "content": "<|im_start|>", "special": true, "normalized": false,
+                      "single_word": false, "lstrip": false, "rstrip": false}],
+    "model": {"type": "BPE", "vocab": {}, "merges": []}
+}"""
+
+
 class Hub(ThreadingHTTPServer):
     """The hub's routes over `contents`; the faults are attributes that a test sets."""
 
@@ -59,7 +67,7 @@ class Hub(ThreadingHTTPServer):
             str(FILES["text_encoder"]): safetensors(2, 50_000),
             str(FILES["gguf"]): b"GGUF" + bytes(100),
             str(FILES["vae"]): safetensors(3, 20_000),
-            str(FILES["tokenizer"]): b'{"model": {}}' + b" " * 5000,
+            str(FILES["tokenizer"]): TOKENIZER + b" " * 5000,
         }
         self.etags = {name: self.etag(name) for name in self.contents}
         self.requests: list[tuple[str, str, str | None, str | None]] = []  # method, path, Range, Authorization
@@ -317,7 +325,9 @@ def test_a_wrong_hash_leaves_nothing(server, comfyui, cache, name, where):
         ("vae", b"<!DOCTYPE html>" + bytes(99), "a web page, not a checkpoint"),
         ("vae", safetensors(3, 1000)[:-1], "truncated"),
         ("gguf", b"GGML" + bytes(99), "expected a GGUF file"),
-        ("tokenizer", b"version https://git-lfs", "expected JSON"),
+        ("tokenizer", b"version https://git-lfs", "expected a JSON object with 'model'"),
+        ("tokenizer", b'{"model": {}}', "expected Qwen's tokenizer, found a broken one"),
+        ("tokenizer", TOKENIZER.replace(b"im_start", b"im_begin"), r"found no <\|im_start\|>"),
     ],
 )
 def test_files_that_are_whole_but_wrong(server, fetch, comfyui, part, data, words):

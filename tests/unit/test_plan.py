@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zimage_core import backends, cli, load_pipeline, ops, pipeline, plan
+from zimage_core import backends, cli, encoder_formats, load_pipeline, ops, pipeline, plan
 from zimage_core.adapters import Linear
 from zimage_core.backends import Backend, reference, triton
 from zimage_core.checkpoint import identify, load_transformer
@@ -168,11 +168,32 @@ def stored_parts(form: str, n: int, k: int) -> dict[str, torch.Tensor]:
         return {"codes": raw(k // 2), "block_scale": raw(k // 16), "scale": scale}
     if form.startswith("float8"):
         return {"codes": raw(k), "scale": scale}
-    return {"codes": raw(round(k * plan.FORMS[form][0]))}
+    return {"codes": raw(GGUF_BLOCKS[form][1] * k // GGUF_BLOCKS[form][0])}
 
 
-@pytest.mark.parametrize("form", ["float", "int8", "float8_e4m3fn", "nvfp4", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
-def test_activations_and_weights_of_the_text_encoder(flash, form):
+# Weights of a block and its bytes, as ggml-common.h has them.
+GGUF_BLOCKS = {
+    "Q8_0": (32, 34),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "Q4_0": (32, 18),
+    "Q5_0": (32, 22),
+    "Q3_K": (256, 110),
+    "IQ4_XS": (256, 136),
+}
+
+
+@pytest.mark.parametrize("form", ["float", "int8", "float8_e4m3fn", "nvfp4", *GGUF_BLOCKS])
+def test_activations_and_weights_of_the_text_encoder(flash, monkeypatch, form):
+    if form not in {"float", *plan.FORMS}:
+        pytest.importorskip("gguf")
+
+        def on_the_host(form, parts):
+            block, size = GGUF_BLOCKS[form]
+            return torch.empty(len(parts["codes"]), parts["codes"].shape[1] // size * block, device="meta")
+
+        monkeypatch.setattr(encoder_formats, "dequantize", on_the_host)
     config = TextEncoderConfig(num_layers=2, vocab_size=8)
     encoder = TextEncoder(config, Linear if form == "float" else StoredLinear, device="meta", dtype=BF16)
     for module in encoder.modules():

@@ -556,7 +556,7 @@ def test_bad_input_is_refused_in_a_sentence(dense, source, tmp_path):
         (source, out / "q", 24, "rank: expected a multiple of 16"),
         (source, out / "q", 400, "rank: expected a multiple of 16 up to 384"),
         (source, out / "none" / "q", 16, "choose another folder"),
-        (source, out, 16, "expected the name of a file to write, found a folder"),
+        (source, out, 16, f"^{out}: expected a file to write, found a folder"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             quantize_checkpoint(src, dst, rank=rank)

@@ -51,7 +51,7 @@ MAY_IMPORT = {
     },
     "quantize_encoder": {"encoder_formats", "svdq_file", "tensorfiles", "text_encoder"},
     "demo": set(),
-    "hub": {"tensorfiles"},
+    "hub": {"tensorfiles", "text_encoder"},
     "pipeline": {
         *("backends", "checkpoint", "config", "demo", "graphs", "hub", "lora", "offload", "ops", "plan"),
         *("sampler", "text_encoder", "transformer", "vae"),
