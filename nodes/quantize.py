@@ -84,7 +84,7 @@ class ZImageQuantize:
                         "default": "",
                         "advanced": True,
                         "tooltip": "Prompts to calibrate with, one a line; those of a fine-tune's own kind suit it "
-                        "best. Empty: 16 built-in ones of many kinds (6 on a CPU).",
+                        "best. Empty: 16 built-in ones of many kinds.",
                     },
                 ),
                 "size": (

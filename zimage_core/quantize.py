@@ -141,8 +141,8 @@ class TimeLeft:
 
 
 def calibration_defaults(device: str | torch.device) -> tuple[tuple[str, ...], int]:
-    """The prompts and the size in pixels to calibrate with; fewer and smaller on a CPU, where they take hours."""
-    return (calibrate.PROMPTS[:6], 256) if torch.device(device).type == "cpu" else (calibrate.PROMPTS, 512)
+    """The prompts and the size in pixels to calibrate with; smaller on a CPU, where it takes hours."""
+    return calibrate.PROMPTS, 256 if torch.device(device).type == "cpu" else 512
 
 
 def calibration_captions(
