@@ -244,7 +244,7 @@ def describe_plan(patcher: ZImagePatcher, width: int, height: int, pictures: int
     from ..zimage_core.plan import readable
 
     what = f"{width} x {height}" if pictures == 1 else f"{pictures} of {width} x {height}"
-    need, weights = patcher.need(width, height, pictures), patcher.weights()
+    need, weights = patcher.need(width, height, pictures), patcher.module.weights()
     patcher.check_budget(need, what)
     if patcher.budget is None:
         return f"{what}: {readable(weights.total)} weights + {readable(need)} to draw"
@@ -358,17 +358,37 @@ class StockModule:
 
 
 class Adapted(torch.nn.Module):
-    """A module of the core that shows LoRA loaders the names of ComfyUI's own model of the kind.
+    """A module of the core whose blocks are streamed where they must, and that shows LoRA loaders the names of
+    ComfyUI's own model of the kind.
 
-    shapes: {ComfyUI's name below this module: empty tensor of the dense shape}.
+    blocks: the parts of `body` that can be streamed, in the order in which they run. shapes: {ComfyUI's name below
+    this module: empty tensor of the dense shape}.
     """
 
-    def __init__(self, core: torch.nn.Module, shapes: dict[str, Tensor]):
+    def __init__(self, core: torch.nn.Module, blocks, shapes: dict[str, Tensor]):
+        from ..zimage_core.offload import BlockStreamer
+
         super().__init__()
         self.core = core
+        self.streamer = BlockStreamer(blocks, self.body)
         self.shapes = shapes
         self.stock_loras: dict = {}  # conversions of what stock loaders patched
         self.taken: list | None = None  # what a bypass loader hooks into, while that is asked
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """What of the core goes to the device."""
+        return self.core
+
+    def weights(self):
+        """The bytes of the body as it is now, an `offload.Weights`."""
+        from ..zimage_core.offload import weights
+
+        return weights(self.streamer.blocks, self.body)
+
+    def leave(self) -> None:
+        """Go back to the host."""
+        self.streamer.leave()
 
     def __getattr__(self, name: str):
         try:
@@ -384,12 +404,10 @@ class DiffusionModel(Adapted):
 
     def __init__(self, transformer):
         from ..zimage_core.graphs import Graphs
-        from ..zimage_core.offload import BlockStreamer
 
-        super().__init__(transformer, stock_state(transformer))
+        super().__init__(transformer, transformer.blocks, stock_state(transformer))
         self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes ask for them
         self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
-        self.streamer = BlockStreamer(transformer.blocks, transformer)
         self.graphs = Graphs(transformer, self.streamer)
         self.budgeted = False  # graphs keep memory that no budget knows of
         self.prepared = Kept(KEPT_PROMPTS)
@@ -401,6 +419,10 @@ class DiffusionModel(Adapted):
     @property
     def dtype(self) -> torch.dtype:
         return self.transformer.dtype
+
+    def leave(self) -> None:
+        self.graphs.clear()
+        super().leave()
 
     def forward(self, x, timesteps, context=None, control=None, transformer_options=None, **conds) -> Tensor:
         """x (B, 16, H/8, W/8), timesteps (B,) sigma in 0..1, context (B, L, C) -> d x / d sigma."""
@@ -694,66 +716,17 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
             self.patch_hooks(None)
 
 
-class ZImagePatcher(AdapterPatcher):
-    """The MODEL's patcher: it moves whole blocks."""
+class StreamingPatcher(AdapterPatcher):
+    """A patcher that turns ComfyUI's byte allowance into whole blocks on the device; the others are streamed."""
 
-    names_begin = "diffusion_model."
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.budget: int | None = None  # bytes for weights and activations, None: what ComfyUI gives
-
-    @property
-    def module(self) -> DiffusionModel:
-        return self.model.diffusion_model
+    what = ""  # the log's name for the model
 
     def model_size(self) -> int:
-        from ..zimage_core.offload import module_bytes
-
-        return module_bytes(self.module)
-
-    def clone(self, *args, **kwargs):
-        n = super().clone(*args, **kwargs)
-        n.budget = self.budget
-        return n
-
-    def weights(self):
-        """The bytes of the module as it is now, an `offload.Weights`."""
-        from ..zimage_core.offload import weights
-
-        return weights(self.module.streamer.blocks, self.module.transformer)
-
-    def need(self, width: int, height: int, pictures: int = 1) -> float:
-        """Bytes of activations for pictures of a size, beside the weights."""
-        return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
-
-    def check_budget(self, need: float, what: str) -> None:
-        """ValueError where the budget does not hold the activations `need` with every block streamed."""
-        from ..zimage_core.offload import BUFFERS
-        from ..zimage_core.plan import readable
-
-        if self.budget is None:
-            return
-        weights = self.weights()
-        least = min(weights.rest + BUFFERS * weights.slot, weights.total) + need
-        if least > self.budget:
-            raise ValueError(
-                f"vram_budget {readable(self.budget)}: {what} needs {readable(least)} even with every block streamed; "
-                f"give the Z-Image INT4 Model Loader at least {math.ceil(least / GIB * 100) / 100:.2f} GiB, "
-                "or 0 for what ComfyUI gives, or draw smaller or fewer pictures at a time"
-            )
-
-    def add_lora(self, lora, strength: float) -> None:
-        self.loras += ((lora, strength),)
-        self.patches_uuid = uuid.uuid4()
-
-    def get_key_patches(self, filter_prefix=None):
-        raise ValueError("INT4 models cannot be merged with others: merge BF16 files, then quantize the result")
+        return self.module.weights().total
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         with self.use_ejected():
             self.set_adapters(self.patches)
-            self.check_budget(self.model.expected, "this picture")
             self.current_hooks = None
             self._place(device_to, math.inf if full_load else lowvram_model_memory)
             self.model.current_weight_patches_uuid = self.patches_uuid
@@ -762,30 +735,23 @@ class ZImagePatcher(AdapterPatcher):
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def _place(self, device, allowance: float) -> int:
-        """Move blocks to fit allowance and budget; returns how many bytes more than before are on the device."""
-        if self.budget is not None:
-            allowance = min(allowance, self.budget - self.model.expected)
-        before = self.model.model_loaded_weight_memory
-        self.module.budgeted = self.budget is not None
-        if self.module.budgeted or allowance < self.model_size():
-            self.module.graphs.clear()
-        self.model.model_loaded_weight_memory = self.module.streamer.place(device, allowance)
-        self.model.model_lowvram = bool(self.module.streamer.host)
+        """Move blocks to fit an allowance; returns how many bytes more than before are on the device."""
+        streamer, before = self.module.streamer, self.model.model_loaded_weight_memory
+        self.model.model_loaded_weight_memory = size = streamer.place(device, allowance)
+        self.model.model_lowvram = bool(streamer.host)
         self.model.device = device
-        streamer, size = self.module.streamer, self.model.model_loaded_weight_memory / 2**20
-        logger.info("Z-Image: %d of %d blocks on %s, %.0f MiB", streamer.resident, len(streamer.blocks), device, size)
-        return self.model.model_loaded_weight_memory - before
+        found = streamer.resident, len(streamer.blocks), device, size / 2**20
+        logger.info("%s: %d of %d blocks on %s, %.0f MiB", self.what, *found)
+        return size - before
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(None, unpatch_weights=False)  # object patches and injections
         if unpatch_weights:
             self.set_adapters({})
-            self.module.prepared.entries.clear()
             self.current_hooks = None
             self.model.current_weight_patches_uuid = None
             if device_to is not None and device_to != self.load_device:
-                self.module.graphs.clear()
-                self.module.streamer.leave()
+                self.module.leave()
                 self.model.device = device_to
             self.model.model_lowvram = False
             self.model.model_loaded_weight_memory = 0
@@ -807,6 +773,71 @@ class ZImagePatcher(AdapterPatcher):
         super().patch_hooks(hooks)
         if self.model.model_lowvram:
             self._place(self.load_device, self.model.model_loaded_weight_memory)
+
+
+class ZImagePatcher(StreamingPatcher):
+    """The MODEL's patcher: it keeps to the budget too."""
+
+    names_begin, what = "diffusion_model.", "Z-Image"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.budget: int | None = None  # bytes for weights and activations, None: what ComfyUI gives
+
+    @property
+    def module(self) -> DiffusionModel:
+        return self.model.diffusion_model
+
+    def clone(self, *args, **kwargs):
+        n = super().clone(*args, **kwargs)
+        n.budget = self.budget
+        return n
+
+    def need(self, width: int, height: int, pictures: int = 1) -> float:
+        """Bytes of activations for pictures of a size, beside the weights."""
+        return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
+
+    def check_budget(self, need: float, what: str) -> None:
+        """ValueError where the budget does not hold the activations `need` with every block streamed."""
+        from ..zimage_core.offload import BUFFERS
+        from ..zimage_core.plan import readable
+
+        if self.budget is None:
+            return
+        weights = self.module.weights()
+        least = min(weights.rest + BUFFERS * weights.slot, weights.total) + need
+        if least > self.budget:
+            raise ValueError(
+                f"vram_budget {readable(self.budget)}: {what} needs {readable(least)} even with every block streamed; "
+                f"give the Z-Image INT4 Model Loader at least {math.ceil(least / GIB * 100) / 100:.2f} GiB, "
+                "or 0 for what ComfyUI gives, or draw smaller or fewer pictures at a time"
+            )
+
+    def add_lora(self, lora, strength: float) -> None:
+        self.loras += ((lora, strength),)
+        self.patches_uuid = uuid.uuid4()
+
+    def get_key_patches(self, filter_prefix=None):
+        raise ValueError("INT4 models cannot be merged with others: merge BF16 files, then quantize the result")
+
+    def load(self, *args, **kwargs):
+        with self.use_ejected():
+            self.set_adapters(self.patches)
+            self.check_budget(self.model.expected, "this picture")
+            super().load(*args, **kwargs)
+
+    def _place(self, device, allowance: float) -> int:
+        if self.budget is not None:
+            allowance = min(allowance, self.budget - self.model.expected)
+        self.module.budgeted = self.budget is not None
+        if self.module.budgeted or allowance < self.model_size():
+            self.module.graphs.clear()
+        return super()._place(device, allowance)
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            self.module.prepared.entries.clear()
+        super().unpatch_model(device_to, unpatch_weights)
 
 
 ADAPTER_LEAVES = {  # ComfyUI's weight adapters: the tensors they hold, in their order, as files name them
@@ -935,36 +966,10 @@ def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     return clip
 
 
-class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher for modules that are on the device whole or not at all."""
-
-    def model_size(self) -> int:
-        from ..zimage_core.encoder_formats import HostEmbedding
-        from ..zimage_core.offload import module_bytes
-
-        on_host = (m for m in self.model.modules() if isinstance(m, HostEmbedding))
-        return module_bytes(self.model) - sum(map(module_bytes, on_host))
-
-    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        return super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
-
-    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
-        return 0
-
-
-class EncoderPatcher(AdapterPatcher, WholePatcher):
+class EncoderPatcher(StreamingPatcher):
     """The CLIP's patcher."""
 
-    def load(self, *args, **kwargs):
-        with self.use_ejected():
-            self.set_adapters(self.patches)
-            super().load(*args, **kwargs)
-
-    def unpatch_model(self, device_to=None, unpatch_weights=True):
-        if unpatch_weights:
-            self.set_adapters({})
-            self.current_hooks = None
-        super().unpatch_model(device_to, unpatch_weights)
+    what = "text encoder"
 
     def get_key_patches(self, filter_prefix=None):
         raise ValueError("this text encoder cannot be merged with others: merge files of Qwen3-4B that ComfyUI reads")
@@ -997,13 +1002,31 @@ class CoreEncoder(Adapted):
         linears = [(name, m) for name, m in encoder.named_modules() if hasattr(m, "in_features")]
         sizes = {f"{ENCODER_NAMES}{name}.weight": (m.out_features, m.in_features) for name, m in linears}
         shapes = {name: torch.empty(size, device="meta", dtype=encoder.dtype) for name, size in sizes.items()}
-        super().__init__(encoder, shapes)
+        super().__init__(encoder, encoder.layers, shapes)
         self.manual_cast_dtype = None
         self.dtypes = {encoder.dtype}
 
     @property
     def encoder(self):
         return self.core
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """Its layers; the token table stays on the host."""
+        return self.core.layers
+
+    def need(self, tokens: int) -> int:
+        """Bytes of activations for a prompt of so many tokens, and of a weight while it is dequantized."""
+        from ..zimage_core import plan
+
+        encoder = self.encoder
+        forms = {module.form for module in encoder.layers.modules() if hasattr(module, "form")}
+        need = plan.encoder_need(encoder.config, tokens, sorted(forms), encoder.dtype.itemsize)
+        return need.total + plan.libraries(comfy.model_management.text_encoder_device())
+
+    def memory_estimation_function(self, tokens: dict, device=None) -> int:
+        """What ComfyUI asks for before it places the layers."""
+        return self.need(max(map(len, tokens.get("zimage", ())), default=0))
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Names and shapes of the linears as ComfyUI's own encoder has them, without data: for key maps."""
@@ -1019,7 +1042,8 @@ class CoreEncoder(Adapted):
                     f"the tokenizer gives token {max(ids)}, this text encoder knows {words}: put the tokenizer files "
                     "that belong to it beside it"
                 )
-            outputs.append(self.encoder(torch.tensor([ids])).float())
+            where = {"run_block": self.streamer.run_block, "device": self.streamer.device}
+            outputs.append(self.encoder(torch.tensor([ids]), **where).float())
         cond = torch.cat(outputs).to(comfy.model_management.intermediate_device())
         return cond, None, {"attention_mask": torch.ones(cond.shape[:2], dtype=torch.int64)}
 
@@ -1081,6 +1105,16 @@ def core_vae(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
     vae.latent_channels = LATENT_CHANNELS
     vae.size = None
     return vae
+
+
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher for modules that are on the device whole or not at all."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        return super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        return 0
 
 
 class CoreVAE(torch.nn.Module):

@@ -603,29 +603,14 @@ def test_sampling_while_streaming_is_bit_identical(host, ours, monkeypatch):
     assert torch.equal(ksample(ours, conditioning(), conditioning(30, seed=2), cfg=2.0), expected)
 
 
-def test_comfyuis_own_memory_manager(host, ours, monkeypatch):
+def test_comfyuis_own_memory_manager(host, ours, small_gpu, monkeypatch):
     """Its arithmetic for a GPU with so and so much free memory, on the CPU: partial load, more, part of it back."""
     memory = host.comfy.model_management
+    expected, size, seen = ksample(ours, conditioning()), ours.model_size(), []
     memory.unload_all_models()
-    ours.detach()
-    expected, size = ksample(ours, conditioning()), ours.model_size()
-    memory.unload_all_models()
-    ours.detach()
-    free = [0.8 * size]
-    monkeypatch.setattr(memory, "is_device_cpu", lambda device: False)
-    monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
-    monkeypatch.setattr(memory, "minimum_inference_memory", lambda: 0)
-    monkeypatch.setattr(memory, "extra_reserved_memory", lambda: 0)
     monkeypatch.setattr(ours.model, "memory_required", lambda *args, **kwargs: 0)
-
-    def get_free_memory(device=None, torch_free_too=False):
-        left = max(0, free[0] - ours.loaded_size())
-        return (left, left) if torch_free_too else left
-
-    monkeypatch.setattr(memory, "get_free_memory", get_free_memory)
-    seen = []
     for share in (0.01, 0.8, 2.0):
-        free[0] = share * size
+        small_gpu(share * size, ours)
         assert relative(ksample(ours, conditioning()), expected) < 1e-5  # its attention cuts by free memory too
         assert ours.loaded_size() <= max(share, 0.75) * size  # embedders and two slots are the least there is
         seen.append(ours.module.streamer.resident)
@@ -646,7 +631,7 @@ def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
     expected = ksample(ours, conditioning())
     comfy.model_management.unload_all_models()
     need, size = ours.model.activations([1, 16, 8, 12]), ours.model_size()
-    weights = ours.weights()
+    weights = ours.module.weights()
     least = weights.rest + 2 * weights.slot + need
     for share, resident in ((1.01, 3), (0.75, (0, 1, 2)), (0.0, 0)):
         budget = max(share * size + need, least + 2**10) / 2**30
