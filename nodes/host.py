@@ -165,6 +165,14 @@ def say(text: str, node_id: str | None) -> None:
             send(text, node_id)
 
 
+def executing_node() -> str | None:
+    """The id of the node that ComfyUI is running."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return context and context.node_id
+
+
 # ---- MODEL ----------------------------------------------------------------------------------------------------
 
 
@@ -557,6 +565,8 @@ class ZImageModel(comfy.model_base.Lumina2):
         comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLOW, device=device)
         self.diffusion_model = DiffusionModel(transformer)
         self.expected = 0.0  # bytes of activations that ComfyUI last asked for: those of the run it is loading for
+        self.loaded_for = 0.0  # the same when blocks were last placed
+        self.too_much = math.inf  # those with which memory ran out although blocks were on the device
 
     def extra_conds(self, **kwargs) -> dict:
         for key, what in (
@@ -607,6 +617,20 @@ class ZImageModel(comfy.model_base.Lumina2):
         if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
             need += batch * (tokens + PROMPT_TOKENS) ** 2 * size * 2  # scores of one head at a time
         return need
+
+    def _apply_model(self, *args, **kwargs) -> Tensor:
+        """One step; where memory runs out with blocks on the device, once more with every block streamed."""
+        from ..zimage_core.vae import out_of_memory
+
+        try:
+            return super()._apply_model(*args, **kwargs)
+        except RuntimeError as error:
+            resident = self.diffusion_model.streamer.resident
+            if not out_of_memory(error) or not resident or self.current_patcher is None:
+                raise
+        # Outside the handler: only now are the failed attempt's tensors free.
+        self.current_patcher.stream_all()
+        return super()._apply_model(*args, **kwargs)
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Names and shapes as ComfyUI's own Z-Image has them, without data: for key maps, not for saving."""
@@ -776,7 +800,7 @@ class StreamingPatcher(AdapterPatcher):
 
 
 class ZImagePatcher(StreamingPatcher):
-    """The MODEL's patcher: it keeps to the budget too."""
+    """The MODEL's patcher: it keeps to the budget too, and streams everything where memory ran out."""
 
     names_begin, what = "diffusion_model.", "Z-Image"
 
@@ -824,19 +848,33 @@ class ZImagePatcher(StreamingPatcher):
         with self.use_ejected():
             self.set_adapters(self.patches)
             self.check_budget(self.model.expected, "this picture")
+            self.model.loaded_for = self.model.expected
             super().load(*args, **kwargs)
 
     def _place(self, device, allowance: float) -> int:
         if self.budget is not None:
             allowance = min(allowance, self.budget - self.model.expected)
+        if self.model.loaded_for >= self.model.too_much:
+            allowance = 0
         self.module.budgeted = self.budget is not None
         if self.module.budgeted or allowance < self.model_size():
             self.module.graphs.clear()
         return super()._place(device, allowance)
 
+    def stream_all(self) -> None:
+        """Take every block off the device in the middle of a run, and for all runs as large until it is unloaded."""
+        text = "out of memory while drawing: trying again with every block of the model streamed"
+        logger.warning(text)
+        say(text, executing_node())
+        self.model.too_much = self.model.loaded_for
+        self.module.leave()
+        comfy.model_management.soft_empty_cache()
+        self._place(self.load_device, 0)
+
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
             self.module.prepared.entries.clear()
+            self.model.too_much = math.inf
         super().unpatch_model(device_to, unpatch_weights)
 
 

@@ -624,6 +624,75 @@ def test_comfyuis_own_memory_manager(host, ours, small_gpu, monkeypatch):
     assert ours.loaded_size() == 0
 
 
+@pytest.fixture
+def scarce(ours, monkeypatch):
+    """Memory runs out in the third step while a block is on the device (limit 0: or none is, 9: never)."""
+    from types import SimpleNamespace
+
+    streamer, found = ours.module.streamer, SimpleNamespace(limit=1, raised=0, steps=0, error=torch.OutOfMemoryError)
+    run_block = streamer.run_block
+
+    def run(stage, index, block, x, *args):
+        found.steps += stage == "layers" and index == 0
+        if stage == "layers" and found.steps >= 3 and streamer.resident >= found.limit:
+            found.raised += 1
+            raise found.error("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run_block(stage, index, block, x, *args)
+
+    monkeypatch.setattr(streamer, "run_block", run)
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["ksampler", "ours"])
+def test_out_of_memory_while_drawing_is_survived(host, ours, small_gpu, scarce, caplog, monkeypatch, sampler):
+    """The step is drawn again with every block streamed: the same latents, one message, true sizes, and a next run."""
+    from comfy_execution.utils import CurrentNodeContext
+
+    def draw(**more):
+        if sampler == "ours":
+            return zsample(host, ours, conditioning(), **more)
+        return ksample(ours, conditioning(), latent={"samples": torch.zeros(1, 16, *more.values())} if more else None)
+
+    said, streamer, weights = [], ours.module.streamer, ours.module.weights()
+    monkeypatch.setattr(host, "say", lambda text, node_id: said.append((text, node_id)))
+    scarce.limit = 9
+    expected = draw()
+    scarce.limit = 1
+    scarce.steps = 0
+    with CurrentNodeContext("prompt", "17"):
+        assert torch.equal(draw(), expected)
+    assert scarce.raised == 1 and scarce.steps == STEPS + 1
+    message = "out of memory while drawing: trying again with every block of the model streamed"
+    assert [m for m in caplog.messages if "out of memory" in m] == [message] and said[-1] == (message, "17")
+    assert streamer.resident == 0 and ours.model.model_lowvram
+    assert ours.loaded_size() == streamer.used == weights.rest + 2 * weights.slot
+    assert torch.equal(draw(), expected)
+    assert scarce.raised == 1 and streamer.resident == 0, "the next run does not try again what failed"
+    scarce.limit = 9
+    draw(**({"width": 32, "height": 32} if sampler == "ours" else {"h": 4, "w": 4}))
+    assert streamer.resident == 3, "a smaller picture may have its blocks on the device"
+    host.comfy.model_management.unload_all_models()
+    assert torch.equal(draw(), expected) and streamer.resident == 3
+
+
+def test_out_of_memory_that_streaming_cannot_help(ours, small_gpu, scarce):
+    """Any other error, and that one with nothing on the device, go to ComfyUI as before; the next run works."""
+    scarce.limit = 9
+    expected = ksample(ours, conditioning())
+
+    class Other(RuntimeError):
+        def __str__(self):
+            return "an illegal memory access was encountered"
+
+    for error, limit, attempts in ((Other, 1, 1), (torch.OutOfMemoryError, 0, 2), (torch.OutOfMemoryError, 0, 1)):
+        scarce.error, scarce.limit, scarce.raised, scarce.steps = error, limit, 0, 0
+        with pytest.raises(error):
+            ksample(ours, conditioning())
+        assert scarce.raised == attempts
+        scarce.limit = 9
+        assert torch.equal(ksample(ours, conditioning()), expected)
+
+
 def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
     """The loader's vram_budget: fewer blocks, the same latents, kept by clones, and never more than it says."""
     import comfy.model_management
