@@ -36,6 +36,7 @@ DEMO = "bundled demo"
 DEMO_BF16 = Path(__file__).parents[1] / "demo_training" / "z-image-demo-bf16.safetensors"
 EXTENSIONS = (".safetensors", ".sft")
 LATENT_CHANNELS = 16
+TILE = 64  # latent cells along the edge of a tile that is decoded by itself
 ENCODER_NAMES = "qwen3_4b.transformer.model."  # how the names of ComfyUI's own Z-Image encoder begin
 HONOURED_PATCHES = ("double_block", "noise_refiner")
 PROMPT_TOKENS = 512
@@ -173,6 +174,43 @@ def executing_node() -> str | None:
     return context and context.node_id
 
 
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+def room(device: torch.device, need: float) -> tuple[float, str]:
+    """Bytes of weights that a model will have on a device beside `need` of activations, and what limits them in words.
+
+    As ComfyUI's `load_models_gpu` reckons when it places one: other models give way, so what they take counts as free.
+    """
+    from ..zimage_core.plan import readable
+
+    memory, state = comfy.model_management, comfy.model_management.VRAMState
+    if memory.vram_state is state.NO_VRAM and not memory.is_device_cpu(device):
+        return 0, "--novram, "
+    parted = memory.lowvram_available and memory.vram_state in (state.LOW_VRAM, state.NORMAL_VRAM)
+    if not parted or memory.is_device_cpu(device):
+        return math.inf, ""
+    loaded = [m for m in memory.current_loaded_models if m.model is not None and m.device == device]
+    free = memory.get_free_memory(device) + sum(m.model_loaded_memory() for m in loaded)
+    least = memory.minimum_inference_memory()
+    beside = free - max(least, need + memory.extra_reserved_memory())
+    return max(0, beside, min(free * memory.MIN_WEIGHT_MEMORY_RATIO, free - least)), f"{readable(free)} free, "
+
+
+def predict(patcher: StreamingPatcher, need: float, purpose: str) -> str:
+    """What a model will take of the device and what of it is streamed; need: bytes of its activations."""
+    from ..zimage_core.offload import BUFFERS, fit
+    from ..zimage_core.plan import readable
+
+    weights = patcher.module.weights()
+    allowance, limit = patcher.room(need)
+    keep = fit(weights.blocks, weights.slot, allowance - weights.rest)
+    streamed = len(weights.blocks) - len(keep)
+    held = weights.rest + sum(weights.blocks[i] for i in keep) + (BUFFERS * weights.slot if streamed else 0)
+    how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
+    return f"{readable(held)} weights + {readable(need)} {purpose}; {limit}{how}"
+
+
 # ---- MODEL ----------------------------------------------------------------------------------------------------
 
 
@@ -248,20 +286,10 @@ def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
 
 def describe_plan(patcher: ZImagePatcher, width: int, height: int, pictures: int = 1) -> str:
     """One line on what pictures of a size will take of the device; ValueError where the budget does not hold them."""
-    from ..zimage_core.offload import BUFFERS, fit
-    from ..zimage_core.plan import readable
-
     what = f"{width} x {height}" if pictures == 1 else f"{pictures} of {width} x {height}"
-    need, weights = patcher.need(width, height, pictures), patcher.module.weights()
+    need = patcher.need(width, height, pictures)
     patcher.check_budget(need, what)
-    if patcher.budget is None:
-        return f"{what}: {readable(weights.total)} weights + {readable(need)} to draw"
-    keep = fit(weights.blocks, weights.slot, patcher.budget - need - weights.rest)
-    streamed = len(weights.blocks) - len(keep)
-    held = weights.rest + sum(weights.blocks[i] for i in keep) + (BUFFERS * weights.slot if streamed else 0)
-    how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
-    parts = f"{readable(held)} weights + {readable(need)} to draw"
-    return f"{what}: {parts}; budget {readable(patcher.budget)}, {how}"
+    return f"{what}: {predict(patcher, need, 'to draw')}"
 
 
 def try_plan(patcher: ZImagePatcher, width: int, height: int) -> str:
@@ -748,6 +776,10 @@ class StreamingPatcher(AdapterPatcher):
     def model_size(self) -> int:
         return self.module.weights().total
 
+    def room(self, need: float) -> tuple[float, str]:
+        """What `room` says for the device that the model runs on."""
+        return room(self.load_device, need)
+
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         with self.use_ejected():
             self.set_adapters(self.patches)
@@ -820,6 +852,14 @@ class ZImagePatcher(StreamingPatcher):
     def need(self, width: int, height: int, pictures: int = 1) -> float:
         """Bytes of activations for pictures of a size, beside the weights."""
         return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
+
+    def room(self, need: float) -> tuple[float, str]:
+        from ..zimage_core.plan import readable
+
+        found = super().room(need)
+        if self.budget is None or found[0] <= self.budget - need:
+            return found
+        return self.budget - need, f"budget {readable(self.budget)}, "
 
     def check_budget(self, need: float, what: str) -> None:
         """ValueError where the budget does not hold the activations `need` with every block streamed."""
@@ -1016,6 +1056,16 @@ class EncoderPatcher(StreamingPatcher):
         refuse_saving("a text encoder")
 
 
+def describe_encoder(clip: comfy.sd.CLIP) -> str:
+    """One line on what a text encoder will take of the device."""
+    from ..zimage_core.plan import readable
+
+    if isinstance(clip.patcher, EncoderPatcher):
+        need = clip.cond_stage_model.need(PROMPT_TOKENS)
+        return f"text encoder: {predict(clip.patcher, need, f'for a prompt of {PROMPT_TOKENS} tokens')}"
+    return f"text encoder: {readable(clip.patcher.model_size())} weights, run by ComfyUI itself"
+
+
 class CoreTokenizer:
     """The core's tokenizer in the shape of ComfyUI's; prompt weights mean nothing to Z-Image."""
 
@@ -1174,6 +1224,26 @@ class CoreVAE(torch.nn.Module):
         return self.latent_format.process_out(self.vae.encode(images, tiling="off"))
 
 
+def describe_vae(vae: comfy.sd.VAE, width: int, height: int) -> str:
+    """One line on what decoding a picture will take of the device."""
+    from ..zimage_core import plan
+    from ..zimage_core.vae import VAEConfig
+
+    ours = isinstance(vae.first_stage_model, CoreVAE)
+    config = vae.first_stage_model.vae.config if ours else VAEConfig()  # whose size `load_vae` leaves to ComfyUI
+    tile = TILE if tiles(vae, (1, LATENT_CHANNELS, height // 8, width // 8)) else None
+    need = plan.vae_need(config, height, width, 1, vae.vae_dtype.itemsize, tile).total
+    how = ", in tiles" if tile else ""
+    weights = plan.readable(vae.patcher.model_size())
+    return f"VAE: {weights} weights + up to {plan.readable(need)} to decode {width} x {height}{how}"
+
+
+def tiles(vae: comfy.sd.VAE, shape: tuple[int, ...]) -> bool:
+    """Whether latents of a shape are decoded in tiles unless that is forbidden, as the whole cannot fit the device."""
+    need = vae.memory_used_decode(shape, vae.vae_dtype)
+    return need > comfy.model_management.get_total_memory(vae.device)
+
+
 def decode(vae: comfy.sd.VAE, latent: dict, tiling: str) -> Tensor:
     """LATENT -> IMAGE; "auto" tiles where the whole picture cannot fit the device."""
     samples = latent["samples"]
@@ -1182,10 +1252,10 @@ def decode(vae: comfy.sd.VAE, latent: dict, tiling: str) -> Tensor:
             f"the latent has {samples.shape[1]} channels, Z-Image's have {LATENT_CHANNELS}: "
             "decode it with the VAE of the model that made it"
         )
-    if tiling == "auto":
-        need = vae.memory_used_decode(samples.shape, vae.vae_dtype)
-        tiling = "on" if need > comfy.model_management.get_total_memory(vae.device) else "off"
-    images = vae.decode_tiled(samples, tile_x=64, tile_y=64, overlap=16) if tiling == "on" else vae.decode(samples)
+    if tiling == "on" or (tiling == "auto" and tiles(vae, samples.shape)):
+        images = vae.decode_tiled(samples, tile_x=TILE, tile_y=TILE, overlap=TILE // 4)
+    else:
+        images = vae.decode(samples)
     return images.reshape(-1, *images.shape[-3:])
 
 

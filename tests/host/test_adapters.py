@@ -406,7 +406,9 @@ def test_byte_allowance_becomes_whole_layers(host, deep_encoders, form):
 
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 def test_comfyuis_memory_manager_streams_the_encoder(host, deep_encoders, encoder_loras, small_gpu, monkeypatch, form):
-    """Its arithmetic for a GPU with so and so much free memory: the same features, within it."""
+    """Its arithmetic for a GPU with so and so much free memory: the same features, within it, and as the node said."""
+    from zimage_pack.zimage_core import plan
+
     memory, cpu = host.comfy.model_management, torch.device("cpu")
     clip = host.core_clip(deep_encoders[form])
     lora, expected = with_lora(clip, encoder_loras[0], 0.8), encode(clip)
@@ -417,9 +419,13 @@ def test_comfyuis_memory_manager_streams_the_encoder(host, deep_encoders, encode
     need = module.need(len(clip.tokenize("a red circle on a blue background")["zimage"][0]))
     for share, resident in ((0.01, 0), (0.6, (1, 2, 3)), (2.0, 8)):
         small_gpu(share * size + need, clip.patcher)
+        said = host.predict(clip.patcher, need, "needed")
         assert torch.equal(encode(clip), expected)
         assert module.streamer.resident in (resident if isinstance(resident, tuple) else (resident,))
         assert clip.patcher.loaded_size() <= max(share, 0.26) * size  # two slots are the least there is
+        streamed = len(module.streamer.host)
+        how = f"{streamed} of 8 blocks streamed" if streamed else "nothing streamed"
+        assert said.startswith(f"{plan.readable(clip.patcher.loaded_size())} weights") and said.endswith(how)
         assert torch.equal(encode(lora), with_it)
         assert module.streamer.host or clip.patcher.loaded_size() == clip.patcher.model_size() > size  # with the LoRA
         assert torch.equal(encode(clip), expected)
@@ -446,6 +452,43 @@ def test_comfyui_is_told_what_a_prompt_needs(host, deep_encoders, monkeypatch):
     (short, long, short_int8, _), tokens = asked, len(clip.tokenize("a house " * 200)["zimage"][0])
     assert tokens > 400 and long > 10 * short > 0 and long >= tokens * WIDTH * 4 * 8
     assert short_int8 - short > 128 * WIDTH * 4
+
+
+def test_plan_of_comfyuis_own_vae_and_encoder(host, vae_file, stock_encoder):
+    """What the loaders say of models that ComfyUI runs: the VAE's figure is not exceeded, and not far from it."""
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from zimage_pack.zimage_core import plan
+
+    class Live(TorchDispatchMode):
+        now = peak = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            storage = out.untyped_storage() if isinstance(out, torch.Tensor) else None
+            if storage is not None and storage._cdata not in known:
+                known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+            return out
+
+        def forget(self, key, size):
+            known.discard(key)
+            self.now -= size
+
+    vae, latents = host.load_vae(vae_file.name, "fp32"), torch.zeros(1, 16, 16, 16)
+    known = {p.untyped_storage()._cdata for p in (*vae.first_stage_model.parameters(), latents)}
+    with Live() as live:
+        vae.first_stage_model.decode(latents)
+    weights = sum(p.nbytes for p in vae.first_stage_model.parameters())
+    need = plan.vae_need(plan.VAEConfig(), 128, 128, 1, 4, None).total
+    line = f"VAE: {plan.readable(weights)} weights + up to {plan.readable(need)} to decode 128 x 128"
+    assert host.describe_vae(vae, 128, 128) == line
+    assert 0.8 * need < live.peak <= need
+    weights = plan.readable(stock_encoder.patcher.model_size())
+    assert host.describe_encoder(stock_encoder) == f"text encoder: {weights} weights, run by ComfyUI itself"
 
 
 def test_encoder_leaves_the_device_after_the_prompt(host, encoder_file, monkeypatch):

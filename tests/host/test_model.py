@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -624,6 +623,51 @@ def test_comfyuis_own_memory_manager(host, ours, small_gpu, monkeypatch):
     assert ours.loaded_size() == 0
 
 
+def test_plan_is_what_comfyui_then_does(host, small_gpu, monkeypatch):
+    """The sampler's line by what is free, other models' memory counted, is what the run then takes of the device."""
+    from zimage_pack.zimage_core.plan import readable
+
+    said, memory, model = [], host.comfy.model_management, host.load_model(host.DEMO, "torch", "w4a16")
+    positive = [[torch.randn(1, 20, model.module.transformer.config.cap_feat_dim), {}]]
+    monkeypatch.setattr(host, "say", lambda text, node_id: said.append(text))
+    size, need, streamer = model.model_size(), model.model.activations([2, 16, 8, 12]), model.module.streamer
+    count, seen = len(streamer.blocks), []
+    for part in (0.0, 0.6, 1.01):
+        free = part * size + need
+        small_gpu(free, model)
+        zsample(host, model, positive, batch=2)
+        seen.append(len(streamer.host))
+        how = f"{seen[-1]} of {count} blocks streamed" if seen[-1] else "nothing streamed"
+        held = readable(model.loaded_size())
+        assert said == [f"2 of 96 x 64: {held} weights + {readable(need)} to draw; {readable(free)} free, {how}"]
+        said.clear()
+    assert seen[0] == count > seen[1] > seen[2] == 0
+
+    class Other:  # a model of another node's that would give way
+        device = torch.device("cpu")
+
+        def model_loaded_memory(self):
+            return 2 * size
+
+    Other.model = model
+    none, all_of_it = f"{count} of {count} blocks streamed", "nothing streamed"
+    small_gpu(need)
+    monkeypatch.setattr(memory, "current_loaded_models", [Other()])
+    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(2 * size + need)} free, {all_of_it}")
+    monkeypatch.setattr(memory, "current_loaded_models", [])
+    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(need)} free, {none}")
+    model.budget = round(size + need + 1)
+    small_gpu(4 * size + need)
+    assert host.describe_plan(model, 96, 64, 2).endswith(f"; budget {readable(model.budget)}, {all_of_it}")
+    small_gpu(need)
+    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(need)} free, {none}")
+    model.budget = None
+    monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NO_VRAM)
+    assert host.describe_plan(model, 96, 64).endswith(f"; --novram, {none}")
+    monkeypatch.setattr(memory, "vram_state", memory.VRAMState.HIGH_VRAM)
+    assert host.describe_plan(model, 96, 64).endswith(f" to draw; {all_of_it}")
+
+
 @pytest.fixture
 def scarce(ours, monkeypatch):
     """Memory runs out in the third step while a block is on the device (limit 0: or none is, 9: never)."""
@@ -726,7 +770,37 @@ def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
         assert said[-1] == plan  # without the bytes of the LoRA before
         function, arguments = model.cached_patcher_init
         assert function(*arguments, disable_dynamic=True).budget == model.budget
-    assert re.fullmatch(r"1024 x 1024: \d+ MiB weights \+ \S+ [GM]iB to draw", host.describe_plan(ours, 1024, 1024))
+
+
+def test_loaders_say_what_their_models_will_take(host, ours, small_gpu, monkeypatch):
+    """Each loader's line in numbers: weights, what grows with the picture or the prompt, what is streamed."""
+    from zimage_pack.nodes.loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
+    from zimage_pack.zimage_core import plan
+
+    said = {}
+    monkeypatch.setattr(host, "say", lambda text, node_id: said.update({node_id: text}))
+    ZImageINT4ModelLoader().load(TINY, "torch", "w4a16", 0.0, "model")
+    weights, need = ours.model_size(), ours.model.activations([1, 16, 128, 128])
+    drawn = f"{plan.readable(weights)} weights + {plan.readable(need)} to draw"
+    assert said["model"].splitlines()[1] == f"1024 x 1024: {drawn}; nothing streamed"
+    (clip,) = ZImageTextEncoderLoader().load(host.DEMO, "clip")
+    encoder = clip.cond_stage_model.encoder
+    weights = sum(tensor.nbytes for tensor in (*encoder.layers.parameters(), *encoder.layers.buffers()))
+    need = plan.encoder_need(encoder.config, 512, [m.form for m in encoder.layers.modules() if hasattr(m, "form")], 4)
+    assert encoder.dtype is torch.float32 and weights > 2**20 and need.total > 2**20
+    prompt = f"{plan.readable(weights)} weights + {plan.readable(need.total)} for a prompt of 512 tokens"
+    assert said["clip"] == f"text encoder: {prompt}; nothing streamed"
+    (vae,) = ZImageVAELoader().load(host.DEMO, "fp32", "vae")
+    config, weights = vae.first_stage_model.vae.config, sum(p.nbytes for p in vae.first_stage_model.parameters())
+    need = plan.vae_need(config, 1024, 1024, 1, 4, None).total
+    line = f"VAE: {plan.readable(weights)} weights + up to {{}} to decode 1024 x 1024"
+    assert said["vae"] == line.format(plan.readable(need))
+    monkeypatch.setattr(host.comfy.model_management, "get_total_memory", lambda device: 2**20)
+    tiled = plan.vae_need(config, 1024, 1024, 1, 4, 64).total
+    assert tiled < need and host.describe_vae(vae, 1024, 1024) == line.format(plan.readable(tiled)) + ", in tiles"
+    count = len(encoder.layers)
+    small_gpu(1)
+    assert host.describe_encoder(clip).endswith(f" free, {count} of {count} blocks streamed")
 
 
 def test_budget_that_cannot_hold_is_refused(host, ours):
