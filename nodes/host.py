@@ -856,6 +856,8 @@ class ZImagePatcher(StreamingPatcher):
     def room(self, need: float) -> tuple[float, str]:
         from ..zimage_core.plan import readable
 
+        if need >= self.model.too_much:
+            return 0, "memory ran out before, "
         found = super().room(need)
         if self.budget is None or found[0] <= self.budget - need:
             return found

@@ -710,6 +710,8 @@ def test_out_of_memory_while_drawing_is_survived(host, ours, small_gpu, scarce, 
     assert [m for m in caplog.messages if "out of memory" in m] == [message] and said[-1] == (message, "17")
     assert streamer.resident == 0 and ours.model.model_lowvram
     assert ours.loaded_size() == streamer.used == weights.rest + 2 * weights.slot
+    assert host.describe_plan(ours, 96, 64).endswith("; memory ran out before, 3 of 3 blocks streamed")
+    assert host.describe_plan(ours, 32, 32).endswith("; nothing streamed")
     assert torch.equal(draw(), expected)
     assert scarce.raised == 1 and streamer.resident == 0, "the next run does not try again what failed"
     scarce.limit = 9
