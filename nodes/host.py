@@ -36,6 +36,7 @@ DEMO = "bundled demo"
 DEMO_BF16 = Path(__file__).parents[1] / "demo_training" / "z-image-demo-bf16.safetensors"
 EXTENSIONS = (".safetensors", ".sft")
 LATENT_CHANNELS = 16
+TILE = 64  # latent cells along the edge of a tile that is decoded by itself
 ENCODER_NAMES = "qwen3_4b.transformer.model."  # how the names of ComfyUI's own Z-Image encoder begin
 HONOURED_PATCHES = ("double_block", "noise_refiner")
 PROMPT_TOKENS = 512
@@ -165,6 +166,51 @@ def say(text: str, node_id: str | None) -> None:
             send(text, node_id)
 
 
+def executing_node() -> str | None:
+    """The id of the node that ComfyUI is running."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return context and context.node_id
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+def room(device: torch.device, need: float) -> tuple[float, str]:
+    """Bytes of weights that a model will have on a device beside `need` of activations, and what limits them in words.
+
+    As ComfyUI's `load_models_gpu` reckons when it places one: other models give way, so what they take counts as free.
+    """
+    from ..zimage_core.plan import readable
+
+    memory, state = comfy.model_management, comfy.model_management.VRAMState
+    if memory.vram_state is state.NO_VRAM and not memory.is_device_cpu(device):
+        return 0, "--novram, "
+    parted = memory.lowvram_available and memory.vram_state in (state.LOW_VRAM, state.NORMAL_VRAM)
+    if not parted or memory.is_device_cpu(device):
+        return math.inf, ""
+    loaded = [m for m in memory.current_loaded_models if m.model is not None and m.device == device]
+    free = memory.get_free_memory(device) + sum(m.model_loaded_memory() for m in loaded)
+    least = memory.minimum_inference_memory()
+    beside = free - max(least, need + memory.extra_reserved_memory())
+    return max(0, beside, min(free * memory.MIN_WEIGHT_MEMORY_RATIO, free - least)), f"{readable(free)} free, "
+
+
+def predict(patcher: StreamingPatcher, need: float, purpose: str) -> str:
+    """What a model will take of the device and what of it is streamed; need: bytes of its activations."""
+    from ..zimage_core.offload import BUFFERS, fit
+    from ..zimage_core.plan import readable
+
+    weights = patcher.module.weights()
+    allowance, limit = patcher.room(need)
+    keep = fit(weights.blocks, weights.slot, allowance - weights.rest)
+    streamed = len(weights.blocks) - len(keep)
+    held = weights.rest + sum(weights.blocks[i] for i in keep) + (BUFFERS * weights.slot if streamed else 0)
+    how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
+    return f"{readable(held)} weights + {readable(need)} {purpose}; {limit}{how}"
+
+
 # ---- MODEL ----------------------------------------------------------------------------------------------------
 
 
@@ -240,20 +286,10 @@ def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
 
 def describe_plan(patcher: ZImagePatcher, width: int, height: int, pictures: int = 1) -> str:
     """One line on what pictures of a size will take of the device; ValueError where the budget does not hold them."""
-    from ..zimage_core.offload import BUFFERS, fit
-    from ..zimage_core.plan import readable
-
     what = f"{width} x {height}" if pictures == 1 else f"{pictures} of {width} x {height}"
-    need, weights = patcher.need(width, height, pictures), patcher.weights()
+    need = patcher.need(width, height, pictures)
     patcher.check_budget(need, what)
-    if patcher.budget is None:
-        return f"{what}: {readable(weights.total)} weights + {readable(need)} to draw"
-    keep = fit(weights.blocks, weights.slot, patcher.budget - need - weights.rest)
-    streamed = len(weights.blocks) - len(keep)
-    held = weights.rest + sum(weights.blocks[i] for i in keep) + (BUFFERS * weights.slot if streamed else 0)
-    how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
-    parts = f"{readable(held)} weights + {readable(need)} to draw"
-    return f"{what}: {parts}; budget {readable(patcher.budget)}, {how}"
+    return f"{what}: {predict(patcher, need, 'to draw')}"
 
 
 def try_plan(patcher: ZImagePatcher, width: int, height: int) -> str:
@@ -358,17 +394,37 @@ class StockModule:
 
 
 class Adapted(torch.nn.Module):
-    """A module of the core that shows LoRA loaders the names of ComfyUI's own model of the kind.
+    """A module of the core whose blocks are streamed where they must, and that shows LoRA loaders the names of
+    ComfyUI's own model of the kind.
 
-    shapes: {ComfyUI's name below this module: empty tensor of the dense shape}.
+    blocks: the parts of `body` that can be streamed, in the order in which they run. shapes: {ComfyUI's name below
+    this module: empty tensor of the dense shape}.
     """
 
-    def __init__(self, core: torch.nn.Module, shapes: dict[str, Tensor]):
+    def __init__(self, core: torch.nn.Module, blocks, shapes: dict[str, Tensor]):
+        from ..zimage_core.offload import BlockStreamer
+
         super().__init__()
         self.core = core
+        self.streamer = BlockStreamer(blocks, self.body)
         self.shapes = shapes
         self.stock_loras: dict = {}  # conversions of what stock loaders patched
         self.taken: list | None = None  # what a bypass loader hooks into, while that is asked
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """What of the core goes to the device."""
+        return self.core
+
+    def weights(self):
+        """The bytes of the body as it is now, an `offload.Weights`."""
+        from ..zimage_core.offload import weights
+
+        return weights(self.streamer.blocks, self.body)
+
+    def leave(self) -> None:
+        """Go back to the host."""
+        self.streamer.leave()
 
     def __getattr__(self, name: str):
         try:
@@ -384,12 +440,10 @@ class DiffusionModel(Adapted):
 
     def __init__(self, transformer):
         from ..zimage_core.graphs import Graphs
-        from ..zimage_core.offload import BlockStreamer
 
-        super().__init__(transformer, stock_state(transformer))
+        super().__init__(transformer, transformer.blocks, stock_state(transformer))
         self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes ask for them
         self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
-        self.streamer = BlockStreamer(transformer.blocks, transformer)
         self.graphs = Graphs(transformer, self.streamer)
         self.budgeted = False  # graphs keep memory that no budget knows of
         self.prepared = Kept(KEPT_PROMPTS)
@@ -401,6 +455,10 @@ class DiffusionModel(Adapted):
     @property
     def dtype(self) -> torch.dtype:
         return self.transformer.dtype
+
+    def leave(self) -> None:
+        self.graphs.clear()
+        super().leave()
 
     def forward(self, x, timesteps, context=None, control=None, transformer_options=None, **conds) -> Tensor:
         """x (B, 16, H/8, W/8), timesteps (B,) sigma in 0..1, context (B, L, C) -> d x / d sigma."""
@@ -535,6 +593,8 @@ class ZImageModel(comfy.model_base.Lumina2):
         comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLOW, device=device)
         self.diffusion_model = DiffusionModel(transformer)
         self.expected = 0.0  # bytes of activations that ComfyUI last asked for: those of the run it is loading for
+        self.loaded_for = 0.0  # the same when blocks were last placed
+        self.too_much = math.inf  # those with which memory ran out although blocks were on the device
 
     def extra_conds(self, **kwargs) -> dict:
         for key, what in (
@@ -585,6 +645,20 @@ class ZImageModel(comfy.model_base.Lumina2):
         if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
             need += batch * (tokens + PROMPT_TOKENS) ** 2 * size * 2  # scores of one head at a time
         return need
+
+    def _apply_model(self, *args, **kwargs) -> Tensor:
+        """One step; where memory runs out with blocks on the device, once more with every block streamed."""
+        from ..zimage_core.vae import out_of_memory
+
+        try:
+            return super()._apply_model(*args, **kwargs)
+        except RuntimeError as error:
+            resident = self.diffusion_model.streamer.resident
+            if not out_of_memory(error) or not resident or self.current_patcher is None:
+                raise
+        # Outside the handler: only now are the failed attempt's tensors free.
+        self.current_patcher.stream_all()
+        return super()._apply_model(*args, **kwargs)
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Names and shapes as ComfyUI's own Z-Image has them, without data: for key maps, not for saving."""
@@ -694,66 +768,21 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
             self.patch_hooks(None)
 
 
-class ZImagePatcher(AdapterPatcher):
-    """The MODEL's patcher: it moves whole blocks."""
+class StreamingPatcher(AdapterPatcher):
+    """A patcher that turns ComfyUI's byte allowance into whole blocks on the device; the others are streamed."""
 
-    names_begin = "diffusion_model."
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.budget: int | None = None  # bytes for weights and activations, None: what ComfyUI gives
-
-    @property
-    def module(self) -> DiffusionModel:
-        return self.model.diffusion_model
+    what = ""  # the log's name for the model
 
     def model_size(self) -> int:
-        from ..zimage_core.offload import module_bytes
+        return self.module.weights().total
 
-        return module_bytes(self.module)
-
-    def clone(self, *args, **kwargs):
-        n = super().clone(*args, **kwargs)
-        n.budget = self.budget
-        return n
-
-    def weights(self):
-        """The bytes of the module as it is now, an `offload.Weights`."""
-        from ..zimage_core.offload import weights
-
-        return weights(self.module.streamer.blocks, self.module.transformer)
-
-    def need(self, width: int, height: int, pictures: int = 1) -> float:
-        """Bytes of activations for pictures of a size, beside the weights."""
-        return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
-
-    def check_budget(self, need: float, what: str) -> None:
-        """ValueError where the budget does not hold the activations `need` with every block streamed."""
-        from ..zimage_core.offload import BUFFERS
-        from ..zimage_core.plan import readable
-
-        if self.budget is None:
-            return
-        weights = self.weights()
-        least = min(weights.rest + BUFFERS * weights.slot, weights.total) + need
-        if least > self.budget:
-            raise ValueError(
-                f"vram_budget {readable(self.budget)}: {what} needs {readable(least)} even with every block streamed; "
-                f"give the Z-Image INT4 Model Loader at least {math.ceil(least / GIB * 100) / 100:.2f} GiB, "
-                "or 0 for what ComfyUI gives, or draw smaller or fewer pictures at a time"
-            )
-
-    def add_lora(self, lora, strength: float) -> None:
-        self.loras += ((lora, strength),)
-        self.patches_uuid = uuid.uuid4()
-
-    def get_key_patches(self, filter_prefix=None):
-        raise ValueError("INT4 models cannot be merged with others: merge BF16 files, then quantize the result")
+    def room(self, need: float) -> tuple[float, str]:
+        """What `room` says for the device that the model runs on."""
+        return room(self.load_device, need)
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         with self.use_ejected():
             self.set_adapters(self.patches)
-            self.check_budget(self.model.expected, "this picture")
             self.current_hooks = None
             self._place(device_to, math.inf if full_load else lowvram_model_memory)
             self.model.current_weight_patches_uuid = self.patches_uuid
@@ -762,30 +791,23 @@ class ZImagePatcher(AdapterPatcher):
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def _place(self, device, allowance: float) -> int:
-        """Move blocks to fit allowance and budget; returns how many bytes more than before are on the device."""
-        if self.budget is not None:
-            allowance = min(allowance, self.budget - self.model.expected)
-        before = self.model.model_loaded_weight_memory
-        self.module.budgeted = self.budget is not None
-        if self.module.budgeted or allowance < self.model_size():
-            self.module.graphs.clear()
-        self.model.model_loaded_weight_memory = self.module.streamer.place(device, allowance)
-        self.model.model_lowvram = bool(self.module.streamer.host)
+        """Move blocks to fit an allowance; returns how many bytes more than before are on the device."""
+        streamer, before = self.module.streamer, self.model.model_loaded_weight_memory
+        self.model.model_loaded_weight_memory = size = streamer.place(device, allowance)
+        self.model.model_lowvram = bool(streamer.host)
         self.model.device = device
-        streamer, size = self.module.streamer, self.model.model_loaded_weight_memory / 2**20
-        logger.info("Z-Image: %d of %d blocks on %s, %.0f MiB", streamer.resident, len(streamer.blocks), device, size)
-        return self.model.model_loaded_weight_memory - before
+        found = streamer.resident, len(streamer.blocks), device, size / 2**20
+        logger.info("%s: %d of %d blocks on %s, %.0f MiB", self.what, *found)
+        return size - before
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(None, unpatch_weights=False)  # object patches and injections
         if unpatch_weights:
             self.set_adapters({})
-            self.module.prepared.entries.clear()
             self.current_hooks = None
             self.model.current_weight_patches_uuid = None
             if device_to is not None and device_to != self.load_device:
-                self.module.graphs.clear()
-                self.module.streamer.leave()
+                self.module.leave()
                 self.model.device = device_to
             self.model.model_lowvram = False
             self.model.model_loaded_weight_memory = 0
@@ -807,6 +829,95 @@ class ZImagePatcher(AdapterPatcher):
         super().patch_hooks(hooks)
         if self.model.model_lowvram:
             self._place(self.load_device, self.model.model_loaded_weight_memory)
+
+
+class ZImagePatcher(StreamingPatcher):
+    """The MODEL's patcher: it keeps to the budget too, and streams everything where memory ran out."""
+
+    names_begin, what = "diffusion_model.", "Z-Image"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.budget: int | None = None  # bytes for weights and activations, None: what ComfyUI gives
+
+    @property
+    def module(self) -> DiffusionModel:
+        return self.model.diffusion_model
+
+    def clone(self, *args, **kwargs):
+        n = super().clone(*args, **kwargs)
+        n.budget = self.budget
+        return n
+
+    def need(self, width: int, height: int, pictures: int = 1) -> float:
+        """Bytes of activations for pictures of a size, beside the weights."""
+        return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
+
+    def room(self, need: float) -> tuple[float, str]:
+        from ..zimage_core.plan import readable
+
+        if need >= self.model.too_much:
+            return 0, "memory ran out before, "
+        found = super().room(need)
+        if self.budget is None or found[0] <= self.budget - need:
+            return found
+        return self.budget - need, f"budget {readable(self.budget)}, "
+
+    def check_budget(self, need: float, what: str) -> None:
+        """ValueError where the budget does not hold the activations `need` with every block streamed."""
+        from ..zimage_core.offload import BUFFERS
+        from ..zimage_core.plan import readable
+
+        if self.budget is None:
+            return
+        weights = self.module.weights()
+        least = min(weights.rest + BUFFERS * weights.slot, weights.total) + need
+        if least > self.budget:
+            raise ValueError(
+                f"vram_budget {readable(self.budget)}: {what} needs {readable(least)} even with every block streamed; "
+                f"give the Z-Image INT4 Model Loader at least {math.ceil(least / GIB * 100) / 100:.2f} GiB, "
+                "or 0 for what ComfyUI gives, or draw smaller or fewer pictures at a time"
+            )
+
+    def add_lora(self, lora, strength: float) -> None:
+        self.loras += ((lora, strength),)
+        self.patches_uuid = uuid.uuid4()
+
+    def get_key_patches(self, filter_prefix=None):
+        raise ValueError("INT4 models cannot be merged with others: merge BF16 files, then quantize the result")
+
+    def load(self, *args, **kwargs):
+        with self.use_ejected():
+            self.set_adapters(self.patches)
+            self.check_budget(self.model.expected, "this picture")
+            self.model.loaded_for = self.model.expected
+            super().load(*args, **kwargs)
+
+    def _place(self, device, allowance: float) -> int:
+        if self.budget is not None:
+            allowance = min(allowance, self.budget - self.model.expected)
+        if self.model.loaded_for >= self.model.too_much:
+            allowance = 0
+        self.module.budgeted = self.budget is not None
+        if self.module.budgeted or allowance < self.model_size():
+            self.module.graphs.clear()
+        return super()._place(device, allowance)
+
+    def stream_all(self) -> None:
+        """Take every block off the device in the middle of a run, and for all runs as large until it is unloaded."""
+        text = "out of memory while drawing: trying again with every block of the model streamed"
+        logger.warning(text)
+        say(text, executing_node())
+        self.model.too_much = self.model.loaded_for
+        self.module.leave()
+        comfy.model_management.soft_empty_cache()
+        self._place(self.load_device, 0)
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            self.module.prepared.entries.clear()
+            self.model.too_much = math.inf
+        super().unpatch_model(device_to, unpatch_weights)
 
 
 ADAPTER_LEAVES = {  # ComfyUI's weight adapters: the tensors they hold, in their order, as files name them
@@ -935,42 +1046,26 @@ def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     return clip
 
 
-class WholePatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher for modules that are on the device whole or not at all."""
-
-    def model_size(self) -> int:
-        from ..zimage_core.encoder_formats import HostEmbedding
-        from ..zimage_core.offload import module_bytes
-
-        on_host = (m for m in self.model.modules() if isinstance(m, HostEmbedding))
-        return module_bytes(self.model) - sum(map(module_bytes, on_host))
-
-    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        return super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
-
-    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
-        return 0
-
-
-class EncoderPatcher(AdapterPatcher, WholePatcher):
+class EncoderPatcher(StreamingPatcher):
     """The CLIP's patcher."""
 
-    def load(self, *args, **kwargs):
-        with self.use_ejected():
-            self.set_adapters(self.patches)
-            super().load(*args, **kwargs)
-
-    def unpatch_model(self, device_to=None, unpatch_weights=True):
-        if unpatch_weights:
-            self.set_adapters({})
-            self.current_hooks = None
-        super().unpatch_model(device_to, unpatch_weights)
+    what = "text encoder"
 
     def get_key_patches(self, filter_prefix=None):
         raise ValueError("this text encoder cannot be merged with others: merge files of Qwen3-4B that ComfyUI reads")
 
     def model_state_dict_for_saving(self, *args, **kwargs):
         refuse_saving("a text encoder")
+
+
+def describe_encoder(clip: comfy.sd.CLIP) -> str:
+    """One line on what a text encoder will take of the device."""
+    from ..zimage_core.plan import readable
+
+    if isinstance(clip.patcher, EncoderPatcher):
+        need = clip.cond_stage_model.need(PROMPT_TOKENS)
+        return f"text encoder: {predict(clip.patcher, need, f'for a prompt of {PROMPT_TOKENS} tokens')}"
+    return f"text encoder: {readable(clip.patcher.model_size())} weights, run by ComfyUI itself"
 
 
 class CoreTokenizer:
@@ -997,13 +1092,31 @@ class CoreEncoder(Adapted):
         linears = [(name, m) for name, m in encoder.named_modules() if hasattr(m, "in_features")]
         sizes = {f"{ENCODER_NAMES}{name}.weight": (m.out_features, m.in_features) for name, m in linears}
         shapes = {name: torch.empty(size, device="meta", dtype=encoder.dtype) for name, size in sizes.items()}
-        super().__init__(encoder, shapes)
+        super().__init__(encoder, encoder.layers, shapes)
         self.manual_cast_dtype = None
         self.dtypes = {encoder.dtype}
 
     @property
     def encoder(self):
         return self.core
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """Its layers; the token table stays on the host."""
+        return self.core.layers
+
+    def need(self, tokens: int) -> int:
+        """Bytes of activations for a prompt of so many tokens, and of a weight while it is dequantized."""
+        from ..zimage_core import plan
+
+        encoder = self.encoder
+        forms = {module.form for module in encoder.layers.modules() if hasattr(module, "form")}
+        need = plan.encoder_need(encoder.config, tokens, sorted(forms), encoder.dtype.itemsize)
+        return need.total + plan.libraries(comfy.model_management.text_encoder_device())
+
+    def memory_estimation_function(self, tokens: dict, device=None) -> int:
+        """What ComfyUI asks for before it places the layers."""
+        return self.need(max(map(len, tokens.get("zimage", ())), default=0))
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Names and shapes of the linears as ComfyUI's own encoder has them, without data: for key maps."""
@@ -1019,7 +1132,8 @@ class CoreEncoder(Adapted):
                     f"the tokenizer gives token {max(ids)}, this text encoder knows {words}: put the tokenizer files "
                     "that belong to it beside it"
                 )
-            outputs.append(self.encoder(torch.tensor([ids])).float())
+            where = {"run_block": self.streamer.run_block, "device": self.streamer.device}
+            outputs.append(self.encoder(torch.tensor([ids]), **where).float())
         cond = torch.cat(outputs).to(comfy.model_management.intermediate_device())
         return cond, None, {"attention_mask": torch.ones(cond.shape[:2], dtype=torch.int64)}
 
@@ -1083,6 +1197,16 @@ def core_vae(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
     return vae
 
 
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher for modules that are on the device whole or not at all."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        return super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        return 0
+
+
 class CoreVAE(torch.nn.Module):
     """The core's autoencoder in the shape of ComfyUI's: images in -1..1, latents as Flux's VAE leaves them.
 
@@ -1102,6 +1226,26 @@ class CoreVAE(torch.nn.Module):
         return self.latent_format.process_out(self.vae.encode(images, tiling="off"))
 
 
+def describe_vae(vae: comfy.sd.VAE, width: int, height: int) -> str:
+    """One line on what decoding a picture will take of the device."""
+    from ..zimage_core import plan
+    from ..zimage_core.vae import VAEConfig
+
+    ours = isinstance(vae.first_stage_model, CoreVAE)
+    config = vae.first_stage_model.vae.config if ours else VAEConfig()  # whose size `load_vae` leaves to ComfyUI
+    tile = TILE if tiles(vae, (1, LATENT_CHANNELS, height // 8, width // 8)) else None
+    need = plan.vae_need(config, height, width, 1, vae.vae_dtype.itemsize, tile).total
+    how = ", in tiles" if tile else ""
+    weights = plan.readable(vae.patcher.model_size())
+    return f"VAE: {weights} weights + up to {plan.readable(need)} to decode {width} x {height}{how}"
+
+
+def tiles(vae: comfy.sd.VAE, shape: tuple[int, ...]) -> bool:
+    """Whether latents of a shape are decoded in tiles unless that is forbidden, as the whole cannot fit the device."""
+    need = vae.memory_used_decode(shape, vae.vae_dtype)
+    return need > comfy.model_management.get_total_memory(vae.device)
+
+
 def decode(vae: comfy.sd.VAE, latent: dict, tiling: str) -> Tensor:
     """LATENT -> IMAGE; "auto" tiles where the whole picture cannot fit the device."""
     samples = latent["samples"]
@@ -1110,10 +1254,10 @@ def decode(vae: comfy.sd.VAE, latent: dict, tiling: str) -> Tensor:
             f"the latent has {samples.shape[1]} channels, Z-Image's have {LATENT_CHANNELS}: "
             "decode it with the VAE of the model that made it"
         )
-    if tiling == "auto":
-        need = vae.memory_used_decode(samples.shape, vae.vae_dtype)
-        tiling = "on" if need > comfy.model_management.get_total_memory(vae.device) else "off"
-    images = vae.decode_tiled(samples, tile_x=64, tile_y=64, overlap=16) if tiling == "on" else vae.decode(samples)
+    if tiling == "on" or (tiling == "auto" and tiles(vae, samples.shape)):
+        images = vae.decode_tiled(samples, tile_x=TILE, tile_y=TILE, overlap=TILE // 4)
+    else:
+        images = vae.decode(samples)
     return images.reshape(-1, *images.shape[-3:])
 
 

@@ -115,15 +115,18 @@ class ZImageTextEncoderLoader:
                         "and its shards; the demo model needs the bundled demo encoder."
                     },
                 ),
-            }
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, encoder_name):
         return host.checked(host.check_encoder, encoder_name)
 
-    def load(self, encoder_name):
-        return (host.load_clip(encoder_name),)
+    def load(self, encoder_name, unique_id=None):
+        clip = host.load_clip(encoder_name)
+        host.say(host.describe_encoder(clip), unique_id)
+        return (clip,)
 
 
 class ZImageVAELoader:
@@ -156,12 +159,15 @@ class ZImageVAELoader:
                         "pictures with this VAE.",
                     },
                 ),
-            }
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
     def VALIDATE_INPUTS(cls, vae_name):
         return host.checked(host.check_vae, vae_name)
 
-    def load(self, vae_name, dtype):
-        return (host.load_vae(vae_name, dtype),)
+    def load(self, vae_name, dtype, unique_id=None):
+        vae = host.load_vae(vae_name, dtype)
+        host.say(host.describe_vae(vae, 1024, 1024), unique_id)
+        return (vae,)

@@ -72,6 +72,29 @@ def host(tmp_path_factory):
     return sys.modules["zimage_pack.nodes.host"]
 
 
+@pytest.fixture
+def small_gpu(host, monkeypatch):
+    """Has ComfyUI take the CPU for a GPU of so many bytes, which these patchers share; nothing is kept in reserve."""
+    memory = host.comfy.model_management
+
+    def pretend(size: float, *patchers) -> None:
+        def get_free_memory(device=None, torch_free_too=False):
+            left = max(0, size - sum(patcher.loaded_size() for patcher in patchers))
+            return (left, left) if torch_free_too else left
+
+        monkeypatch.setattr(memory, "is_device_cpu", lambda device: False)
+        monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
+        monkeypatch.setattr(memory, "minimum_inference_memory", lambda: 0)
+        monkeypatch.setattr(memory, "extra_reserved_memory", lambda: 0)
+        monkeypatch.setattr(memory, "MIN_WEIGHT_MEMORY_RATIO", 0.0)
+        monkeypatch.setattr(memory, "get_free_memory", get_free_memory)
+
+    memory.unload_all_models()
+    yield pretend
+    monkeypatch.undo()
+    memory.unload_all_models()
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("server")

@@ -206,7 +206,8 @@ def test_key_styles_of_encoder_loras(host, stock_encoder, encoder_file, tmp_path
     assert linears and {key: maps[1].get(key) for key in linears} == linears
 
 
-def test_lora_hooks_on_our_encoder(host, stock_encoder, encoder_file, encoder_loras):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lora_hooks_on_our_encoder(host, stock_encoder, encoder_file, encoder_loras, small_gpu, streaming):
     """A hook that patches the CLIP (Create Hook LoRA, Set CLIP Hooks)."""
     import comfy.hooks
     import comfy.utils
@@ -226,9 +227,14 @@ def test_lora_hooks_on_our_encoder(host, stock_encoder, encoder_file, encoder_lo
         return nodes.CLIPTextEncode().encode(clip, "a house")[0][0][0]
 
     clip = host.core_clip(encoder_file)
-    plain = encode(clip, "a house")
-    found, expected = hooked(clip), hooked(stock_encoder)
+    plain, expected = encode(clip, "a house"), hooked(stock_encoder)
+    if streaming:
+        small_gpu(1, clip.patcher)
+    found, streamer = hooked(clip), clip.cond_stage_model.streamer
     assert relative(expected, plain) > 1e-2 and relative(found, expected) < 1e-3
+    assert streamer.resident == (0 if streaming else 3)
+    if streaming:  # the slots hold the layers as they are now, and ComfyUI knows
+        assert clip.patcher.loaded_size() == streamer.used == 2 * clip.cond_stage_model.weights().slot
     assert torch.equal(encode(clip, "a house"), plain)
 
 
@@ -347,6 +353,144 @@ def test_size_of_the_encoder_without_the_table_that_stays_on_the_host(host, enco
         clip.encode_from_tokens({"zimage": [[(200000, 1.0)]]})
 
 
+@pytest.fixture(scope="module")
+def deep_encoders(encoder_file):
+    """Encoders of nine layers, of which eight are run, in fp32 and in INT8."""
+    from safetensors.torch import load_file, save_file
+    from zimage_pack.zimage_core.quantize_encoder import quantize_encoder
+
+    state = load_file(encoder_file)
+    for name in [name for name in state if ".layers.0." in name]:
+        state |= {name.replace(".0.", f".{i}."): state[name] * (1 + i / 20) for i in range(1, 9)}
+    paths = {form: encoder_file.with_name(f"deep_{form}.safetensors") for form in ("fp32", "int8")}
+    save_file(state, paths["fp32"])
+    quantize_encoder(paths["fp32"], paths["int8"])
+    return paths
+
+
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+def test_byte_allowance_becomes_whole_layers(host, deep_encoders, form):
+    clip, cpu = host.core_clip(deep_encoders[form]), torch.device("cpu")
+    patcher, streamer, expected = clip.patcher, clip.cond_stage_model.streamer, encode(clip)
+    size, slot = patcher.model_size(), clip.cond_stage_model.weights().slot
+    assert streamer.resident == 8 and patcher.loaded_size() == size and not patcher.model.model_lowvram
+
+    def encoded():
+        """The features, each layer run by the streamer and the hidden state on its device, which a CPU cannot tell."""
+        ran, forward = [], type(clip.cond_stage_model.encoder).forward
+        with pytest.MonkeyPatch.context() as patch:
+            run_block = streamer.run_block
+            patch.setattr(streamer, "run_block", lambda *args: ran.append(args[1]) or run_block(*args))
+            patch.setattr(
+                type(clip.cond_stage_model.encoder),
+                "forward",
+                lambda self, ids, **given: ran.append(given["device"]) or forward(self, ids, **given),
+            )
+            out = clip.cond_stage_model.encode_token_weights(clip.tokenize("a red circle on a blue background"))[0]
+        assert ran == [streamer.device, *range(8)]
+        return out
+
+    for allowance, resident in ((1, 0), (size // 2, (size // 2 - 2 * slot) * 8 // size), (size, 8), (size - 1, 5)):
+        patcher.load(cpu, lowvram_model_memory=allowance)
+        assert streamer.resident == resident and torch.equal(encoded(), expected)
+        assert patcher.model.model_lowvram is (resident < 8)
+        assert patcher.loaded_size() == streamer.used == (size if resident == 8 else resident * size // 8 + 2 * slot)
+    assert patcher.partially_load(cpu, extra_memory=size) == 3 * size // 8 - 2 * slot
+    assert streamer.resident == 8 and torch.equal(encoded(), expected)
+    freed = patcher.partially_unload(cpu, size // 3)
+    assert freed >= size // 3 and patcher.loaded_size() == streamer.used == size - freed
+    assert 0 < streamer.resident < 8 and torch.equal(encoded(), expected)
+    patcher.detach()
+    assert patcher.loaded_size() == 0 and torch.equal(encode(clip), expected)
+
+
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+def test_comfyuis_memory_manager_streams_the_encoder(host, deep_encoders, encoder_loras, small_gpu, monkeypatch, form):
+    """Its arithmetic for a GPU with so and so much free memory: the same features, within it, and as the node said."""
+    from zimage_pack.zimage_core import plan
+
+    memory, cpu = host.comfy.model_management, torch.device("cpu")
+    clip = host.core_clip(deep_encoders[form])
+    lora, expected = with_lora(clip, encoder_loras[0], 0.8), encode(clip)
+    module, size, with_it = clip.cond_stage_model, clip.patcher.model_size(), encode(lora)
+    assert relative(with_it, expected) > 1e-2
+    monkeypatch.setattr(clip.patcher, "offload_device", torch.device("meta"))  # another than that it runs on
+    memory.unload_all_models()
+    need = module.need(len(clip.tokenize("a red circle on a blue background")["zimage"][0]))
+    for share, resident in ((0.01, 0), (0.6, (1, 2, 3)), (2.0, 8)):
+        small_gpu(share * size + need, clip.patcher)
+        said = host.predict(clip.patcher, need, "needed")
+        assert torch.equal(encode(clip), expected)
+        assert module.streamer.resident in (resident if isinstance(resident, tuple) else (resident,))
+        assert clip.patcher.loaded_size() <= max(share, 0.26) * size  # two slots are the least there is
+        streamed = len(module.streamer.host)
+        how = f"{streamed} of 8 blocks streamed" if streamed else "nothing streamed"
+        assert said.startswith(f"{plan.readable(clip.patcher.loaded_size())} weights") and said.endswith(how)
+        assert torch.equal(encode(lora), with_it)
+        assert module.streamer.host or clip.patcher.loaded_size() == clip.patcher.model_size() > size  # with the LoRA
+        assert torch.equal(encode(clip), expected)
+    memory.free_memory(memory.get_free_memory() + 0.4 * size, cpu)
+    assert 0 < module.streamer.resident < 8 and clip.patcher.loaded_size() == module.streamer.used <= 0.6 * size
+    assert torch.equal(encode(clip), expected)
+    memory.free_memory(1e30, cpu)
+    assert clip.patcher.loaded_size() == module.streamer.used == 0
+    assert not any(m.model is not None and m.model.is_clone(clip.patcher) for m in memory.current_loaded_models)
+    assert torch.equal(encode(lora), with_it) and torch.equal(encode(clip), expected)
+
+
+def test_comfyui_is_told_what_a_prompt_needs(host, deep_encoders, monkeypatch):
+    """Activations and, for weights in a small form, one of them dequantized; more for a longer prompt."""
+    asked, memory = [], host.comfy.model_management
+    load = memory.load_models_gpu
+    monkeypatch.setattr(
+        memory, "load_models_gpu", lambda models, memory_required=0: asked.append(memory_required) or load(models)
+    )
+    for form in ("fp32", "int8"):
+        clip = host.core_clip(deep_encoders[form])
+        for prompt in ("a house", "a house " * 200):
+            encode(clip, prompt)
+    (short, long, short_int8, _), tokens = asked, len(clip.tokenize("a house " * 200)["zimage"][0])
+    assert tokens > 400 and long > 10 * short > 0 and long >= tokens * WIDTH * 4 * 8
+    assert short_int8 - short > 128 * WIDTH * 4
+
+
+def test_plan_of_comfyuis_own_vae_and_encoder(host, vae_file, stock_encoder):
+    """What the loaders say of models that ComfyUI runs: the VAE's figure is not exceeded, and not far from it."""
+    import weakref
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from zimage_pack.zimage_core import plan
+
+    class Live(TorchDispatchMode):
+        now = peak = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            storage = out.untyped_storage() if isinstance(out, torch.Tensor) else None
+            if storage is not None and storage._cdata not in known:
+                known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+            return out
+
+        def forget(self, key, size):
+            known.discard(key)
+            self.now -= size
+
+    vae, latents = host.load_vae(vae_file.name, "fp32"), torch.zeros(1, 16, 16, 16)
+    known = {p.untyped_storage()._cdata for p in (*vae.first_stage_model.parameters(), latents)}
+    with Live() as live:
+        vae.first_stage_model.decode(latents)
+    weights = sum(p.nbytes for p in vae.first_stage_model.parameters())
+    need = plan.vae_need(plan.VAEConfig(), 128, 128, 1, 4, None).total
+    line = f"VAE: {plan.readable(weights)} weights + up to {plan.readable(need)} to decode 128 x 128"
+    assert host.describe_vae(vae, 128, 128) == line
+    assert 0.8 * need < live.peak <= need
+    weights = plan.readable(stock_encoder.patcher.model_size())
+    assert host.describe_encoder(stock_encoder) == f"text encoder: {weights} weights, run by ComfyUI itself"
+
+
 def test_encoder_leaves_the_device_after_the_prompt(host, encoder_file, monkeypatch):
     """On a machine whose encoder runs on another device than it waits on: everything but it is kept."""
     clip = host.core_clip(encoder_file)
@@ -363,3 +507,4 @@ def test_encoder_leaves_the_device_after_the_prompt(host, encoder_file, monkeypa
     device, keep = freed[-1]
     assert device == clip.patcher.load_device
     assert loaded not in keep and any(m.model is other.patcher for m in keep)
+    monkeypatch.undo()  # while the encoders live: ComfyUI's own list has to see them go

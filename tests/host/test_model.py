@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
@@ -603,29 +602,14 @@ def test_sampling_while_streaming_is_bit_identical(host, ours, monkeypatch):
     assert torch.equal(ksample(ours, conditioning(), conditioning(30, seed=2), cfg=2.0), expected)
 
 
-def test_comfyuis_own_memory_manager(host, ours, monkeypatch):
+def test_comfyuis_own_memory_manager(host, ours, small_gpu, monkeypatch):
     """Its arithmetic for a GPU with so and so much free memory, on the CPU: partial load, more, part of it back."""
     memory = host.comfy.model_management
+    expected, size, seen = ksample(ours, conditioning()), ours.model_size(), []
     memory.unload_all_models()
-    ours.detach()
-    expected, size = ksample(ours, conditioning()), ours.model_size()
-    memory.unload_all_models()
-    ours.detach()
-    free = [0.8 * size]
-    monkeypatch.setattr(memory, "is_device_cpu", lambda device: False)
-    monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NORMAL_VRAM)
-    monkeypatch.setattr(memory, "minimum_inference_memory", lambda: 0)
-    monkeypatch.setattr(memory, "extra_reserved_memory", lambda: 0)
     monkeypatch.setattr(ours.model, "memory_required", lambda *args, **kwargs: 0)
-
-    def get_free_memory(device=None, torch_free_too=False):
-        left = max(0, free[0] - ours.loaded_size())
-        return (left, left) if torch_free_too else left
-
-    monkeypatch.setattr(memory, "get_free_memory", get_free_memory)
-    seen = []
     for share in (0.01, 0.8, 2.0):
-        free[0] = share * size
+        small_gpu(share * size, ours)
         assert relative(ksample(ours, conditioning()), expected) < 1e-5  # its attention cuts by free memory too
         assert ours.loaded_size() <= max(share, 0.75) * size  # embedders and two slots are the least there is
         seen.append(ours.module.streamer.resident)
@@ -639,6 +623,122 @@ def test_comfyuis_own_memory_manager(host, ours, monkeypatch):
     assert ours.loaded_size() == 0
 
 
+def test_plan_is_what_comfyui_then_does(host, small_gpu, monkeypatch):
+    """The sampler's line by what is free, other models' memory counted, is what the run then takes of the device."""
+    from zimage_pack.zimage_core.plan import readable
+
+    said, memory, model = [], host.comfy.model_management, host.load_model(host.DEMO, "torch", "w4a16")
+    positive = [[torch.randn(1, 20, model.module.transformer.config.cap_feat_dim), {}]]
+    monkeypatch.setattr(host, "say", lambda text, node_id: said.append(text))
+    size, need, streamer = model.model_size(), model.model.activations([2, 16, 8, 12]), model.module.streamer
+    count, seen = len(streamer.blocks), []
+    for part in (0.0, 0.6, 1.01):
+        free = part * size + need
+        small_gpu(free, model)
+        zsample(host, model, positive, batch=2)
+        seen.append(len(streamer.host))
+        how = f"{seen[-1]} of {count} blocks streamed" if seen[-1] else "nothing streamed"
+        held = readable(model.loaded_size())
+        assert said == [f"2 of 96 x 64: {held} weights + {readable(need)} to draw; {readable(free)} free, {how}"]
+        said.clear()
+    assert seen[0] == count > seen[1] > seen[2] == 0
+
+    class Other:  # a model of another node's that would give way
+        device = torch.device("cpu")
+
+        def model_loaded_memory(self):
+            return 2 * size
+
+    Other.model = model
+    none, all_of_it = f"{count} of {count} blocks streamed", "nothing streamed"
+    small_gpu(need)
+    monkeypatch.setattr(memory, "current_loaded_models", [Other()])
+    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(2 * size + need)} free, {all_of_it}")
+    monkeypatch.setattr(memory, "current_loaded_models", [])
+    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(need)} free, {none}")
+    model.budget = round(size + need + 1)
+    small_gpu(4 * size + need)
+    assert host.describe_plan(model, 96, 64, 2).endswith(f"; budget {readable(model.budget)}, {all_of_it}")
+    small_gpu(need)
+    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(need)} free, {none}")
+    model.budget = None
+    monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NO_VRAM)
+    assert host.describe_plan(model, 96, 64).endswith(f"; --novram, {none}")
+    monkeypatch.setattr(memory, "vram_state", memory.VRAMState.HIGH_VRAM)
+    assert host.describe_plan(model, 96, 64).endswith(f" to draw; {all_of_it}")
+
+
+@pytest.fixture
+def scarce(ours, monkeypatch):
+    """Memory runs out in the third step while a block is on the device (limit 0: or none is, 9: never)."""
+    from types import SimpleNamespace
+
+    streamer, found = ours.module.streamer, SimpleNamespace(limit=1, raised=0, steps=0, error=torch.OutOfMemoryError)
+    run_block = streamer.run_block
+
+    def run(stage, index, block, x, *args):
+        found.steps += stage == "layers" and index == 0
+        if stage == "layers" and found.steps >= 3 and streamer.resident >= found.limit:
+            found.raised += 1
+            raise found.error("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run_block(stage, index, block, x, *args)
+
+    monkeypatch.setattr(streamer, "run_block", run)
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["ksampler", "ours"])
+def test_out_of_memory_while_drawing_is_survived(host, ours, small_gpu, scarce, caplog, monkeypatch, sampler):
+    """The step is drawn again with every block streamed: the same latents, one message, true sizes, and a next run."""
+    from comfy_execution.utils import CurrentNodeContext
+
+    def draw(**more):
+        if sampler == "ours":
+            return zsample(host, ours, conditioning(), **more)
+        return ksample(ours, conditioning(), latent={"samples": torch.zeros(1, 16, *more.values())} if more else None)
+
+    said, streamer, weights = [], ours.module.streamer, ours.module.weights()
+    monkeypatch.setattr(host, "say", lambda text, node_id: said.append((text, node_id)))
+    scarce.limit = 9
+    expected = draw()
+    scarce.limit = 1
+    scarce.steps = 0
+    with CurrentNodeContext("prompt", "17"):
+        assert torch.equal(draw(), expected)
+    assert scarce.raised == 1 and scarce.steps == STEPS + 1
+    message = "out of memory while drawing: trying again with every block of the model streamed"
+    assert [m for m in caplog.messages if "out of memory" in m] == [message] and said[-1] == (message, "17")
+    assert streamer.resident == 0 and ours.model.model_lowvram
+    assert ours.loaded_size() == streamer.used == weights.rest + 2 * weights.slot
+    assert host.describe_plan(ours, 96, 64).endswith("; memory ran out before, 3 of 3 blocks streamed")
+    assert host.describe_plan(ours, 32, 32).endswith("; nothing streamed")
+    assert torch.equal(draw(), expected)
+    assert scarce.raised == 1 and streamer.resident == 0, "the next run does not try again what failed"
+    scarce.limit = 9
+    draw(**({"width": 32, "height": 32} if sampler == "ours" else {"h": 4, "w": 4}))
+    assert streamer.resident == 3, "a smaller picture may have its blocks on the device"
+    host.comfy.model_management.unload_all_models()
+    assert torch.equal(draw(), expected) and streamer.resident == 3
+
+
+def test_out_of_memory_that_streaming_cannot_help(ours, small_gpu, scarce):
+    """Any other error, and that one with nothing on the device, go to ComfyUI as before; the next run works."""
+    scarce.limit = 9
+    expected = ksample(ours, conditioning())
+
+    class Other(RuntimeError):
+        def __str__(self):
+            return "an illegal memory access was encountered"
+
+    for error, limit, attempts in ((Other, 1, 1), (torch.OutOfMemoryError, 0, 2), (torch.OutOfMemoryError, 0, 1)):
+        scarce.error, scarce.limit, scarce.raised, scarce.steps = error, limit, 0, 0
+        with pytest.raises(error):
+            ksample(ours, conditioning())
+        assert scarce.raised == attempts
+        scarce.limit = 9
+        assert torch.equal(ksample(ours, conditioning()), expected)
+
+
 def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
     """The loader's vram_budget: fewer blocks, the same latents, kept by clones, and never more than it says."""
     import comfy.model_management
@@ -646,7 +746,7 @@ def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
     expected = ksample(ours, conditioning())
     comfy.model_management.unload_all_models()
     need, size = ours.model.activations([1, 16, 8, 12]), ours.model_size()
-    weights = ours.weights()
+    weights = ours.module.weights()
     least = weights.rest + 2 * weights.slot + need
     for share, resident in ((1.01, 3), (0.75, (0, 1, 2)), (0.0, 0)):
         budget = max(share * size + need, least + 2**10) / 2**30
@@ -672,7 +772,37 @@ def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
         assert said[-1] == plan  # without the bytes of the LoRA before
         function, arguments = model.cached_patcher_init
         assert function(*arguments, disable_dynamic=True).budget == model.budget
-    assert re.fullmatch(r"1024 x 1024: \d+ MiB weights \+ \S+ [GM]iB to draw", host.describe_plan(ours, 1024, 1024))
+
+
+def test_loaders_say_what_their_models_will_take(host, ours, small_gpu, monkeypatch):
+    """Each loader's line in numbers: weights, what grows with the picture or the prompt, what is streamed."""
+    from zimage_pack.nodes.loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
+    from zimage_pack.zimage_core import plan
+
+    said = {}
+    monkeypatch.setattr(host, "say", lambda text, node_id: said.update({node_id: text}))
+    ZImageINT4ModelLoader().load(TINY, "torch", "w4a16", 0.0, "model")
+    weights, need = ours.model_size(), ours.model.activations([1, 16, 128, 128])
+    drawn = f"{plan.readable(weights)} weights + {plan.readable(need)} to draw"
+    assert said["model"].splitlines()[1] == f"1024 x 1024: {drawn}; nothing streamed"
+    (clip,) = ZImageTextEncoderLoader().load(host.DEMO, "clip")
+    encoder = clip.cond_stage_model.encoder
+    weights = sum(tensor.nbytes for tensor in (*encoder.layers.parameters(), *encoder.layers.buffers()))
+    need = plan.encoder_need(encoder.config, 512, [m.form for m in encoder.layers.modules() if hasattr(m, "form")], 4)
+    assert encoder.dtype is torch.float32 and weights > 2**20 and need.total > 2**20
+    prompt = f"{plan.readable(weights)} weights + {plan.readable(need.total)} for a prompt of 512 tokens"
+    assert said["clip"] == f"text encoder: {prompt}; nothing streamed"
+    (vae,) = ZImageVAELoader().load(host.DEMO, "fp32", "vae")
+    config, weights = vae.first_stage_model.vae.config, sum(p.nbytes for p in vae.first_stage_model.parameters())
+    need = plan.vae_need(config, 1024, 1024, 1, 4, None).total
+    line = f"VAE: {plan.readable(weights)} weights + up to {{}} to decode 1024 x 1024"
+    assert said["vae"] == line.format(plan.readable(need))
+    monkeypatch.setattr(host.comfy.model_management, "get_total_memory", lambda device: 2**20)
+    tiled = plan.vae_need(config, 1024, 1024, 1, 4, 64).total
+    assert tiled < need and host.describe_vae(vae, 1024, 1024) == line.format(plan.readable(tiled)) + ", in tiles"
+    count = len(encoder.layers)
+    small_gpu(1)
+    assert host.describe_encoder(clip).endswith(f" free, {count} of {count} blocks streamed")
 
 
 def test_budget_that_cannot_hold_is_refused(host, ours):
