@@ -340,11 +340,11 @@ def plot(rows: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     quantized = [row for row in rows if row["way"] != "bf16"]
-    for precision in dict.fromkeys(row["precision"] for row in quantized):
-        for way, style in ((PLAIN, "--"), (CALIBRATED, "-"), (BUILT_IN, ":")):
+    for i, precision in enumerate(dict.fromkeys(row["precision"] for row in quantized)):
+        for way, style in ((CALIBRATED, "-"), (BUILT_IN, ":"), (PLAIN, "--")):
             line = [row for row in quantized if (row["precision"], row["way"]) == (precision, way)]
             x, y = ([row[key] for row in line] for key in ("rank", "PSNR"))
-            axes.plot(x, y, style, marker="o", label=f"{precision} {way}")
+            axes.plot(x, y, style, color=f"C{i}", marker="o", label=f"{precision} {way}")
     axes.set(xscale="log", xlabel="rank", ylabel="PSNR to BF16, dB", title="Demo model, INT4 against BF16")
     axes.set_xticks(ticks := sorted({row["rank"] for row in quantized}), [str(tick) for tick in ticks])
     axes.minorticks_off()

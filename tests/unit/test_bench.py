@@ -58,6 +58,7 @@ def test_zimage_bench_on_a_cpu(capsys):
     assert steps["dense bfloat16"]["vs_dense"] == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:2 prompts at 32 x 32")  # it is about time
 def test_quantizing(capsys, script):
     script("quantize", "--small", "--device=cpu", "--rank=16", "--prompts=2", "--size=32")
     out = capsys.readouterr().out

@@ -286,7 +286,7 @@ def test_quantize_calibrates_where_there_is_an_encoder(tiny_files, tmp_path, mon
     src, dst = str(tiny_files["model"]), str(tmp_path / "out.safetensors")
     encoder = [f"--text-encoder={tiny_files['text_encoder']}"]
     assert cli.main(["quantize", src, dst, "--rank=32", "--merge=a.safetensors:0.8", *encoder]) == 0
-    assert len(asked[0]["cap_feats"]) == 6 and asked[0]["size"] == 256
+    assert len(asked[0]["cap_feats"]) == 16 and asked[0]["size"] == 256
     assert (asked[0]["rank"], asked[0]["merge"]) == (32, [("a.safetensors", 0.8)])
     assert capsys.readouterr().err == ""
     assert cli.main(["quantize", src, dst]) == 0
