@@ -124,7 +124,7 @@ def build_parser() -> Parser:
     p.add_argument("--rank", type=int, default=256, help="of the low-rank branch, a multiple of 16 (default 256)")
     p.add_argument("--text-encoder", type=Path, help="Qwen3-4B, to calibrate with (default: the one of SRC's folder)")
     p.add_argument("--tokenizer", type=Path, help="its tokenizer.json or folder (default: beside it)")
-    p.add_argument("--prompts", type=Path, metavar="FILE", help="text file, a prompt a line: best of the kind the model is for")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one a line, best of the model's own kind")
     p.add_argument("--size", type=int, help="pixels of an edge of the pictures to calibrate on (512, on a CPU 256)")
     p.add_argument("--no-calibration", action="store_true", help="from the weights alone: quicker, larger error")
     p.add_argument(
