@@ -199,14 +199,12 @@ def room(device: torch.device, need: float) -> tuple[float, str]:
 
 def predict(patcher: StreamingPatcher, need: float, purpose: str) -> str:
     """What a model will take of the device and what of it is streamed; need: bytes of its activations."""
-    from ..zimage_core.offload import BUFFERS, fit
     from ..zimage_core.plan import readable
 
     weights = patcher.module.weights()
     allowance, limit = patcher.room(need)
-    keep = fit(weights.blocks, weights.slot, allowance - weights.rest)
-    streamed = len(weights.blocks) - len(keep)
-    held = weights.rest + sum(weights.blocks[i] for i in keep) + (BUFFERS * weights.slot if streamed else 0)
+    resident, held = weights.within(allowance)
+    streamed = len(weights.blocks) - resident
     how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
     return f"{readable(held)} weights + {readable(need)} {purpose}; {limit}{how}"
 
@@ -865,13 +863,12 @@ class ZImagePatcher(StreamingPatcher):
 
     def check_budget(self, need: float, what: str) -> None:
         """ValueError where the budget does not hold the activations `need` with every block streamed."""
-        from ..zimage_core.offload import BUFFERS
         from ..zimage_core.plan import readable
 
         if self.budget is None:
             return
         weights = self.module.weights()
-        least = min(weights.rest + BUFFERS * weights.slot, weights.total) + need
+        least = min(weights.within(0)[1], weights.total) + need
         if least > self.budget:
             raise ValueError(
                 f"vram_budget {readable(self.budget)}: {what} needs {readable(least)} even with every block streamed; "

@@ -84,6 +84,12 @@ class Weights:
     def total(self) -> int:
         return self.rest + sum(self.blocks)
 
+    def within(self, allowance: float) -> tuple[int, int]:
+        """How many blocks stay on the device within an allowance, and the bytes that are then there, slots included."""
+        keep = fit(self.blocks, self.slot, allowance - self.rest)
+        slots = BUFFERS * self.slot if len(keep) < len(self.blocks) else 0
+        return len(keep), self.rest + sum(self.blocks[i] for i in keep) + slots
+
 
 def weights(blocks: Sequence[nn.Module], model: nn.Module) -> Weights:
     """The bytes of a model as it is now."""

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from .config import ZImageConfig
-from .offload import BUFFERS, Weights, fit
+from .offload import Weights
 from .text_encoder import TextEncoderConfig
 from .vae import AUTO_PIXELS, TILES, VAEConfig
 
@@ -440,10 +440,7 @@ def make_plan(
             continue
         fixed = part.need.total + part.other + libraries
         weights, allowance = part.weights, 0 if name in streamed else room - fixed - pieces(part.need)
-        keep = fit(weights.blocks, weights.slot, allowance - weights.rest)
-        on_device = weights.rest + sum(weights.blocks[i] for i in keep)
-        if len(keep) < len(weights.blocks):
-            on_device += BUFFERS * weights.slot
+        resident, on_device = weights.within(allowance)
         if fixed + on_device > room:
             raise _too_small(name, fixed + on_device, budget, title)
         others = {other: count for other, count in held.items() if other != name}
@@ -453,7 +450,7 @@ def make_plan(
                 weights=weights.total,
                 on_device=on_device,
                 blocks=len(weights.blocks),
-                resident=len(keep),
+                resident=resident,
                 activations=part.need.activations,
                 workspace=part.need.workspace,
                 other=part.other + libraries + sum(others.values()),
