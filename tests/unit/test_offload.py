@@ -406,4 +406,4 @@ def test_what_was_loaded_in_inference_mode_runs_on_a_gpu(model, allowance):
         hooks = Hooks(run_block=streamer.run_block)
         found = model(latents.cuda(), t.cuda(), model.prepare([feats.cuda()], 64, 64, hooks), hooks)
         streamer.leave()
-    assert torch.allclose(found.cpu(), expected, rtol=0.05, atol=0.05)
+    assert torch.allclose(found.cpu(), expected, rtol=0.05, atol=0.05)  # bf16, summed in another order than on the CPU
