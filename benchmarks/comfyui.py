@@ -34,11 +34,11 @@ from memory import free
 from safetensors.torch import load_file, save_file
 
 from zimage_core import bench
-from zimage_core.checkpoint import identify
-from zimage_core.config import ZImageConfig
+from zimage_core.formats.load import identify
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.text_encoder import TextEncoderConfig
 from zimage_core.pipeline import choose_device, choose_dtype
-from zimage_core.svdq_file import block_names
-from zimage_core.text_encoder import TextEncoderConfig
+from zimage_core.quantize.writer import block_names
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "host"))

@@ -14,11 +14,12 @@ import argparse
 import torch
 from torch import Tensor
 
-from zimage_core import backends, bench, layout
+from zimage_core import bench
 from zimage_core.bench import Call
-from zimage_core.config import ZImageConfig
+from zimage_core.linear import backends, layout
+from zimage_core.linear.svdq import SVDQWeights
+from zimage_core.models.config import ZImageConfig
 from zimage_core.pipeline import choose_device, choose_dtype
-from zimage_core.svdq import SVDQWeights
 
 SQUARE = {"out": (3840, 3840)}
 DEMO_ROWS = 96

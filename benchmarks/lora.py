@@ -19,12 +19,13 @@ from functools import partial
 
 import torch
 
-from zimage_core import bench, lora
-from zimage_core.backends import select
-from zimage_core.checkpoint import load_transformer
-from zimage_core.config import ZImageConfig
-from zimage_core.lora import Lora
-from zimage_core.transformer import ZImageTransformer
+from zimage_core import bench
+from zimage_core.formats.load import load_transformer
+from zimage_core.linear.backends import select
+from zimage_core.lora import apply as lora
+from zimage_core.lora.apply import Lora
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.transformer import ZImageTransformer
 
 SMALL = ZImageConfig(dim=768, n_heads=6, n_layers=4, n_refiner_layers=1, cap_feat_dim=256)
 CAPTION_TOKENS = 64

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from zimage_core.config import ZImageConfig
-from zimage_core.svdq_file import (
+from zimage_core.models.config import ZImageConfig
+from zimage_core.quantize.writer import (
     Header,
     StreamedFile,
     block_names,

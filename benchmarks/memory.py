@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 
 from zimage_core import bench, load_pipeline
-from zimage_core.config import ZImageConfig
 from zimage_core.demo import demo_files
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
+from zimage_core.models.vae import VAE, VAEConfig
 from zimage_core.pipeline import Pipeline, choose_device, choose_dtype
-from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
-from zimage_core.vae import VAE, VAEConfig
 
 GIB = 2**30
 # size, budget in GiB, seconds of sampling allowed as a multiple of the resident run's (None: it only has to fit)

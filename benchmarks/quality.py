@@ -34,10 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zimage_core import bench
-from zimage_core.backends import Backend
-from zimage_core.backends.reference import dequantize_codes
-from zimage_core.layout import unpack_nibbles
-from zimage_core.solver import (
+from zimage_core.linear.backends import Backend
+from zimage_core.linear.backends.reference import dequantize_codes
+from zimage_core.linear.layout import unpack_nibbles
+from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
+from zimage_core.quantize.solver import (
     InputStats,
     Parts,
     gptq,
@@ -47,7 +48,6 @@ from zimage_core.solver import (
     svdq_calibrated,
     svdq_from_dense,
 )
-from zimage_core.svdq import SVDQLinear, SVDQWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = {"w4a16": 16, "w4a8": 8, "w4a4": 4}
@@ -178,9 +178,9 @@ def demo_inputs(source: Path, captions: int = 16) -> dict[str, tuple[Tensor, Ten
     sys.path.insert(0, str(ROOT / "demo_training"))
     import scenes
 
-    from zimage_core.checkpoint import load_transformer
     from zimage_core.demo import demo_files
-    from zimage_core.quantize import calibration_captions
+    from zimage_core.formats.load import load_transformer
+    from zimage_core.quantize.run import calibration_captions
     from zimage_core.sampler import draw_noise, get_sigmas, predict_flow
 
     asked = [caption for caption, _ in scenes.held_out_captions(2 * captions)]
@@ -211,10 +211,10 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
     import numpy as np
     import scenes
 
-    from zimage_core.calibrate import PROMPTS
     from zimage_core.compare import psnr, ssim
     from zimage_core.demo import demo_files
-    from zimage_core.quantize import calibration_captions, quantize_checkpoint
+    from zimage_core.quantize.calibrate import PROMPTS
+    from zimage_core.quantize.run import calibration_captions, quantize_checkpoint
 
     others = {name: path for name, path in demo_files().items() if name != "model"}
     asked = scenes.held_out_captions(captions + calibration)
@@ -283,10 +283,13 @@ def draw(model: Path, others: dict[str, Path], captions: list[str], precision: s
     error of the flow at its latents, which a picture's drift does not blur."""
     from PIL import Image
 
-    from zimage_core.checkpoint import load_transformer
+    from zimage_core.formats.encoder import load_text_encoder
+    from zimage_core.formats.load import load_transformer
+    from zimage_core.formats.vae import load_vae
+    from zimage_core.models.text_encoder import encode_prompts
+    from zimage_core.models.tokenizer import load_tokenizer
+    from zimage_core.models.vae import decode_image
     from zimage_core.sampler import draw_noise, get_sigmas, predict_flow
-    from zimage_core.text_encoder import encode_prompts, load_text_encoder, load_tokenizer
-    from zimage_core.vae import decode_image, load_vae
 
     encoder = load_text_encoder(others["text_encoder"], dtype=torch.float32)
     feats = encode_prompts(encoder, load_tokenizer(others["tokenizer"]), captions)

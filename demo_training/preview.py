@@ -22,7 +22,7 @@ PICTURES, SIDE = 96, 128
 def fit() -> tuple[torch.Tensor, float]:
     """(17, 3) factors, the last row the bias, and the root mean square of what they miss."""
     from zimage_core.demo import demo_files
-    from zimage_core.vae import load_vae
+    from zimage_core.formats.vae import load_vae
 
     rng = random.Random(0)
     drawn = [scenes.draw(scenes.random_scene(rng), SIDE, SIDE, rng) for _ in range(PICTURES)]

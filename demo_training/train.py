@@ -117,7 +117,7 @@ def vae_batch(step: int, size: int, batch: int) -> torch.Tensor:
 
 
 def train_vae(work: Path, small_steps: int, full_steps: int, lr: float) -> None:
-    from zimage_core.vae import VAE, VAEConfig
+    from zimage_core.models.vae import VAE, VAEConfig
 
     torch.manual_seed(SEED)
     vae = VAE(VAEConfig(*VAE_SIZES))
@@ -232,7 +232,7 @@ def train_tokenizer(work: Path) -> None:
 
 def store_latents(work: Path, part: int, parts: int) -> None:
     """Encode the scenes of every size; a file per size and part holds scenes and raw latents (n, 16, h, w) bf16."""
-    from zimage_core.vae import VAE, VAEConfig
+    from zimage_core.models.vae import VAE, VAEConfig
 
     vae = VAE(VAEConfig(*VAE_SIZES)).to(memory_format=torch.channels_last).eval()
     vae.load_state_dict(torch.load(work / "vae.pt")["model"])
@@ -260,9 +260,9 @@ def store_latents(work: Path, part: int, parts: int) -> None:
 
 def build_models():
     """The text encoder and the transformer, initialized so that every block starts gently."""
-    from zimage_core.config import ZImageConfig
-    from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
-    from zimage_core.transformer import ZImageTransformer
+    from zimage_core.models.config import ZImageConfig
+    from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
+    from zimage_core.models.transformer import ZImageTransformer
 
     torch.manual_seed(SEED)
     encoder = TextEncoder(TextEncoderConfig(512, 128, 384, 2, 4, 2, 32))
@@ -296,7 +296,7 @@ class Data:
     """Stored latents by size, and batches drawn from them."""
 
     def __init__(self, work: Path):
-        from zimage_core.text_encoder import load_tokenizer
+        from zimage_core.models.tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(work / "tokenizer")
         self.sizes = {}
@@ -332,7 +332,7 @@ class Data:
 
 def predict(encoder, model, size, ids, lengths, latents, t):
     """The transformer's output (fp32) for a batch, under bf16 autocast."""
-    from zimage_core.transformer import Hooks
+    from zimage_core.models.transformer import Hooks
 
     hooks = Hooks(attention=attention)
     with torch.autocast("cpu", torch.bfloat16):
@@ -343,7 +343,7 @@ def predict(encoder, model, size, ids, lengths, latents, t):
 
 def train_model(work: Path, steps: int, decay: int, lr: float, compiled: bool) -> None:
     """Joint training of encoder and transformer; the last `decay` of `steps` lower the rate linearly to zero."""
-    from zimage_core import ops
+    from zimage_core.models import ops
 
     data = Data(work)
     print(f"latents: shift {data.shift:.4f} scale {data.scale:.4f}", flush=True)

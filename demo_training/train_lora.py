@@ -54,7 +54,7 @@ def measure(picture: np.ndarray, style: str) -> float:
 
 def attach(model, style: str) -> dict[str, list[torch.Tensor]]:
     """Give every block's linears an adapter that can learn; returns its tensors by module name."""
-    from zimage_core.adapters import Terms
+    from zimage_core.linear.adapters import Terms
 
     generator = torch.Generator().manual_seed(SEED)
     tensors = {}
@@ -95,8 +95,10 @@ def file_tensors(tensors: dict[str, list[torch.Tensor]], style: str) -> dict[str
 @torch.no_grad()
 def captions_and_latents(pipeline, style: str, count: int):
     """Caption features and scaled latents (16, 16, 16) of `count` restyled scenes, made once."""
-    from zimage_core.text_encoder import encode_prompts, load_text_encoder, load_tokenizer
-    from zimage_core.vae import load_vae
+    from zimage_core.formats.encoder import load_text_encoder
+    from zimage_core.formats.vae import load_vae
+    from zimage_core.models.text_encoder import encode_prompts
+    from zimage_core.models.tokenizer import load_tokenizer
 
     rng = random.Random(SEED)
     encoder = load_text_encoder(pipeline.files.text_encoder, dtype=torch.float32)
@@ -114,7 +116,7 @@ def captions_and_latents(pipeline, style: str, count: int):
 
 def train(pipeline, style: str, steps: int, batch: int, scenes_kept: int, lr: float):
     """The learnt tensors by module name."""
-    from zimage_core.checkpoint import load_transformer
+    from zimage_core.formats.load import load_transformer
 
     model = load_transformer(
         pipeline.files.model, dtype=torch.float32, backend="reference", precision="w4a16"

@@ -110,7 +110,7 @@ def checked(check, value) -> bool | str:
 
 def check_model(name: str) -> None:
     """ValueError unless a file of `diffusion_models` is a model that can be loaded, from its header."""
-    from ..zimage_core.checkpoint import identify
+    from ..zimage_core.formats.load import identify
 
     path = find("diffusion_models", name, "model")
     if name != DEMO:
@@ -119,9 +119,9 @@ def check_model(name: str) -> None:
 
 def check_encoder(name: str) -> None:
     """ValueError unless a file or folder of `text_encoders` is a text encoder that can be loaded."""
-    from ..zimage_core.encoder_formats import open_encoder
-    from ..zimage_core.text_encoder import check_model as check_names
-    from ..zimage_core.text_encoder import read_config
+    from ..zimage_core.formats.encoder import check_model as check_names
+    from ..zimage_core.formats.encoder import read_config
+    from ..zimage_core.formats.stored import open_encoder
 
     path = find("text_encoders", name, "text_encoder")
     if name != DEMO and not reads_encoder(path):
@@ -132,8 +132,8 @@ def check_encoder(name: str) -> None:
 
 def check_vae(name: str) -> None:
     """ValueError unless a file of `vae` is a 16-channel autoencoder."""
-    from ..zimage_core.checkpoint import describe
-    from ..zimage_core.tensorfiles import read_header
+    from ..zimage_core.formats.load import describe
+    from ..zimage_core.formats.safetensors import read_header
 
     path = find("vae", name, "vae")
     if name == DEMO or path.is_dir():
@@ -151,7 +151,7 @@ def check_vae(name: str) -> None:
 
 def check_lora(name: str) -> None:
     """ValueError unless a file of `loras` is a LoRA for Z-Image, from its header."""
-    from ..zimage_core import lora
+    from ..zimage_core.lora import apply as lora
 
     lora.inspect(find("loras", name, "lora"))
 
@@ -182,7 +182,7 @@ def room(device: torch.device, need: float) -> tuple[float, str]:
 
     As ComfyUI's `load_models_gpu` reckons when it places one: other models give way, so what they take counts as free.
     """
-    from ..zimage_core.plan import readable
+    from ..zimage_core.memory.plan import readable
 
     memory, state = comfy.model_management, comfy.model_management.VRAMState
     if memory.vram_state is state.NO_VRAM and not memory.is_device_cpu(device):
@@ -199,7 +199,7 @@ def room(device: torch.device, need: float) -> tuple[float, str]:
 
 def predict(patcher: StreamingPatcher, need: float, purpose: str) -> str:
     """What a model will take of the device and what of it is streamed; need: bytes of its activations."""
-    from ..zimage_core.plan import readable
+    from ..zimage_core.memory.plan import readable
 
     weights = patcher.module.weights()
     allowance, limit = patcher.room(need)
@@ -218,7 +218,7 @@ def load_model(name: str, backend: str, precision: str, budget: float = 0.0) -> 
     budget: GiB that its weights and activations may take, 0 for what ComfyUI gives. ValueError where not even the
     smallest picture fits it.
     """
-    from ..zimage_core.checkpoint import load_transformer
+    from ..zimage_core.formats.load import load_transformer
 
     path = find("diffusion_models", name, "model")
     device = comfy.model_management.get_torch_device()
@@ -400,7 +400,7 @@ class Adapted(torch.nn.Module):
     """
 
     def __init__(self, core: torch.nn.Module, blocks, shapes: dict[str, Tensor]):
-        from ..zimage_core.offload import BlockStreamer
+        from ..zimage_core.memory.offload import BlockStreamer
 
         super().__init__()
         self.core = core
@@ -416,7 +416,7 @@ class Adapted(torch.nn.Module):
 
     def weights(self):
         """The bytes of the body as it is now, an `offload.Weights`."""
-        from ..zimage_core.offload import weights
+        from ..zimage_core.memory.offload import weights
 
         return weights(self.streamer.blocks, self.body)
 
@@ -437,7 +437,7 @@ class DiffusionModel(Adapted):
     """The module that ComfyUI calls: honours transformer_options, refuses by name what it cannot honour."""
 
     def __init__(self, transformer):
-        from ..zimage_core.graphs import Graphs
+        from ..zimage_core.memory.graphs import Graphs
 
         super().__init__(transformer, transformer.blocks, stock_state(transformer))
         self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes ask for them
@@ -469,8 +469,8 @@ class DiffusionModel(Adapted):
         ).execute(x, timesteps, context, transformer_options=options, **conds)
 
     def _forward(self, x, timesteps, context, transformer_options=None, **conds) -> Tensor:
+        from ..zimage_core.models.transformer import Hooks
         from ..zimage_core.sampler import predict_flow
-        from ..zimage_core.transformer import Hooks
 
         options = {} if transformer_options is None else transformer_options
         height, width = x.shape[-2:]
@@ -625,7 +625,8 @@ class ZImageModel(comfy.model_base.Lumina2):
 
         Captions are taken to be at their longest, and one per picture.
         """
-        from ..zimage_core import ops, plan
+        from ..zimage_core.memory import plan
+        from ..zimage_core.models import ops
 
         transformer = self.diffusion_model.transformer
         config, backend = transformer.config, transformer.backend
@@ -646,7 +647,7 @@ class ZImageModel(comfy.model_base.Lumina2):
 
     def _apply_model(self, *args, **kwargs) -> Tensor:
         """One step; where memory runs out with blocks on the device, once more with every block streamed."""
-        from ..zimage_core.vae import out_of_memory
+        from ..zimage_core.models.vae import out_of_memory
 
         try:
             return super()._apply_model(*args, **kwargs)
@@ -750,7 +751,7 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
 
     def set_adapters(self, patches: dict) -> None:
         """Make the shared module's adapters this clone's: its own LoRAs and what stock loaders patched."""
-        from ..zimage_core import lora
+        from ..zimage_core.lora import apply as lora
 
         lora.apply(self.module.core, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
 
@@ -852,7 +853,7 @@ class ZImagePatcher(StreamingPatcher):
         return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
 
     def room(self, need: float) -> tuple[float, str]:
-        from ..zimage_core.plan import readable
+        from ..zimage_core.memory.plan import readable
 
         if need >= self.model.too_much:
             return 0, "memory ran out before, "
@@ -863,7 +864,7 @@ class ZImagePatcher(StreamingPatcher):
 
     def check_budget(self, need: float, what: str) -> None:
         """ValueError where the budget does not hold the activations `need` with every block streamed."""
-        from ..zimage_core.plan import readable
+        from ..zimage_core.memory.plan import readable
 
         if self.budget is None:
             return
@@ -929,7 +930,7 @@ def stock_lora(key, value, strength_model: float = 1.0):
 
     ValueError for what cannot run beside INT4 weights.
     """
-    from ..zimage_core.lora import Lora
+    from ..zimage_core.lora.apply import Lora
 
     key, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
     module, _, leaf = key.rpartition(".")
@@ -969,7 +970,7 @@ def stock_loras(patches: dict, known: dict) -> list[tuple]:
 
 def add_loras(model, stack: list[tuple[str, float]], node_id: str | None):
     """A clone of MODEL with more LoRAs, (name, strength) each; a MODEL that is not ours gets them ComfyUI's way."""
-    from ..zimage_core import lora
+    from ..zimage_core.lora import apply as lora
 
     paths = [(find("loras", name, "lora"), strength) for name, strength in stack if name != NO_LORA]
     ours, lines = isinstance(model, ZImagePatcher), []
@@ -1010,7 +1011,7 @@ def load_clip(name: str) -> comfy.sd.CLIP:
 
 def reads_encoder(path: Path) -> bool:
     """Whether ComfyUI's own loader reads an encoder file: Qwen3-4B, weights under their usual names."""
-    from ..zimage_core.tensorfiles import read_header
+    from ..zimage_core.formats.safetensors import read_header
 
     if path.is_dir() or not path.name.lower().endswith(EXTENSIONS):
         return False
@@ -1023,8 +1024,9 @@ def reads_encoder(path: Path) -> bool:
 
 def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     """A CLIP around the core's text encoder and tokenizer."""
+    from ..zimage_core.formats.encoder import load_text_encoder
+    from ..zimage_core.models.tokenizer import load_tokenizer
     from ..zimage_core.pipeline import get_tokenizer
-    from ..zimage_core.text_encoder import load_text_encoder, load_tokenizer
 
     root = Path(comfy.sd.__file__).parents[1]
     tokenizer = load_tokenizer(tokenizer_path or get_tokenizer(path, comfyui=root))
@@ -1057,7 +1059,7 @@ class EncoderPatcher(StreamingPatcher):
 
 def describe_encoder(clip: comfy.sd.CLIP) -> str:
     """One line on what a text encoder will take of the device."""
-    from ..zimage_core.plan import readable
+    from ..zimage_core.memory.plan import readable
 
     if isinstance(clip.patcher, EncoderPatcher):
         need = clip.cond_stage_model.need(PROMPT_TOKENS)
@@ -1104,7 +1106,7 @@ class CoreEncoder(Adapted):
 
     def need(self, tokens: int) -> int:
         """Bytes of activations for a prompt of so many tokens, and of a weight while it is dequantized."""
-        from ..zimage_core import plan
+        from ..zimage_core.memory import plan
 
         encoder = self.encoder
         forms = {module.form for module in encoder.layers.modules() if hasattr(module, "form")}
@@ -1166,7 +1168,7 @@ def release(patcher: comfy.model_patcher.ModelPatcher) -> None:
 
 def load_vae(name: str, dtype: str) -> comfy.sd.VAE:
     """A VAE: ComfyUI's own for files of Flux's size in either key style, else one around the core's."""
-    from ..zimage_core.tensorfiles import read_header
+    from ..zimage_core.formats.safetensors import read_header
 
     path = find("vae", name, "vae")
     precision = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
@@ -1180,7 +1182,7 @@ def core_vae(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
     """A VAE around the core's autoencoder."""
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
-    from ..zimage_core.vae import load_vae as load
+    from ..zimage_core.formats.vae import load_vae as load
 
     sizes = {"ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": LATENT_CHANNELS}
     sizes |= {"double_z": True, "resolution": 8, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
@@ -1225,8 +1227,8 @@ class CoreVAE(torch.nn.Module):
 
 def describe_vae(vae: comfy.sd.VAE, width: int, height: int) -> str:
     """One line on what decoding a picture will take of the device."""
-    from ..zimage_core import plan
-    from ..zimage_core.vae import VAEConfig
+    from ..zimage_core.memory import plan
+    from ..zimage_core.models.vae import VAEConfig
 
     ours = isinstance(vae.first_stage_model, CoreVAE)
     config = vae.first_stage_model.vae.config if ours else VAEConfig()  # whose size `load_vae` leaves to ComfyUI
@@ -1323,7 +1325,7 @@ def sources() -> list[str]:
 
 def check_source(name: str) -> None:
     """ValueError unless a name of `sources` is a dense Z-Image transformer, from its header."""
-    from ..zimage_core.quantize import check_source as check
+    from ..zimage_core.quantize.run import check_source as check
 
     check(find("diffusion_models", name, "dense"))
 
@@ -1349,7 +1351,7 @@ def quantize(
     prompts: one a line, and size in pixels: what to calibrate with, empty and 0 for the quantizer's own. stack: LoRAs
     to merge. An interrupted run keeps its finished blocks, and the same call goes on from there.
     """
-    from ..zimage_core import quantize as core
+    from ..zimage_core.quantize import run as core
 
     source, target = find("diffusion_models", model_name, "dense"), new_file(model_name, output_name, rank)
     if target.exists():

@@ -30,8 +30,8 @@ def tiny_files(tmp_path_factory) -> dict[str, Path]:
     import torch
     from safetensors.torch import save_file
 
-    from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
-    from zimage_core.vae import VAE, VAEConfig
+    from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
+    from zimage_core.models.vae import VAE, VAEConfig
 
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)

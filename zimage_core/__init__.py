@@ -9,7 +9,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_HOME = {"load_pipeline": "pipeline", "Pipeline": "pipeline", "load_transformer": "checkpoint"}
+_HOME = {"load_pipeline": "pipeline", "Pipeline": "pipeline", "load_transformer": "formats.load"}
 __all__ = ["__version__", *_HOME]
 
 

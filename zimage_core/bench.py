@@ -27,17 +27,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import __version__, backends, layout, ops
-from .adapters import Linear
-from .backends import Backend
-from .checkpoint import identify, load_transformer
-from .config import ZImageConfig
-from .graphs import Graphs
-from .offload import BlockStreamer
+from . import __version__
+from .formats.load import identify, load_transformer
+from .linear import backends, layout
+from .linear.adapters import Linear
+from .linear.backends import Backend
+from .linear.svdq import SVDQLinear, SVDQWeights
+from .memory.graphs import Graphs
+from .memory.offload import BlockStreamer
+from .models import ops
+from .models.config import ZImageConfig
+from .models.transformer import ZImageTransformer
 from .pipeline import choose_device, choose_dtype
 from .sampler import draw_noise
-from .svdq import SVDQLinear, SVDQWeights
-from .transformer import ZImageTransformer
 
 Call = Callable[[], Tensor]
 Step = Callable[[int, int], Call]  # (pixels, batch) -> one step

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .tensorfiles import read_header, tensor_bytes
+from .formats.safetensors import read_header, tensor_bytes
 
 GIB = 2**30
 CHUNK = 2**24
@@ -276,7 +276,7 @@ def check_format(path: Path, file: HubFile) -> None:
         if file.payload not in (None, found):
             raise ValueError(f"{path}: expected {file.payload} bytes of tensors, found {found}; is it another model?")
     elif file.path.endswith(".json"):
-        from .text_encoder import load_tokenizer
+        from .models.tokenizer import load_tokenizer
 
         load_tokenizer(path)
     else:

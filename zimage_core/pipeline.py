@@ -26,15 +26,22 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from . import backends, checkpoint, lora, ops, sampler
-from . import plan as planning
-from .config import ZImageConfig
-from .graphs import Graphs
-from .offload import BlockStreamer, Weights, module_bytes
-from .offload import weights as weights_of
-from .text_encoder import check_text_encoder, encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
-from .transformer import PIXELS_PER_CELL, Conditioning, Hooks, ZImageTransformer
-from .vae import decode_image, load_vae, out_of_memory, read_vae_config
+from . import sampler
+from .formats import load as checkpoint
+from .formats.encoder import check_text_encoder, load_text_encoder
+from .formats.vae import load_vae, read_vae_config
+from .linear import backends
+from .lora import apply as lora
+from .memory import plan as planning
+from .memory.graphs import Graphs
+from .memory.offload import BlockStreamer, Weights, module_bytes
+from .memory.offload import weights as weights_of
+from .models import ops
+from .models.config import ZImageConfig
+from .models.text_encoder import encode_prompts
+from .models.tokenizer import find_tokenizer, load_tokenizer
+from .models.transformer import PIXELS_PER_CELL, Conditioning, Hooks, ZImageTransformer
+from .models.vae import decode_image, out_of_memory
 
 if TYPE_CHECKING:
     from PIL import Image

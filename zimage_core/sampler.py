@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .transformer import PIXELS_PER_CELL, Conditioning, ZImageTransformer
+from .models.transformer import PIXELS_PER_CELL, Conditioning, ZImageTransformer
 
 SHIFT = 3.0
 MAX_STEPS = 100

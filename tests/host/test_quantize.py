@@ -54,9 +54,12 @@ def test_quantized_file_draws_what_its_source_draws(server, folder):
     name = "svdq-int4_r32-z-image-demo.safetensors"
     assert entry["outputs"]["1"]["text"] == [name]
     assert sorted(path.name for path in folder.glob(f"{name}*")) == [name]
-    assert name in server.get("/object_info/ZImageINT4ModelLoader")["ZImageINT4ModelLoader"]["input"]["required"][
-        "model_name"
-    ][0]
+    assert (
+        name
+        in server.get("/object_info/ZImageINT4ModelLoader")["ZImageINT4ModelLoader"]["input"]["required"]["model_name"][
+            0
+        ]
+    )
     found = scores(server, comparing(BF16, name))
     assert len(found) == 2 and all(25 < psnr < 90 for psnr in found), found
     assert scores(server, comparing(name, name)) == [float("inf")] * 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_core.text_encoder import COMFYUI_TOKENIZER, find_tokenizer, load_tokenizer
+from zimage_core.models.tokenizer import COMFYUI_TOKENIZER, find_tokenizer, load_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "tokens.json").read_text(encoding="utf-8"))
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from zimage_core import load_pipeline
 from zimage_core.demo import LATENT_RGB, demo_files
+from zimage_core.linear.svdq import SVDQWeights
 from zimage_core.sampler import draw_noise
-from zimage_core.svdq import SVDQWeights
 
 TRAINING = Path(__file__).parents[2] / "demo_training"
 FUSED = {"attention.to_qkv": ("to_q", "to_k", "to_v"), "feed_forward.net.0.proj": ("w3", "w1")}

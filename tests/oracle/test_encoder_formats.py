@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core import cli
+from zimage_core.cli import app as cli
 from zimage_core.demo import demo_files
-from zimage_core.encoder_formats import FORMS, HostEmbedding, StoredLinear, StoredWeight, dequantize
-from zimage_core.quantize_encoder import quantize_encoder
-from zimage_core.text_encoder import TextEncoderConfig, check_text_encoder, load_text_encoder, load_tokenizer
+from zimage_core.formats.encoder import check_text_encoder, load_text_encoder
+from zimage_core.formats.stored import FORMS, HostEmbedding, StoredLinear, StoredWeight, dequantize
+from zimage_core.models.text_encoder import TextEncoderConfig
+from zimage_core.models.tokenizer import load_tokenizer
+from zimage_core.quantize.encoder import quantize_encoder
 
 transformers = pytest.importorskip("transformers")
 
@@ -264,7 +266,7 @@ def test_nvfp4_that_nothing_describes_is_refused(tmp_path, original, quantizatio
 
 def test_nvfp4_tiles_that_are_not_full():
     """Rows and blocks that do not fill the tiles of scales (128 x 4), as no layer of Qwen3-4B has."""
-    from zimage_core.encoder_formats import Stored, _row_parts, blocked
+    from zimage_core.formats.stored import Stored, _row_parts, blocked
 
     weight = torch.randn(48, 112)
     codes, tiled, scale, meant = to_nvfp4(weight)

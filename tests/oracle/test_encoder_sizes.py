@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_core import plan
-from zimage_core.encoder_formats import HostEmbedding, StoredLinear
-from zimage_core.offload import flat_bytes, module_bytes
-from zimage_core.text_encoder import TextEncoderConfig, check_text_encoder, load_text_encoder
+from zimage_core.formats.encoder import check_text_encoder, load_text_encoder
+from zimage_core.formats.stored import HostEmbedding, StoredLinear
+from zimage_core.memory import plan
+from zimage_core.memory.offload import flat_bytes, module_bytes
+from zimage_core.models.text_encoder import TextEncoderConfig
 
 transformers = pytest.importorskip("transformers")
 

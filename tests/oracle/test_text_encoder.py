@@ -10,16 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core import tensorfiles
-from zimage_core.text_encoder import (
-    MAX_TOKENS,
-    TextEncoder,
-    TextEncoderConfig,
-    encode_prompts,
-    find_tokenizer,
-    load_text_encoder,
-    load_tokenizer,
-)
+from zimage_core.formats import safetensors as tensorfiles
+from zimage_core.formats.encoder import load_text_encoder
+from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts
+from zimage_core.models.tokenizer import MAX_TOKENS, find_tokenizer, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -110,9 +104,7 @@ def test_default_config_has_the_names_and_shapes_of_qwen3_4b():
         )
         theirs = transformers.Qwen3Model(config).state_dict()
         ours = TextEncoder(TextEncoderConfig()).state_dict()
-    expected = {
-        n: t.shape for n, t in theirs.items() if n != "norm.weight" and not n.startswith("layers.35.")
-    }
+    expected = {n: t.shape for n, t in theirs.items() if n != "norm.weight" and not n.startswith("layers.35.")}
     assert {n: t.shape for n, t in ours.items()} == expected
 
 
@@ -146,9 +138,7 @@ def test_transformers_folder(oracle, tmp_path, shard_size):
 def test_reads_each_needed_tensor_once_and_no_other(single, monkeypatch):
     read = []
     get = tensorfiles.TensorFiles.get
-    monkeypatch.setattr(
-        tensorfiles.TensorFiles, "get", lambda self, name: read.append(name) or get(self, name)
-    )
+    monkeypatch.setattr(tensorfiles.TensorFiles, "get", lambda self, name: read.append(name) or get(self, name))
     encoder = load_text_encoder(single)
     needed = TextEncoder(encoder.config, device="meta").state_dict()
     assert sorted(read) == sorted(f"model.{name}" for name in needed)
@@ -332,8 +322,7 @@ def write_vocabulary(folder):
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     added = {
-        str(len(vocab) + i): {"content": token, "special": True, "normalized": False}
-        for i, token in enumerate(SPECIAL)
+        str(len(vocab) + i): {"content": token, "special": True, "normalized": False} for i, token in enumerate(SPECIAL)
     }
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added})

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.backends import reference
-from zimage_core.checkpoint import load_transformer
-from zimage_core.config import ZImageConfig
+from zimage_core.formats.load import load_transformer
+from zimage_core.linear.backends import reference
+from zimage_core.linear.svdq import SVDQLinear
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.transformer import Block, ZImageTransformer, rope_angles
 from zimage_core.sampler import predict_flow
-from zimage_core.svdq import SVDQLinear
-from zimage_core.transformer import Block, ZImageTransformer, rope_angles
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from zimage_core import vae as vae_module
-from zimage_core.vae import VAE, VAEConfig, decode_image, load_vae, tiled
+from zimage_core.formats import vae as vae_files
+from zimage_core.formats.vae import load_vae
+from zimage_core.models import vae as vae_module
+from zimage_core.models.vae import VAE, VAEConfig, decode_image, tiled
 
 diffusers = pytest.importorskip("diffusers")
 BFL_KEYS = json.loads((Path(__file__).parents[1] / "data" / "vae_bfl_keys.json").read_text())
@@ -141,13 +143,13 @@ def test_full_size_names_and_shapes():
         ours = {name: list(p.shape) for name, p in VAE().state_dict().items()}
         theirs = oracle(block_out_channels=[128, 256, 512, 512], layers_per_block=2).state_dict()
     assert ours == {name: list(p.shape) for name, p in theirs.items()}
-    rows = vae_module.bfl_rows(4)
-    renamed = {vae_module.rename_bfl(key, rows): shape for key, shape in BFL_KEYS.items()}
+    rows = vae_files.bfl_rows(4)
+    renamed = {vae_files.rename_bfl(key, rows): shape for key, shape in BFL_KEYS.items()}
     linear = [name for name in ours if "attentions" in name and len(ours[name]) == 2]
     assert renamed == {name: [*shape, 1, 1] if name in linear else shape for name, shape in ours.items()}
     assert {bfl_name(name, 4) for name in ours} == set(BFL_KEYS)  # the writer used in this file
     shapes = {name: shape[:2] if name in linear else shape for name, shape in renamed.items()}
-    assert vae_module.config_from_shapes(shapes) == VAEConfig()
+    assert vae_files.config_from_shapes(shapes) == VAEConfig()
 
 
 def test_bf16_is_close_and_trainable_under_autocast(written):

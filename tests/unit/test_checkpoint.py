@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.checkpoint import identify, load_transformer
-from zimage_core.keys import canonical_module, canonical_tensor
-from zimage_core.quantize import svdq_from_dense
-from zimage_core.svdq import SVDQLinear
-from zimage_core.tensorfiles import read_header
+from zimage_core.formats.load import identify, load_transformer
+from zimage_core.formats.names import canonical_module, canonical_tensor
+from zimage_core.formats.safetensors import read_header
+from zimage_core.linear.svdq import SVDQLinear
+from zimage_core.quantize.run import svdq_from_dense
 
 DATA = Path(__file__).parent.parent / "data"
 TINY = DATA / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zimage_core import cli, pipeline
+from zimage_core import pipeline
+from zimage_core.cli import app as cli
 
 ROOT = Path(__file__).parents[2]
 REAL_HEADER = ROOT / "tests" / "data" / "real_model_expected_tensors_r256.json"
@@ -258,8 +259,8 @@ def test_doctor_without_torch(capsys, monkeypatch):
 def test_quantize_then_inspect_and_draw(tiny_files, tmp_path, capsys):
     from safetensors.torch import save_file
 
-    from zimage_core.config import ZImageConfig
-    from zimage_core.transformer import ZImageTransformer
+    from zimage_core.models.config import ZImageConfig
+    from zimage_core.models.transformer import ZImageTransformer
 
     torch.manual_seed(0)
     config = ZImageConfig(dim=384, n_heads=3, n_layers=1, n_refiner_layers=1, cap_feat_dim=64)
@@ -279,7 +280,7 @@ def test_quantize_then_inspect_and_draw(tiny_files, tmp_path, capsys):
 
 def test_quantize_calibrates_where_there_is_an_encoder(tiny_files, tmp_path, monkeypatch, capsys):
     """What the options hand to the quantizer, whose own tests run it."""
-    from zimage_core import quantize
+    from zimage_core.quantize import run as quantize
 
     asked = []
     monkeypatch.setattr(quantize, "quantize_checkpoint", lambda *a, **k: asked.append(k))
@@ -299,7 +300,7 @@ def test_quantize_calibrates_where_there_is_an_encoder(tiny_files, tmp_path, mon
 
 def test_quantize_takes_prompts_a_size_and_dense_refiners(tiny_files, tmp_path, monkeypatch, capsys):
     """What the options hand to the quantizer; a prompt that is not built in gives features that are not."""
-    from zimage_core import quantize
+    from zimage_core.quantize import run as quantize
 
     asked = []
     monkeypatch.setattr(quantize, "quantize_checkpoint", lambda *a, **k: asked.append(k))
@@ -331,7 +332,7 @@ def test_quantize_takes_prompts_a_size_and_dense_refiners(tiny_files, tmp_path, 
 
 
 def test_quantize_shows_the_time_left(tiny_files, tmp_path, monkeypatch):
-    from zimage_core import quantize
+    from zimage_core.quantize import run as quantize
 
     class Terminal(io.StringIO):
         def isatty(self):

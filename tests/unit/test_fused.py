@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 
 def check_kernels(device: str):
     """Each kernel against `ops` in fp32, on rounded 16-bit inputs; on the CPU under TRITON_INTERPRET=1."""
-    from zimage_core import ops
-    from zimage_core.backends import fused
+    from zimage_core.linear.backends import fused
+    from zimage_core.models import ops
 
     gen = torch.Generator().manual_seed(0)
 
@@ -76,7 +76,7 @@ def test_kernels_compile(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from zimage_core.backends import fused
+    from zimage_core.linear.backends import fused
 
     target = GPUTarget("cuda", capability, 32)
     half, stream = ("*fp16", "*fp32") if capability < 80 else ("*bf16", "*bf16")

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zimage_core import bench, graphs
-from zimage_core.backends import select
-from zimage_core.config import ZImageConfig
-from zimage_core.graphs import Graph, Graphs
-from zimage_core.offload import BlockStreamer
+from zimage_core import bench
+from zimage_core.linear.backends import select
+from zimage_core.memory import graphs
+from zimage_core.memory.graphs import Graph, Graphs
+from zimage_core.memory.offload import BlockStreamer
+from zimage_core.models.config import ZImageConfig
 from zimage_core.sampler import draw_noise
 
 CONFIG = ZImageConfig(dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64)

@@ -26,7 +26,8 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 from filelock import FileLock
 
-from zimage_core import hub, pipeline, text_encoder
+from zimage_core import hub, pipeline
+from zimage_core.models import tokenizer
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "c0ffee" + "0" * 34
@@ -207,7 +208,7 @@ def test_the_tables_name_the_published_files():
     }
     assert str(hub.MODELS["int4-r32"]) == "nunchaku-ai/nunchaku-z-image-turbo/svdq-int4_r32-z-image-turbo.safetensors"
     assert str(hub.VAE) == "Comfy-Org/z_image_turbo/split_files/vae/ae.safetensors"
-    repo, prefix = text_encoder.HUB_TOKENIZERS[0]
+    repo, prefix = tokenizer.HUB_TOKENIZERS[0]
     assert (hub.TOKENIZER.repo, hub.TOKENIZER.path) == (repo, prefix + "tokenizer.json"), "where it is looked for"
 
 
@@ -224,7 +225,7 @@ def test_into_comfyui(server, fetch, comfyui):
     for part, path in paths.items():
         path = path / "tokenizer.json" if part == "tokenizer" else path
         assert path.read_bytes() == server.contents[str(FILES[part])]
-    assert text_encoder.find_tokenizer(paths["text_encoder"]) == paths["tokenizer"]
+    assert tokenizer.find_tokenizer(paths["text_encoder"]) == paths["tokenizer"]
 
     for method, path, _, token in server.requests:
         assert token == (None if path.startswith("/cdn/") else "Bearer hf_secret"), "the token stays with the hub"
@@ -251,7 +252,7 @@ def test_into_the_hubs_cache(server, cache):
     for part in ("model", "text_encoder", "vae"):
         cached = huggingface_hub.try_to_load_from_cache(FILES[part].repo, FILES[part].path)
         assert cached == str(paths[part])
-    assert text_encoder.cached_tokenizer() == paths["tokenizer"]
+    assert tokenizer.cached_tokenizer() == paths["tokenizer"]
     assert not [name for name in left(cache) if ".part" in name or "blobs/." in name]
     assert len(server.gets()) == 4, "each once"
 
@@ -444,7 +445,7 @@ def test_the_pipeline_fetches_a_missing_tokenizer(tiny_files, tmp_path, monkeypa
     files = {**tiny_files, "text_encoder": encoder}
     download = hub.download_tokenizer
     monkeypatch.setattr(hub, "download_tokenizer", lambda: download(server.url))
-    assert pipeline.find_files(**files).tokenizer == text_encoder.cached_tokenizer() is not None
+    assert pipeline.find_files(**files).tokenizer == tokenizer.cached_tokenizer() is not None
     shutil.rmtree(cache)
     server.error = (500, None)
     with pytest.raises(ValueError, match=r"found none; put Qwen3's .*Downloading it failed too: .*error 500"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zimage_core import layout
+from zimage_core.linear import layout
 
 GOLDEN = sorted((Path(__file__).parent.parent / "data" / "linear").glob("*.safetensors"))
 

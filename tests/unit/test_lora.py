@@ -11,19 +11,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zimage_core import keys, lora
-from zimage_core.adapters import Linear
-from zimage_core.checkpoint import describe, load_transformer
-from zimage_core.config import ZImageConfig
 from zimage_core.demo import demo_loras
-from zimage_core.encoder_formats import StoredLinear
-from zimage_core.lora import Lora, load_lora
-from zimage_core.offload import weights
+from zimage_core.formats import names as keys
+from zimage_core.formats.load import describe, load_transformer
+from zimage_core.formats.safetensors import read_header
+from zimage_core.formats.stored import StoredLinear
+from zimage_core.linear.adapters import Linear
+from zimage_core.linear.svdq import SVDQLinear
+from zimage_core.lora import apply as lora
+from zimage_core.lora.apply import Lora, load_lora
+from zimage_core.memory.offload import weights
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
+from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.pipeline import load_pipeline
-from zimage_core.svdq import SVDQLinear
-from zimage_core.tensorfiles import read_header
-from zimage_core.text_encoder import TextEncoder, TextEncoderConfig
-from zimage_core.transformer import ZImageTransformer
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
 DIM, FFN, CAP = 384, 1024, 64
@@ -430,7 +431,7 @@ def test_only_what_changes_is_made_again(model):
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
 def test_joined_low_rank_branches_are_exact_and_leave_no_trace(dense, monkeypatch, precision):
     """Large weights carry pairs inside the file's own low-rank branch."""
-    from zimage_core.backends import reference
+    from zimage_core.linear.backends import reference
 
     monkeypatch.setattr(reference, "DENSE", 0)
     model = load_transformer(TINY, dtype=torch.float32, backend="reference", precision=precision)
@@ -460,8 +461,8 @@ def test_joined_low_rank_branches_are_exact_and_leave_no_trace(dense, monkeypatc
 @pytest.mark.parametrize("name", ["reference", "triton", "kitchen", "nunchaku"])
 def test_every_backend_can_join_and_part_a_pair(model, monkeypatch, name):
     """In the form that its kernels read, checked by restoring it: needs no GPU."""
-    from zimage_core import backends
-    from zimage_core.backends import reference
+    from zimage_core.linear import backends
+    from zimage_core.linear.backends import reference
 
     monkeypatch.setattr(reference, "DENSE", 0)
     weights = model.layers[0].feed_forward.w2.weights().to(dtype=torch.bfloat16)
@@ -778,7 +779,7 @@ def test_a_lora_that_does_not_fit_is_told_before_any_work(tiny_files):
 def test_command_line(tiny_files, files, tmp_path, capsys):
     from PIL import Image
 
-    from zimage_core import cli
+    from zimage_core.cli import app as cli
 
     options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
     options += ["--width=32", "--height=32", "--steps=1", "--seed=1", "--device=cpu", f"--out={tmp_path / 'x.png'}"]

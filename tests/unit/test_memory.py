@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from zimage_core import load_pipeline
-from zimage_core.config import ZImageConfig
-from zimage_core.text_encoder import TextEncoderConfig
-from zimage_core.vae import VAEConfig
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.text_encoder import TextEncoderConfig
+from zimage_core.models.vae import VAEConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from zimage_core import offload
-from zimage_core.adapters import Linear, Terms
-from zimage_core.checkpoint import load_transformer
-from zimage_core.config import ZImageConfig
-from zimage_core.offload import BUFFERS, BlockStreamer, CopyAtOnce, fit, flat_bytes, module_bytes
-from zimage_core.svdq import SVDQLinear
-from zimage_core.text_encoder import load_text_encoder
-from zimage_core.transformer import Hooks, ZImageTransformer
+from zimage_core.formats.encoder import load_text_encoder
+from zimage_core.formats.load import load_transformer
+from zimage_core.linear.adapters import Linear, Terms
+from zimage_core.linear.svdq import SVDQLinear
+from zimage_core.memory import offload
+from zimage_core.memory.offload import BUFFERS, BlockStreamer, CopyAtOnce, fit, flat_bytes, module_bytes
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.transformer import Hooks, ZImageTransformer
 
 CPU = torch.device("cpu")
 PLAIN = Hooks()

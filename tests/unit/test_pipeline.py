@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from zimage_core import load_pipeline, pipeline, sampler
-from zimage_core.text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
-from zimage_core.vae import decode_image
+from zimage_core.formats.encoder import load_text_encoder
+from zimage_core.models.text_encoder import encode_prompts
+from zimage_core.models.tokenizer import find_tokenizer, load_tokenizer
+from zimage_core.models.vae import decode_image
 
 SIZE = {"height": 32, "width": 48, "num_inference_steps": 2}
 WHOLE_RUN = ["load text encoder", "encode prompt", "load transformer", "sample", "load VAE", "decode"]

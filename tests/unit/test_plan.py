@@ -19,17 +19,24 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zimage_core import backends, cli, encoder_formats, load_pipeline, ops, pipeline, plan
-from zimage_core.adapters import Linear
-from zimage_core.backends import Backend, reference, triton
-from zimage_core.checkpoint import identify, load_transformer
-from zimage_core.config import ZImageConfig
-from zimage_core.encoder_formats import FORMS, StoredLinear
-from zimage_core.offload import BlockStreamer, flat_bytes, module_bytes, weights
-from zimage_core.svdq import SVDQLinear, SVDQWeights
-from zimage_core.text_encoder import TextEncoder, TextEncoderConfig, check_text_encoder, load_text_encoder
-from zimage_core.transformer import Hooks, ZImageTransformer
-from zimage_core.vae import VAE, VAEConfig, decode_image, load_vae, read_vae_config
+from zimage_core import load_pipeline, pipeline
+from zimage_core.cli import app as cli
+from zimage_core.formats import stored as encoder_formats
+from zimage_core.formats.encoder import check_text_encoder, load_text_encoder
+from zimage_core.formats.load import identify, load_transformer
+from zimage_core.formats.stored import FORMS, StoredLinear
+from zimage_core.formats.vae import load_vae, read_vae_config
+from zimage_core.linear import backends
+from zimage_core.linear.adapters import Linear
+from zimage_core.linear.backends import Backend, reference, triton
+from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
+from zimage_core.memory import plan
+from zimage_core.memory.offload import BlockStreamer, flat_bytes, module_bytes, weights
+from zimage_core.models import ops
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
+from zimage_core.models.transformer import Hooks, ZImageTransformer
+from zimage_core.models.vae import VAE, VAEConfig, decode_image
 
 GIB = 2**30
 CONFIG = ZImageConfig(n_layers=2, n_refiner_layers=1)
@@ -74,8 +81,8 @@ class Kernel:
 @pytest.fixture
 def kernels(monkeypatch):
     """backends.triton and backends.fused without their kernels; returns the fused functions."""
-    fused = pytest.importorskip("zimage_core.backends.fused", exc_type=ImportError)
-    stand_in = types.ModuleType("zimage_core.backends.triton_kernels")
+    fused = pytest.importorskip("zimage_core.linear.backends.fused", exc_type=ImportError)
+    stand_in = types.ModuleType("zimage_core.linear.backends.triton_kernels")
     for name in ("dequantize", "requantize", "quantize_rows", "rescale_add"):
         setattr(stand_in, name, Kernel())
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)

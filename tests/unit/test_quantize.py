@@ -18,18 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core import __version__, quantize
-from zimage_core.checkpoint import load_transformer
-from zimage_core.config import ZImageConfig
-from zimage_core.keys import diffusers_svdq_module
-from zimage_core.offload import BlockStreamer
-from zimage_core.quantize import TimeLeft, calibration_captions, quantize_checkpoint
-from zimage_core.solver import low_rank, svdq_from_dense
-from zimage_core.svdq import SVDQWeights
-from zimage_core.svdq_file import StreamedFile, diffusers_config, file_metadata, plan_header
-from zimage_core.tensorfiles import read_header
-from zimage_core.text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
-from zimage_core.transformer import ZImageTransformer
+from zimage_core import __version__
+from zimage_core.formats.encoder import load_text_encoder
+from zimage_core.formats.load import load_transformer
+from zimage_core.formats.names import diffusers_svdq_module
+from zimage_core.formats.safetensors import read_header
+from zimage_core.linear.svdq import SVDQWeights
+from zimage_core.memory.offload import BlockStreamer
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.text_encoder import encode_prompts
+from zimage_core.models.tokenizer import find_tokenizer, load_tokenizer
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.quantize import run as quantize
+from zimage_core.quantize.run import TimeLeft, calibration_captions, quantize_checkpoint
+from zimage_core.quantize.solver import low_rank, svdq_from_dense
+from zimage_core.quantize.writer import StreamedFile, diffusers_config, file_metadata, plan_header
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* tokens to calibrate linears of:UserWarning")
 
@@ -97,9 +100,7 @@ def test_planned_header_is_the_real_files():
 
 
 def test_header_and_metadata_equal_those_of_a_genuine_file(tmp_path):
-    config = ZImageConfig(
-        dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64, axes_lens=(256, 64, 64)
-    )
+    config = ZImageConfig(dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64, axes_lens=(256, 64, 64))
     torch.manual_seed(0)
     state = ZImageTransformer(config).to(torch.bfloat16).state_dict()
     save_file(diffusers_names(state), tmp_path / "a", {"config": json.dumps(diffusers_config(config))})
@@ -333,7 +334,7 @@ def test_killed_half_way_it_goes_on_too(outliers, captions, calibrated, tmp_path
     code = (
         "import os, signal, sys\n"
         "from safetensors.torch import load_file\n"
-        "from zimage_core.quantize import quantize_checkpoint\n"
+        "from zimage_core.quantize.run import quantize_checkpoint\n"
         "def kill(done, total, name):\n"
         f"    if name == {SECOND_BLOCK!r}: os.kill(os.getpid(), signal.SIGKILL)\n"
         "captions = [features for _, features in sorted(load_file(sys.argv[3]).items())]\n"
@@ -468,7 +469,8 @@ def test_notes_are_reserved_with_the_file_and_not_part_of_it(tmp_path):
 def test_two_runs_do_not_write_one_file(outliers, tmp_path):
     """Neither in this process nor in another; nothing of the first run's is touched."""
     header, tensor = {"b": ("BF16", (2, 3))}, torch.randn(2, 3).to(torch.bfloat16)
-    code = "import sys; from zimage_core.quantize import quantize_checkpoint as q; q(sys.argv[1], sys.argv[2], rank=32)"
+    run = "from zimage_core.quantize.run import quantize_checkpoint as q"
+    code = f"import sys; {run}; q(sys.argv[1], sys.argv[2], rank=32)"
     with StreamedFile(tmp_path / "q", header, {}, {}) as out:
         with pytest.raises(ValueError, match="another run is writing it; wait until it is done"):
             quantize_checkpoint(outliers, tmp_path / "q", rank=32)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zimage_core import backends, layout
-from zimage_core.backends import kitchen, nunchaku, reference, select
-from zimage_core.svdq import SVDQLinear, SVDQWeights
+from zimage_core.linear import backends, layout
+from zimage_core.linear.backends import kitchen, nunchaku, reference, select
+from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
 
 DATA = Path(__file__).parent.parent / "data"
 GOLDEN = sorted((DATA / "linear").glob("*.safetensors"))
@@ -169,7 +169,7 @@ def test_a_small_linear_keeps_its_dense_form_beside_the_codes():
 
 def test_auto_on_the_cpu_is_the_reference_and_says_so_once(caplog):
     backends._log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="zimage_core.backends"):
+    with caplog.at_level(logging.INFO, logger="zimage_core.linear.backends"):
         first, second = (select(device="cpu", dtype=torch.bfloat16) for _ in range(2))
     assert (first.name, first.precision) == ("reference", "w4a16")
     assert second == first
@@ -229,7 +229,7 @@ def test_the_table_of_auto(sm, dtype, installed, expected, gpu, request):
 
 
 def test_no_triton_leaves_the_reference(gpu, no_engine, monkeypatch):
-    monkeypatch.delitem(sys.modules, "zimage_core.backends.triton_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "zimage_core.linear.backends.triton_kernels", raising=False)
     monkeypatch.delattr(backends, "triton_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     gpu(89)
@@ -347,8 +347,8 @@ def engine(tmp_path, monkeypatch):
     (folder / "gemm.py").write_text(
         textwrap.dedent(
             """
-            from zimage_core.backends import reference
-            from zimage_core.svdq import SVDQWeights
+            from zimage_core.linear.backends import reference
+            from zimage_core.linear.svdq import SVDQWeights
 
             def svdq_gemm_w4a4_cuda(act, wgt, out=None, ascales=None, wscales=None, lora_act_in=None, lora_up=None,
                     bias=None):

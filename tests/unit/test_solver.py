@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zimage_core.layout import unpack_nibbles
-from zimage_core.solver import (
+from zimage_core.linear.layout import unpack_nibbles
+from zimage_core.quantize.solver import (
     SAMPLE_ROWS,
     InputStats,
     Parts,

@@ -27,9 +27,9 @@ def test_kernels_compute_what_the_reference_does():
 
 @pytest.mark.parametrize("sm", SHARED)
 def test_kernels_compile_for(sm):
-    from zimage_core.backends import fused
-    from zimage_core.backends import triton as backend
-    from zimage_core.backends import triton_kernels as kernels
+    from zimage_core.linear.backends import fused
+    from zimage_core.linear.backends import triton as backend
+    from zimage_core.linear.backends import triton_kernels as kernels
 
     half = "*fp16" if sm == 75 else "*bf16"
     byte = "*fp8e4nv" if sm >= 89 else "*i8"

@@ -15,14 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zimage_core import layout, ops
-from zimage_core.adapters import Linear, Terms
-from zimage_core.backends import Backend, fused, reference
-from zimage_core.backends import triton as backend
-from zimage_core.config import ZImageConfig
-from zimage_core.offload import BlockStreamer
-from zimage_core.svdq import SVDQLinear, SVDQWeights, smoothing
-from zimage_core.transformer import Block, rope_angles
+from zimage_core.linear import layout
+from zimage_core.linear.adapters import Linear, Terms
+from zimage_core.linear.backends import Backend, fused, reference
+from zimage_core.linear.backends import triton as backend
+from zimage_core.linear.svdq import SVDQLinear, SVDQWeights, smoothing
+from zimage_core.memory.offload import BlockStreamer
+from zimage_core.models import ops
+from zimage_core.models.config import ZImageConfig
+from zimage_core.models.transformer import Block, rope_angles
 
 GOLDEN = sorted((Path(__file__).parent.parent / "data" / "linear").glob("*.safetensors"))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

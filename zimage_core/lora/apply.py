@@ -38,9 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import Rows, Terms
-from .keys import FUSED_PARTS, is_lora, lora_leaf, lora_refused, lora_target
-from .tensorfiles import open_tensors
+from ..formats.names import FUSED_PARTS, is_lora, lora_leaf, lora_refused, lora_target
+from ..formats.safetensors import open_tensors
+from ..linear.adapters import Rows, Terms
 
 EPSILON = torch.finfo(torch.float32).eps
 RANK_MULTIPLE = 16  # kernels take low-rank branches in such steps; zeros fill up
@@ -228,9 +228,7 @@ def _report(name, sources: list[Source], unmatched, ignored, shapes: Shapes, met
         elif source.format == "LoHa" and not _loha_is_low_rank(*(sizes[leaf] for leaf in FORMATS["LoHa"][0])):
             dense, elements = dense + 1, elements + sizes["hada_w1_a"][0] * sizes["hada_w1_b"][1]
         elif source.format == "LoKr" and dora:
-            halves = [
-                sizes.get(w) or (sizes[f"{w}_a"][0], sizes[f"{w}_b"][1]) for w in ("lokr_w1", "lokr_w2")
-            ]
+            halves = [sizes.get(w) or (sizes[f"{w}_a"][0], sizes[f"{w}_b"][1]) for w in ("lokr_w1", "lokr_w2")]
             dense, elements = dense + 1, elements + math.prod(halves[0]) * math.prod(halves[1])
     costs = []
     if dense:
@@ -503,8 +501,9 @@ class PeftConfig:
 
     def scale(self, module: str, rank: int | None) -> float:
         """alpha / rank of a module whose file has no alpha of its own."""
-        alpha, rank = _by_pattern(self.alpha_pattern, module, self.alpha), rank or _by_pattern(
-            self.rank_pattern, module, self.rank
+        alpha, rank = (
+            _by_pattern(self.alpha_pattern, module, self.alpha),
+            rank or _by_pattern(self.rank_pattern, module, self.rank),
         )
         if alpha is None or not rank:
             return 1.0

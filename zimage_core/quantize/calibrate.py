@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ZImageConfig
-from .sampler import draw_noise, get_sigmas, predict_flow
+from ..models.config import ZImageConfig
+from ..models.transformer import PIXELS_PER_CELL, Block, Conditioning, Hooks, ZImageTransformer
+from ..sampler import draw_noise, get_sigmas, predict_flow
 from .solver import InputStats
-from .transformer import PIXELS_PER_CELL, Block, Conditioning, Hooks, ZImageTransformer
 
 STEPS = 8
 CHUNK_TOKENS = 8192  # that a block runs at a time
@@ -36,7 +36,7 @@ PROMPTS = (
     "lights blurred behind him, 85mm film",
     "A wooden table by a window with a bowl of ripe peaches, a linen cloth, a glass of water and long morning shadows, "
     "painted in oil in the manner of a Dutch still life",
-    "A neon sign that reads \"OPEN LATE\" above a small ramen shop in a wet alley at night, steam from the door, two "
+    'A neon sign that reads "OPEN LATE" above a small ramen shop in a wet alley at night, steam from the door, two '
     "people under one umbrella",
     "A wide aerial view of terraced rice fields at sunrise, mist in the valley, a narrow road with one red bus",
     "一位穿着红色汉服的年轻女子站在雪中的古庙前，手里提着灯笼，背景是远山和飘落的雪花，电影感光线",
@@ -44,7 +44,7 @@ PROMPTS = (
     "A fluffy ginger cat asleep on a stack of old books beside a green desk lamp, dust in the light, very detailed fur",
     "An astronaut repairing a small greenhouse on Mars, orange dust storm on the horizon, photorealistic, wide lens",
     "A crowded street market in Marrakesh with spices in baskets, hanging lamps and a boy with a blue bicycle",
-    "A minimalist poster with the words \"Slow Down\" in large black letters over a single orange circle on white",
+    'A minimalist poster with the words "Slow Down" in large black letters over a single orange circle on white',
     "A pencil sketch of a horse galloping along a beach, loose lines, waves only hinted at, rough paper texture",
     "黄昏时分的上海外滩，江面倒映着霓虹灯光，前景是一辆老式自行车，长曝光摄影，画面上方写着“夜上海”",
     "A glass bottle ship model on a mantelpiece, macro photograph, tiny ropes and sails, warm fire in the glass",

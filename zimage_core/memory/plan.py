@@ -16,10 +16,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from .config import ZImageConfig
+from ..models.config import ZImageConfig
+from ..models.text_encoder import TextEncoderConfig
+from ..models.vae import AUTO_PIXELS, TILES, VAEConfig
 from .offload import Weights
-from .text_encoder import TextEncoderConfig
-from .vae import AUTO_PIXELS, TILES, VAEConfig
 
 GIB = 2**30
 CHUNK = 2**24  # elements that backends.reference unpacks at once

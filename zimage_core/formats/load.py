@@ -13,15 +13,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ZImageConfig
-from .keys import FUSED_PARTS, SVDQ_LEAVES, UNUSED, canonical_tensor, is_lora
-from .tensorfiles import TensorFiles, open_tensors, tensor_bytes
+from ..models.config import ZImageConfig
+from .names import FUSED_PARTS, SVDQ_LEAVES, UNUSED, canonical_tensor, is_lora
+from .safetensors import TensorFiles, open_tensors, tensor_bytes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .transformer import ZImageTransformer
+    from ..models.transformer import ZImageTransformer
 
 GROUP_SIZE = 64
 TILE = 128
@@ -201,11 +201,11 @@ def load_transformer(
     import torch
     from torch import nn
 
-    from . import ops
-    from .adapters import Linear
-    from .backends import select
-    from .svdq import SVDQLinear, SVDQWeights
-    from .transformer import ZImageTransformer
+    from ..linear.adapters import Linear
+    from ..linear.backends import select
+    from ..linear.svdq import SVDQLinear, SVDQWeights
+    from ..models import ops
+    from ..models.transformer import ZImageTransformer
 
     dtype = dtype or torch.bfloat16
     device = torch.device(device)
@@ -246,7 +246,7 @@ def load_transformer(
 
 def expected_tensors(model: ZImageTransformer, rank: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Target tensor -> (shape, dtypes allowed) of everything that the model reads from its file."""
-    from .svdq import SVDQLinear
+    from ..linear.svdq import SVDQLinear
 
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
         name: (tuple(p.shape), _DENSE_DTYPES) for name, p in model.named_parameters()

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .backends import capability, guard
-from .transformer import Conditioning, ZImageTransformer
+from ..linear.backends import capability, guard
+from ..models.transformer import Conditioning, ZImageTransformer
 
 if TYPE_CHECKING:
     from .offload import BlockStreamer

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapters import Adapter, Terms
-from .tensorfiles import open_tensors
+from ..linear.adapters import Adapter, Terms
+from .safetensors import open_tensors
 
 ENCODER_REMEDY = "get Qwen3-4B in bf16 (the text_encoder folder of Z-Image-Turbo, or qwen_3_4b.safetensors)"
 CHUNK = 2**22  # weights dequantized at once

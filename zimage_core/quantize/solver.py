@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .layout import GROUP, pack_nibbles
-from .svdq import SVDQWeights
+from ..linear.layout import GROUP, pack_nibbles
+from ..linear.svdq import SVDQWeights
 
 MAX_CODE = 7  # quantizers emit -7..7
 OVERSAMPLING = 16  # directions beyond the rank that the subspace iteration carries along

@@ -19,25 +19,19 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, calibrate
-from .adapters import Linear
-from .checkpoint import CheckpointInfo, expected_tensors, identify, match_tensors
-from .config import ZImageConfig
-from .keys import diffusers_svdq_module
-from .lora import Bias, Delta, Lora, compose, load_lora
-from .offload import BlockStreamer
+from .. import __version__
+from ..formats.load import CheckpointInfo, expected_tensors, identify, match_tensors
+from ..formats.names import diffusers_svdq_module
+from ..formats.safetensors import TensorFiles, open_tensors
+from ..linear.adapters import Linear
+from ..linear.svdq import SVDQWeights
+from ..lora.apply import Bias, Delta, Lora, compose, load_lora
+from ..memory.offload import BlockStreamer
+from ..models.config import ZImageConfig
+from ..models.transformer import PIXELS_PER_CELL, Block, ZImageTransformer
+from . import calibrate
 from .solver import svdq_calibrated, svdq_from_dense
-from .svdq import SVDQWeights
-from .svdq_file import (
-    StreamedFile,
-    block_names,
-    check_destination,
-    file_metadata,
-    plan_header,
-    quantized_linears,
-)
-from .tensorfiles import TensorFiles, open_tensors
-from .transformer import PIXELS_PER_CELL, Block, ZImageTransformer
+from .writer import StreamedFile, block_names, check_destination, file_metadata, plan_header, quantized_linears
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 FP8_SCALES = (".weight_scale", ".scale_weight")
@@ -157,7 +151,9 @@ def calibration_captions(
     Its layers are streamed to a GPU, which need not hold them all. tokenizer: its folder, looked for beside the encoder
     unless named. ValueError as `load_text_encoder`.
     """
-    from .text_encoder import encode_prompts, find_tokenizer, load_text_encoder, load_tokenizer
+    from ..formats.encoder import load_text_encoder
+    from ..models.text_encoder import encode_prompts
+    from ..models.tokenizer import find_tokenizer, load_tokenizer
 
     device = torch.device(device)
     encoder = load_text_encoder(text_encoder)

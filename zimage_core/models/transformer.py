@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..linear.adapters import Linear
+from ..linear.svdq import smoothing
 from . import ops
-from .adapters import Linear
 from .config import ZImageConfig
-from .svdq import smoothing
 
 TOKENS_MULTIPLE = 32
 ADALN_WIDTH = 256

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .encoder_formats import ENCODER_REMEDY, GGUFEncoder, SafetensorsEncoder, blocked, open_encoder
-from .svdq_file import DTYPES, StreamedFile
-from .text_encoder import TextEncoder, TextEncoderConfig, check_model, check_weights, read_config
+from ..formats.encoder import check_model, check_weights, read_config
+from ..formats.stored import ENCODER_REMEDY, GGUFEncoder, SafetensorsEncoder, blocked, open_encoder
+from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from .writer import DTYPES, StreamedFile
 
 _LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 _HEAD = "lm_head.weight"

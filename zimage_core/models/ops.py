@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
+from ..linear import backends
 
 FP16_MAX = 65504.0
 

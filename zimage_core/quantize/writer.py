@@ -23,9 +23,9 @@ from typing import BinaryIO
 
 import torch
 
-from .config import ZImageConfig
-from .layout import GROUP
-from .transformer import ADALN_WIDTH, T_EMBED_HIDDEN
+from ..linear.layout import GROUP
+from ..models.config import ZImageConfig
+from ..models.transformer import ADALN_WIDTH, T_EMBED_HIDDEN
 
 try:
     import fcntl

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from . import __version__
+from .. import __version__
 
 GIB = 2**30
 EXIT_INPUT, EXIT_MEMORY, EXIT_INTERRUPT, EXIT_BROKEN_PIPE = 2, 3, 130, 141
@@ -229,10 +229,10 @@ class Progress:
 def generate(args: argparse.Namespace) -> int:
     """Draw, save as PNG and print the paths."""
     started = time.perf_counter()
-    logging.getLogger(__package__).setLevel(logging.INFO)
+    logging.getLogger(__package__.partition(".")[0]).setLevel(logging.INFO)
     targets = output_paths(args.out, args.batch)
     image = read_image(args.image) if args.image else None
-    from .pipeline import load_pipeline
+    from ..pipeline import load_pipeline
 
     pipeline = load_pipeline(
         args.model,
@@ -310,7 +310,7 @@ def generate(args: argparse.Namespace) -> int:
 
 def download(args: argparse.Namespace) -> int:
     """Fetch the files and print how to use them."""
-    from .hub import download
+    from ..hub import download
 
     paths = download(args.model, args.text_encoder, comfyui=args.comfyui)
     for name, path in paths.items():
@@ -357,8 +357,8 @@ def save_png(picture, path: Path, texts: Mapping[str, str]) -> None:
 
 def quantize(args: argparse.Namespace) -> int:
     """Write the INT4 file, calibrated where there is a text encoder, and print its path."""
-    from .pipeline import choose_device
-    from .quantize import TimeLeft, calibration_captions, calibration_defaults, check_request, quantize_checkpoint
+    from ..pipeline import choose_device
+    from ..quantize.run import TimeLeft, calibration_captions, calibration_defaults, check_request, quantize_checkpoint
 
     encoder = args.text_encoder or Path(args.src) / "text_encoder"
     calibrated = not args.no_calibration and (args.text_encoder is not None or encoder.is_dir())
@@ -419,10 +419,10 @@ def read_prompts(path: Path) -> list[str]:
 def compare(args: argparse.Namespace) -> int:
     """Draw the sheet and print the scores."""
     targets = output_paths(args.out, 1)
-    from .backends import select
-    from .checkpoint import identify
-    from .compare import compare
-    from .pipeline import load_pipeline
+    from ..compare import compare
+    from ..formats.load import identify
+    from ..linear.backends import select
+    from ..pipeline import load_pipeline
 
     precisions = args.precision * len(args.models) if len(args.precision) == 1 else args.precision
     if len(precisions) != len(args.models):
@@ -475,8 +475,8 @@ def compare(args: argparse.Namespace) -> int:
 
 def quantize_encoder(args: argparse.Namespace) -> int:
     """Write the smaller text encoder and print its path."""
-    from .pipeline import choose_device
-    from .quantize_encoder import quantize_encoder as write
+    from ..pipeline import choose_device
+    from ..quantize.encoder import quantize_encoder as write
 
     device = choose_device(args.device)
     progress = Progress()
@@ -510,8 +510,8 @@ def inspect(args: argparse.Namespace) -> int:
 
 def inspect_file(path: Path) -> dict:
     """What a safetensors file or folder is: kind, sizes, metadata and, for a transformer, what would run it here."""
-    from .checkpoint import describe, identify
-    from .tensorfiles import open_tensors, tensor_bytes
+    from ..formats.load import describe, identify
+    from ..formats.safetensors import open_tensors, tensor_bytes
 
     files = open_tensors(path)
     kind = describe(files.tensors, files.metadata)
@@ -527,7 +527,7 @@ def inspect_file(path: Path) -> dict:
         "metadata": {name: " ".join(value.split()) for name, value in files.metadata.items()},
     }
     if kind == "a LoRA":
-        from .lora import inspect as inspect_lora
+        from ..lora.apply import inspect as inspect_lora
 
         report = inspect_lora(path)
         facts |= {
@@ -561,14 +561,14 @@ def inspect_file(path: Path) -> dict:
 
 def what_runs(quantized: bool) -> str:
     """The device, backend and precision that `auto` would choose on this machine."""
-    from .pipeline import choose_device, choose_dtype
+    from ..pipeline import choose_device, choose_dtype
 
     device = choose_device(None)
     dtype = choose_dtype(None, device)
     where = f"on {device} in {str(dtype).removeprefix('torch.')}"
     if not quantized:
         return where
-    from .backends import select
+    from ..linear.backends import select
 
     backend = select("auto", "auto", device=device, dtype=dtype)
     return f"{backend.name} {backend.precision} {where}"
@@ -586,7 +586,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Print tables of timings, and as the last line the same as JSON."""
-    from .bench import bench
+    from ..bench import bench
 
     bench(args.model, args.device, args.size)
     return 0
@@ -606,8 +606,8 @@ def diagnose() -> dict:
         return facts
     import torch
 
-    from .backends import report
-    from .pipeline import choose_device, choose_dtype
+    from ..linear.backends import report
+    from ..pipeline import choose_device, choose_dtype
 
     device = choose_device(None)
     dtype = choose_dtype(None, device)

@@ -1,0 +1,201 @@
+"""The text encoder: the Qwen3 body whose hidden state conditions Z-Image.
+
+Z-Image was trained on the second-to-last hidden state of Qwen3-4B, so of a file's N layers only the first N - 1
+are read and run, and the final norm and the language-model head never. The body is ours so that its Linears come
+from the same kind of factory as the transformer's.
+
+Source: transformers/models/qwen3/modeling_qwen3.py@v5.23.0, diffusers/pipelines/z_image/pipeline_z_image.py@v0.42.1.
+Legend: B batch, L tokens, C width, H heads, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..linear.adapters import Linear
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the encoder, by default Qwen3-4B's; `num_layers` are the layers run, one less than the model has."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_layers: int = 35
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"expected {name} above 0, found {value}")
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise ValueError(
+                f"expected heads divisible by key/value heads and an even head width, found "
+                f"{self.num_heads}, {self.num_kv_heads} and {self.head_dim}"
+            )
+
+
+def rotary_table(length: int, config: TextEncoderConfig, device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, D) fp32 of positions 0 .. length - 1, each frequency twice (halves, not pairs)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, config.rope_theta**-exponents).repeat(1, 2)  # (L, D)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, H, L, D) by the table's angles (L, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in fp32, returned in x's dtype (promoted by the weight's)."""
+
+    def __init__(self, width: int, eps: float, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normed queries and keys."""
+
+    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+        super().__init__()
+        c, d, kw = config.hidden_size, config.head_dim, {"device": device, "dtype": dtype}
+        self.groups = config.num_heads // config.num_kv_heads
+        self.head_dim = d
+        self.q_proj = linear(c, config.num_heads * d, bias=False, **kw)
+        self.k_proj = linear(c, config.num_kv_heads * d, bias=False, **kw)
+        self.v_proj = linear(c, config.num_kv_heads * d, bias=False, **kw)
+        self.o_proj = linear(config.num_heads * d, c, bias=False, **kw)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps, **kw)
+        self.k_norm = RMSNorm(d, config.rms_norm_eps, **kw)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        v = v.transpose(1, 2)  # (B, G, L, D)
+        q = apply_rotary(self.q_norm(q).transpose(1, 2), cos, sin).to(v.dtype)  # (B, H, L, D)
+        k = apply_rotary(self.k_norm(k).transpose(1, 2), cos, sin).to(v.dtype)  # (B, G, L, D)
+        k, v = (t.repeat_interleave(self.groups, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, L, C)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+        super().__init__()
+        c, f, kw = config.hidden_size, config.intermediate_size, {"device": device, "dtype": dtype}
+        self.gate_proj = linear(c, f, bias=False, **kw)
+        self.up_proj = linear(c, f, bias=False, **kw)
+        self.down_proj = linear(f, c, bias=False, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        self.self_attn = Attention(config, linear, **kw)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
+        self.mlp = MLP(config, linear, **kw)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def run_block(stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
+    """Run one layer; stage is "layers"."""
+    return block(x, *args)
+
+
+class TextEncoder(nn.Module):
+    """Qwen3 up to its second-to-last hidden state; parameters are named as in transformers' Qwen3Model.
+
+    `linear(in_features, out_features, bias=False, device=, dtype=)` builds every projection and
+    `embedding(rows, width, device=, dtype=)` the token table, which may stay on the host.
+    """
+
+    def __init__(self, config: TextEncoderConfig, linear=Linear, device=None, dtype=None, embedding=nn.Embedding):
+        super().__init__()
+        self.config = config
+        kw = {"device": device, "dtype": dtype}
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, **kw)
+        self.layers = nn.ModuleList(Layer(config, linear, **kw) for _ in range(config.num_layers))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are, which is where the hidden state comes out."""
+        return self.layers[0].input_layernorm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].input_layernorm.weight.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        run_block: Callable[..., Tensor] = run_block,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Hidden state (B, L, C) of token ids (B, L) on any device, without the final norm.
+
+        `attention_mask` (B, L) is 1 on tokens and 0 on padding, which must be on the right: there the causal
+        mask alone keeps tokens from seeing it. The hidden state is zero on padding. ValueError for other masks.
+        run_block replaces the function of that name; device is where it runs layers that wait elsewhere.
+        """
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+            if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
+                raise ValueError("attention_mask: expected padding on the right, found a token after padding")
+        x = self.embed_tokens(input_ids).to(device or self.device, self.dtype)
+        cos, sin = (t.to(x.dtype) for t in rotary_table(input_ids.shape[1], self.config, x.device))
+        for i, layer in enumerate(self.layers):
+            x = run_block("layers", i, layer, x, cos, sin)
+        return x if attention_mask is None else x * attention_mask.unsqueeze(-1).to(x.device)
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoder: TextEncoder, tokenizer: Tokenizer, prompts: str | Sequence[str], **options: object
+) -> list[Tensor]:
+    """Caption features (L, C) of each prompt, run one by one and unpadded, on the encoder's device in its dtype.
+
+    options go to the encoder (`run_block`, `device`). Raises ValueError where the tokenizer's ids exceed the
+    encoder's vocabulary.
+    """
+    features = []
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+        ids = tokenizer(prompt)
+        if max(ids) >= encoder.config.vocab_size:
+            raise ValueError(
+                f"{tokenizer.where}: expected token ids below {encoder.config.vocab_size}, the text encoder's "
+                f"vocabulary, found {max(ids)}; use the tokenizer that belongs to the encoder"
+            )
+        features.append(encoder(torch.tensor([ids], device=encoder.device), **options)[0])
+    return features
