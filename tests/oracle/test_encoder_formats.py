@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.cli import app as cli
+from zimage_core import cli
 from zimage_core.demo import demo_files
 from zimage_core.formats.encoder import check_text_encoder, load_text_encoder
 from zimage_core.formats.stored import FORMS, HostEmbedding, StoredLinear, StoredWeight, dequantize

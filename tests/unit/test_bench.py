@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_core import bench
-from zimage_core.cli import app as cli
+from zimage_core import bench, cli
 from zimage_core.formats.load import load_transformer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -17,8 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from zimage_core import pipeline
-from zimage_core.cli import app as cli
+from zimage_core import cli, pipeline
+from zimage_core.cli.doctor import package_state
+from zimage_core.cli.output import save_png
 
 ROOT = Path(__file__).parents[2]
 REAL_HEADER = ROOT / "tests" / "data" / "real_model_expected_tensors_r256.json"
@@ -183,7 +184,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(picture, "save", fail)
     with pytest.raises(OSError, match="no space"):
-        cli.save_png(picture, target, {})
+        save_png(picture, target, {})
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -244,7 +245,7 @@ def test_doctor_knows_the_other_nunchaku(tmp_path, monkeypatch, files, words):
     about.parent.mkdir()
     about.write_text("Metadata-Version: 2.1\nName: nunchaku\nVersion: 1.2\n")
     monkeypatch.syspath_prepend(tmp_path)
-    state = cli.package_state("nunchaku")
+    state = package_state("nunchaku")
     assert words in state
     assert state.startswith("1.2")
 

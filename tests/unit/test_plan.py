@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from zimage_core import load_pipeline, pipeline
-from zimage_core.cli import app as cli
+from zimage_core import cli, load_pipeline, pipeline
 from zimage_core.formats import stored as encoder_formats
 from zimage_core.formats.encoder import check_text_encoder, load_text_encoder
 from zimage_core.formats.load import identify, load_transformer

@@ -1,8 +1,64 @@
-"""The `zimage` command, and the only place that turns errors into exit codes.
+"""The `zimage` command: one file a command, and `main`, the only place that turns errors into exit codes.
 
-May import everything in zimage_core; nothing imports it.
+A command's file has `add_parser(commands)` and `run(args) -> exit code`. `options` and `output` hold what several
+commands share. May import everything in zimage_core, inside functions: `zimage --help` does not wait for torch.
+Results go to stdout, progress and complaints to stderr.
 """
 
-from .app import main
+from __future__ import annotations
 
-__all__ = ["main"]
+import logging
+import os
+import sys
+import warnings
+
+from .. import __version__
+from . import bench, compare, doctor, download, generate, inspect, quantize, quantize_encoder
+from .options import EXIT_INPUT, Parser
+
+EXIT_MEMORY, EXIT_INTERRUPT, EXIT_BROKEN_PIPE = 3, 130, 141
+COMMANDS = (generate, download, quantize, quantize_encoder, inspect, compare, doctor, bench)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; input that cannot be used ends in one line with the remedy."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"zimage: {message}", file=sys.stderr)
+            code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("zimage: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPT
+    except BrokenPipeError:
+        # The reader has gone, as in `zimage inspect FILE | head -1`; keep the interpreter from flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (ValueError, OSError) as error:
+        print(f"zimage: {one_line(error)}", file=sys.stderr)
+        return EXIT_INPUT
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print("zimage: out of memory; try smaller pictures, one at a time, or --device cpu", file=sys.stderr)
+        return EXIT_MEMORY
+
+
+def build_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(prog="zimage", description="Z-Image Turbo from SVDQuant INT4 checkpoints.")
+    parser.add_argument("--version", action="version", version=f"zimage {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for command in COMMANDS:
+        command.add_parser(commands).set_defaults(run=command.run)
+    return parser
+
+
+def one_line(error: ValueError | OSError) -> str:
+    """The error as one sentence; for a file it is the system's own words."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"
+    return " ".join(str(error).split())

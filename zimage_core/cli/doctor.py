@@ -1,0 +1,108 @@
+"""`zimage doctor`: what this machine can run, and why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from pathlib import Path
+
+from .. import __version__
+from .options import Commands, Parser
+from .output import GIB, print_facts
+
+PACKAGES = ("safetensors", "transformers", "huggingface_hub", "diffusers", "triton", "comfy-kitchen", "nunchaku")
+
+
+def add_parser(commands: Commands) -> Parser:
+    p = commands.add_parser("doctor", help="tell what this machine can run, and why not")
+    p.add_argument("--json", action="store_true", help="as one JSON object")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what this machine has and can run."""
+    facts = diagnose()
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        print_facts(facts)
+    return 0 if facts["torch"] else 1
+
+
+def diagnose() -> dict[str, object]:
+    """Python, torch, GPUs, packages, and every backend with the reason why it cannot be used."""
+    facts: dict[str, object] = {
+        "zimage-int4": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "torch": None,
+        "packages": {name: package_state(name) for name in PACKAGES},
+    }
+    if importlib.util.find_spec("torch") is None:
+        facts["remedy"] = "torch is missing; install it as https://pytorch.org says for this machine"
+        return facts
+    import torch
+
+    from ..linear.backends import report
+    from ..pipeline import choose_device, choose_dtype
+
+    device = choose_device(None)
+    dtype = choose_dtype(None, device)
+    facts["torch"] = torch.__version__
+    facts["cuda"] = torch.version.cuda
+    facts["gpus"] = [gpu_state(i) for i in range(torch.cuda.device_count())]
+    facts["device"] = str(device)
+    facts["dtype"] = str(dtype).removeprefix("torch.")
+    facts["backends"] = {
+        name: reason or f"available ({', '.join(precisions)})" for name, reason, precisions in report(device, dtype)
+    }
+    facts["auto"] = what_runs(quantized=True)
+    return facts
+
+
+def what_runs(quantized: bool) -> str:
+    """The device, backend and precision that `auto` would choose on this machine."""
+    from ..pipeline import choose_device, choose_dtype
+
+    device = choose_device(None)
+    dtype = choose_dtype(None, device)
+    where = f"on {device} in {str(dtype).removeprefix('torch.')}"
+    if not quantized:
+        return where
+    from ..linear.backends import select
+
+    backend = select("auto", "auto", device=device, dtype=dtype)
+    return f"{backend.name} {backend.precision} {where}"
+
+
+def gpu_state(index: int) -> str:
+    """Name, compute capability and memory of a GPU."""
+    import torch
+
+    gpu = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    return f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+
+
+def package_state(name: str) -> str:
+    """A package's version, or why it is of no use here."""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    if name == "nunchaku" and not is_nunchaku_engine():
+        return (
+            f"{version}, but this is the unrelated statistics library of that name from PyPI, "
+            "not the inference engine; it is not used"
+        )
+    return version
+
+
+def is_nunchaku_engine() -> bool:
+    """Whether the installed package called nunchaku is the inference engine, told by its files."""
+    spec = importlib.util.find_spec("nunchaku")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    return any((folder / "models").is_dir() or any(folder.glob("_C.*")) for folder in folders)

@@ -1,0 +1,169 @@
+"""`zimage generate`: pictures from a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import Commands, Parser, add_runtime, lora_option
+from .output import Progress, gib, output_paths, save_png
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..pipeline import Pipeline
+
+
+def add_parser(commands: Commands) -> Parser:
+    p = commands.add_parser("generate", help="generate pictures from a prompt")
+    p.add_argument("prompt")
+    p.add_argument("--negative-prompt", help="what to avoid; needs --guidance above 0")
+    p.add_argument("--out", type=Path, help="PNG to write (default zimage-SEED.png); a batch adds -1, -2, ...")
+    p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 128 with the bundled demo)")
+    p.add_argument("--height", type=int, help="likewise")
+    p.add_argument("--steps", type=int, default=8, help="1 to 100 (default 8)")
+    p.add_argument("--seed", type=int, help="picture i of a batch uses SEED + i (default random)")
+    p.add_argument("--batch", type=int, default=1, help="pictures to generate (default 1)")
+    p.add_argument("--model", help="transformer file or folder, or a whole diffusers folder (default: bundled demo)")
+    p.add_argument("--text-encoder", help="Qwen3-4B folder or safetensors file")
+    p.add_argument("--tokenizer", help="tokenizer.json or its folder (default: beside the text encoder)")
+    p.add_argument("--vae", help="VAE file or folder")
+    p.add_argument(
+        "--lora",
+        type=lora_option,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA of any kind; may be given several times (strength 1 unless given, negative turns it round)",
+    )
+    p.add_argument("--image", type=Path, help="picture to start from")
+    p.add_argument("--strength", type=float, default=0.6, help="how far to go from --image, above 0 to 1 (default 0.6)")
+    p.add_argument("--guidance", type=float, default=0.0, help="0 for Turbo (default), above 0 costs twice the time")
+    p.add_argument(
+        "--vram-budget",
+        default="auto",
+        metavar="SIZE",
+        help="GPU memory to use, 4GiB say; what does not fit is streamed from the host (default auto: what is free)",
+    )
+    p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
+    add_runtime(p)
+    p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, save as PNG and print the paths; with --json the facts of the run behind them."""
+    started = time.perf_counter()
+    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
+    targets = output_paths(args.out, args.batch)
+    image = read_image(args.image) if args.image else None
+    from ..pipeline import load_pipeline
+
+    pipeline = load_pipeline(
+        args.model,
+        args.text_encoder,
+        args.vae,
+        tokenizer=args.tokenizer,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        precision=args.precision,
+        vram_budget=args.vram_budget,
+        once=True,
+    )
+    pipeline.hold_budget()
+    pipeline.set_loras(args.lora)
+    pictures = generate(pipeline, args, image)
+    used = settings(pipeline, args, pictures[0].size)
+    saved = save(pictures, pipeline.seeds, targets, args, used)
+    if args.json:
+        stages = [
+            {
+                "name": stage.name,
+                "seconds": round(stage.seconds, 4),
+                "device_peak_gib": gib(stage.device_peak),
+                "host_peak_gib": gib(stage.host_peak),
+            }
+            for stage in pipeline.stages
+        ]
+        seconds = round(time.perf_counter() - started, 4)
+        facts = {"images": saved, "prompt": args.prompt, **used, "seconds": seconds, "stages": stages}
+        print(json.dumps(facts | {"plan": pipeline.plan.facts()}))
+    return 0
+
+
+def generate(pipeline: Pipeline, args: argparse.Namespace, image: Image.Image | None) -> list[Image.Image]:
+    """The pictures, with a progress bar for each stage."""
+    progress = Progress()
+    try:
+        return pipeline(
+            args.prompt,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            negative_prompt=args.negative_prompt,
+            generator=args.seed,
+            num_images_per_prompt=args.batch,
+            image=image,
+            strength=args.strength,
+            on_stage=progress.start,
+            on_step=progress.step,
+        )
+    finally:
+        progress.finish()
+
+
+def settings(pipeline: Pipeline, args: argparse.Namespace, size: tuple[int, int]) -> dict[str, object]:
+    """What the pictures were made with, as the PNG files and --json have it; size: (width, height)."""
+    backend = pipeline.used_backend
+    found: dict[str, object] = {
+        "width": size[0],
+        "height": size[1],
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "model": "bundled demo" if args.model is None else Path(args.model).name,
+        "device": str(pipeline.device),
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "backend": backend.name if backend else "dense",
+        "precision": backend.precision if backend else None,
+    }
+    if args.lora:
+        found["loras"] = [[Path(path).name, strength] for path, strength in args.lora]
+    if args.image:
+        found |= {"image": args.image.name, "strength": args.strength}
+    return found
+
+
+def save(
+    pictures: Sequence[Image.Image],
+    seeds: Sequence[int],
+    targets: Sequence[Path],
+    args: argparse.Namespace,
+    used: dict[str, object],
+) -> list[dict[str, object]]:
+    """Write each picture with its texts and print its path; returns path and seed of each, for --json."""
+    saved: list[dict[str, object]] = []
+    for i, (picture, seed) in enumerate(zip(pictures, seeds)):
+        path = targets[i] if targets else Path(f"zimage-{seed}.png")
+        texts = {"prompt": args.prompt, "seed": str(seed), "settings": json.dumps(used)}
+        if args.negative_prompt:
+            texts["negative_prompt"] = args.negative_prompt
+        save_png(picture, path, texts)
+        saved.append({"path": str(path), "seed": seed})
+        print(path)
+    return saved
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture of a file, decoded."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        return image.copy()

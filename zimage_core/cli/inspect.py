@@ -1,0 +1,89 @@
+"""`zimage inspect`: what a safetensors file is, from its header."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .doctor import what_runs
+from .options import Commands, Parser
+from .output import gib, print_facts
+
+
+def add_parser(commands: Commands) -> Parser:
+    p = commands.add_parser("inspect", help="tell what a safetensors file is, from its header")
+    p.add_argument("file", type=Path)
+    p.add_argument("--json", action="store_true", help="as one JSON object")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what a file or folder holds, from its header alone, and what would run it here."""
+    facts = inspect_file(args.file)
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    runs = facts.pop("runs_here", None)
+    metadata = facts.pop("metadata")
+    print_facts(facts)
+    if metadata:
+        print("metadata:")
+        for name, value in metadata.items():
+            print(f"  {name}: {value if len(value) <= 300 else value[:300] + ' ...'}")
+    if runs:
+        sys.stdout.flush()
+        print(f"runs here: {runs}")
+    return 0
+
+
+def inspect_file(path: Path) -> dict:
+    """What a safetensors file or folder is: kind, sizes, metadata and, for a transformer, what would run it here."""
+    from ..formats.load import describe, identify
+    from ..formats.safetensors import open_tensors, tensor_bytes
+
+    files = open_tensors(path)
+    kind = describe(files.tensors, files.metadata)
+    dtypes: dict[str, int] = {}
+    for dtype, shape in files.tensors.values():
+        dtypes[dtype] = dtypes.get(dtype, 0) + tensor_bytes(dtype, shape)
+    facts = {
+        "file": str(path),
+        "format": kind,
+        "tensors": len(files.tensors),
+        "gib": gib(sum(dtypes.values())),
+        "gib_by_dtype": {name: gib(count) for name, count in dtypes.items()},
+        "metadata": {name: " ".join(value.split()) for name, value in files.metadata.items()},
+    }
+    if kind == "a LoRA":
+        from ..lora.apply import inspect as inspect_lora
+
+        report = inspect_lora(path)
+        facts |= {
+            "modules": report.transformer,
+            "text_encoder_modules": report.text_encoder,
+            "by_format": dict(report.formats),
+            "keys_matched": len(report.matched),
+            "unmatched": list(report.unmatched),
+            "ignored": [f"{key} ({why})" for key, why in report.ignored.items()],
+            "costs": list(report.costs),
+            "warnings": list(report.warnings),
+        }
+    if kind not in ("svdq-int4", "dense"):
+        return facts
+    info = identify(files)
+    config = info.config
+    facts |= {
+        "format": "SVDQuant INT4, group 64" if info.rank else f"dense {info.dtype}",
+        "rank": info.rank or None,
+        "quantized_refiners": info.quantized_refiners,
+        "layers": config.n_layers,
+        "refiner_layers": config.n_refiner_layers,
+        "width": config.dim,
+        "heads": config.n_heads,
+        "ffn_width": config.ffn_dim,
+        "caption_width": config.cap_feat_dim,
+        "runs_here": what_runs(quantized=bool(info.rank)),
+    }
+    return facts

@@ -1,0 +1,38 @@
+"""The parser class, and options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn, TypeAlias
+
+EXIT_INPUT = 2
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+"""What a command's parser is added to."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with complaints of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def lora_option(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH -> (file, strength); what follows the last colon counts only if it is a number."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (path, float(number)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def add_device(parser: Parser) -> None:
+    """--device of the commands that generate pictures or time them."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if torch sees one)")
+
+
+def add_runtime(parser: Parser) -> None:
+    """--device, --dtype and --backend of the commands that generate pictures."""
+    add_device(parser)
+    parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default bfloat16; float16 on GPUs without it)")
+    parser.add_argument("--backend", default="auto", help="auto, reference, or one that `zimage doctor` lists")

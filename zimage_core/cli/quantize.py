@@ -1,0 +1,106 @@
+"""`zimage quantize`: an SVDQuant INT4 file from a BF16 transformer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import Commands, Parser, lora_option
+from .output import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_parser(commands: Commands) -> Parser:
+    p = commands.add_parser("quantize", help="write an SVDQuant INT4 file from a BF16 transformer")
+    p.add_argument("src", help="BF16 transformer, file or folder")
+    p.add_argument("dst", type=Path, help="safetensors file to write")
+    p.add_argument("--rank", type=int, default=256, help="of the low-rank branch, a multiple of 16 (default 256)")
+    p.add_argument("--text-encoder", type=Path, help="Qwen3-4B, to calibrate with (default: the one of SRC's folder)")
+    p.add_argument("--tokenizer", type=Path, help="its tokenizer.json or folder (default: beside it)")
+    p.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one a line, best of the model's own kind")
+    p.add_argument("--size", type=int, help="pixels of an edge of the pictures to calibrate on (512, on a CPU 256)")
+    p.add_argument("--no-calibration", action="store_true", help="from the weights alone: quicker, larger error")
+    p.add_argument(
+        "--merge",
+        type=lora_option,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA to make part of the weights first; may be repeated",
+    )
+    p.add_argument("--skip-refiners", action="store_true", help="leave the refiners in bf16: larger file, less error")
+    p.add_argument("--device", help="where to compute (default: a GPU if torch sees one)")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the INT4 file, calibrated where there is a text encoder, and print its path."""
+    from ..pipeline import choose_device
+    from ..quantize.run import TimeLeft, calibration_defaults, check_request, quantize_checkpoint
+
+    device = choose_device(args.device)
+    prompts, size = calibration_defaults(device)
+    if args.size is not None:
+        size = args.size
+    check_request(args.dst, size, args.merge)
+    cap_feats = captions(args, prompts, device)
+    progress, words = Progress("{desc} |{bar:28}| {percentage:3.0f}% {elapsed}{postfix}"), TimeLeft()
+
+    def show(done: int, total: int, what: str) -> None:
+        progress.say(words(done, total, what))
+        progress.step(done, total)
+
+    progress.start("quantize", 1)
+    try:
+        quantize_checkpoint(
+            args.src,
+            args.dst,
+            rank=args.rank,
+            cap_feats=cap_feats,
+            size=size,
+            merge=args.merge,
+            skip_refiners=args.skip_refiners,
+            device=device,
+            progress=show,
+        )
+    finally:
+        progress.finish()
+    print(args.dst)
+    return 0
+
+
+def captions(args: argparse.Namespace, prompts: Sequence[str], device: torch.device) -> list[torch.Tensor] | None:
+    """Features (L, C) of the prompts to calibrate on, --prompts or the given ones; None where nothing is calibrated."""
+    from ..quantize.run import calibration_captions
+
+    encoder = args.text_encoder or Path(args.src) / "text_encoder"
+    calibrated = not args.no_calibration and (args.text_encoder is not None or encoder.is_dir())
+    if args.prompts and not calibrated:
+        raise ValueError("--prompts: are to calibrate with, so name a --text-encoder and leave out --no-calibration")
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
+    if calibrated:
+        return calibration_captions(encoder, prompts, tokenizer=args.tokenizer, device=device)
+    if not args.no_calibration:
+        print(
+            "zimage: without --text-encoder the file is made from the weights alone, with a larger error than a "
+            "calibrated one; --no-calibration asks for that",
+            file=sys.stderr,
+        )
+    return None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that say something. ValueError where there is none, or no text."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found other bytes ({error.reason}); save it as such") from error
+    if not prompts:
+        raise ValueError(f"{path}: expected a prompt a line, found none; write some, or leave out --prompts")
+    return prompts

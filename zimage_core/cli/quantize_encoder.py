@@ -1,0 +1,34 @@
+"""`zimage quantize-encoder`: a smaller text encoder file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .options import Commands, Parser
+from .output import Progress
+
+
+def add_parser(commands: Commands) -> Parser:
+    p = commands.add_parser("quantize-encoder", help="write a smaller text encoder file from a BF16 one")
+    p.add_argument("src", type=Path, help="BF16 text encoder: safetensors file or folder, or GGUF file")
+    p.add_argument("dst", type=Path, help="safetensors file to write")
+    p.add_argument("--bits", type=int, choices=(8, 4), default=8, help="8 (quanto INT8, default) or 4 (NVFP4)")
+    p.add_argument("--device", default="cpu", help="where to compute (default cpu)")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file and print its path."""
+    from ..pipeline import choose_device
+    from ..quantize.encoder import quantize_encoder
+
+    device = choose_device(args.device)
+    progress = Progress()
+    progress.start("quantize-encoder", 1)
+    try:
+        quantize_encoder(args.src, args.dst, bits=args.bits, device=device, progress=progress.step)
+    finally:
+        progress.finish()
+    print(args.dst)
+    return 0
