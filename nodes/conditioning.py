@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import host
+from .host.clip import encode_prompt
 
 
 class ZImagePromptEncode:
@@ -37,4 +37,4 @@ class ZImagePromptEncode:
         }
 
     def encode(self, clip, prompt):
-        return (host.encode_prompt(clip, prompt),)
+        return (encode_prompt(clip, prompt),)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from . import host
+from .host import messages
+from .host.clip import describe_encoder, load_clip
+from .host.files import check_encoder, check_model, check_vae, choices
+from .host.model import describe_model, load_model, try_plan
+from .host.vae import describe_vae, load_vae
 
 BACKENDS = {"auto": "auto", "nunchaku": "nunchaku", "comfy-kitchen": "kitchen", "triton": "triton", "torch": "torch"}
 PRECISIONS = ("auto", "w4a16", "w4a8", "w4a4")
@@ -38,7 +42,7 @@ class ZImageINT4ModelLoader:
         return {
             "required": {
                 "model_name": (
-                    host.choices("diffusion_models", "model"),
+                    choices("diffusion_models", "model"),
                     {
                         "tooltip": "A .safetensors file in models/diffusion_models: svdq-int4_r256-z-image-turbo "
                         "(or r32, r128) or a BF16 Z-Image; or the small demo model that comes with the pack."
@@ -82,11 +86,11 @@ class ZImageINT4ModelLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, model_name):
-        return host.checked(host.check_model, model_name)
+        return messages.checked(check_model, model_name)
 
     def load(self, model_name, backend, precision, vram_budget=0.0, unique_id=None):
-        model = host.load_model(model_name, BACKENDS[backend], precision, vram_budget)
-        host.say(f"{host.describe_model(model)}\n{host.try_plan(model, 1024, 1024)}", unique_id)
+        model = load_model(model_name, BACKENDS[backend], precision, vram_budget)
+        messages.say(f"{describe_model(model)}\n{try_plan(model, 1024, 1024)}", unique_id)
         return (model,)
 
 
@@ -109,7 +113,7 @@ class ZImageTextEncoderLoader:
         return {
             "required": {
                 "encoder_name": (
-                    host.choices("text_encoders", "text_encoder", folders_too=True),
+                    choices("text_encoders", "text_encoder", folders_too=True),
                     {
                         "tooltip": "qwen_3_4b.safetensors in models/text_encoders, or a folder there with config.json "
                         "and its shards; the demo model needs the bundled demo encoder."
@@ -121,11 +125,11 @@ class ZImageTextEncoderLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, encoder_name):
-        return host.checked(host.check_encoder, encoder_name)
+        return messages.checked(check_encoder, encoder_name)
 
     def load(self, encoder_name, unique_id=None):
-        clip = host.load_clip(encoder_name)
-        host.say(host.describe_encoder(clip), unique_id)
+        clip = load_clip(encoder_name)
+        messages.say(describe_encoder(clip), unique_id)
         return (clip,)
 
 
@@ -145,7 +149,7 @@ class ZImageVAELoader:
         return {
             "required": {
                 "vae_name": (
-                    host.choices("vae", "vae"),
+                    choices("vae", "vae"),
                     {
                         "tooltip": "ae.safetensors or a diffusers VAE in models/vae; the demo model needs the bundled "
                         "demo VAE."
@@ -165,9 +169,9 @@ class ZImageVAELoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, vae_name):
-        return host.checked(host.check_vae, vae_name)
+        return messages.checked(check_vae, vae_name)
 
     def load(self, vae_name, dtype, unique_id=None):
-        vae = host.load_vae(vae_name, dtype)
-        host.say(host.describe_vae(vae, 1024, 1024), unique_id)
+        vae = load_vae(vae_name, dtype)
+        messages.say(describe_vae(vae, 1024, 1024), unique_id)
         return (vae,)

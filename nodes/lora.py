@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import host
+from .host import messages
+from .host.files import NO_LORA, check_lora, choices
+from .host.model import add_loras
 
 SLOTS = (1, 2, 3, 4)
 STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
@@ -28,7 +30,7 @@ class ZImageLoraLoader:
             "required": {
                 "model": ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."}),
                 "lora_name": (
-                    host.choices("loras", "lora"),
+                    choices("loras", "lora"),
                     {"tooltip": "A .safetensors file in models/loras that was trained for Z-Image."},
                 ),
                 "strength": (
@@ -44,10 +46,10 @@ class ZImageLoraLoader:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora_name):
-        return host.checked(host.check_lora, lora_name)
+        return messages.checked(check_lora, lora_name)
 
     def load(self, model, lora_name, strength, unique_id=None):
-        return (host.add_loras(model, [(lora_name, strength)], unique_id),)
+        return (add_loras(model, [(lora_name, strength)], unique_id),)
 
 
 class ZImageLoraStack:
@@ -66,13 +68,13 @@ class ZImageLoraStack:
 
     @classmethod
     def INPUT_TYPES(cls):
-        names = [host.NO_LORA, *host.choices("loras", "lora")]
+        names = [NO_LORA, *choices("loras", "lora")]
         inputs = {"model": ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."})}
         for i in SLOTS:
             inputs[f"lora_{i}"] = (
                 names,
                 {
-                    "default": host.NO_LORA,
+                    "default": NO_LORA,
                     "tooltip": "A .safetensors file in models/loras that was trained for Z-Image; none leaves the "
                     "slot empty.",
                 },
@@ -86,7 +88,7 @@ class ZImageLoraStack:
     @classmethod
     def VALIDATE_INPUTS(cls, lora_1, lora_2, lora_3, lora_4):
         for name in (lora_1, lora_2, lora_3, lora_4):
-            answer = True if name == host.NO_LORA else host.checked(host.check_lora, name)
+            answer = True if name == NO_LORA else messages.checked(check_lora, name)
             if answer is not True:
                 return answer
         return True
@@ -95,4 +97,4 @@ class ZImageLoraStack:
         self, model, lora_1, strength_1, lora_2, strength_2, lora_3, strength_3, lora_4, strength_4, unique_id=None
     ):
         stack = [(lora_1, strength_1), (lora_2, strength_2), (lora_3, strength_3), (lora_4, strength_4)]
-        return (host.add_loras(model, stack, unique_id),)
+        return (add_loras(model, stack, unique_id),)

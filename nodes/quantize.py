@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import host
+from .host import messages
+from .host.files import NO_LORA, check_lora, choices
+from .host.quantize import check_new_name, check_source, compare, quantize, sources
 
 CATEGORY = "Z-Image INT4/quantize"
 RANKS = ("256", "128", "32")
@@ -30,7 +32,7 @@ class ZImageQuantize:
         return {
             "required": {
                 "model_name": (
-                    host.sources(),
+                    sources(),
                     {
                         "tooltip": "A BF16 (or FP16, FP8) Z-Image in models/diffusion_models: a .safetensors file, or "
                         "a folder with config.json and its shards; or the demo's own BF16 file."
@@ -53,8 +55,8 @@ class ZImageQuantize:
                     },
                 ),
                 "lora_name": (
-                    [host.NO_LORA, *host.choices("loras", "lora")],
-                    {"default": host.NO_LORA, "tooltip": "A LoRA to make part of the weights first, or none."},
+                    [NO_LORA, *choices("loras", "lora")],
+                    {"default": NO_LORA, "tooltip": "A LoRA to make part of the weights first, or none."},
                 ),
                 "lora_strength": (
                     "FLOAT",
@@ -109,11 +111,11 @@ class ZImageQuantize:
         if isinstance(size, int) and (size % CELL or not 0 <= size <= MAX_SIZE):
             near = min(max(CELL, round(size / CELL) * CELL), MAX_SIZE)
             return f"size {size}: it must be a multiple of {CELL} up to {MAX_SIZE}, or 0 for the usual one; try {near}"
-        for check, value in ((host.check_source, model_name), (host.check_new_name, output_name)):
-            answer = host.checked(check, value)
+        for check, value in ((check_source, model_name), (check_new_name, output_name)):
+            answer = messages.checked(check, value)
             if answer is not True:
                 return answer
-        return True if lora_name == host.NO_LORA else host.checked(host.check_lora, lora_name)
+        return True if lora_name == NO_LORA else messages.checked(check_lora, lora_name)
 
     def quantize(
         self,
@@ -131,7 +133,7 @@ class ZImageQuantize:
         if calibrate and clip is None:
             raise ValueError("to calibrate it needs a text encoder: connect a CLIP, or switch calibrate off")
         stack = [(lora_name, lora_strength)]
-        name = host.quantize(
+        name = quantize(
             model_name, int(rank), output_name, clip if calibrate else None, prompts, size, stack, unique_id
         )
         return {"ui": {"text": [name]}, "result": (name,)}
@@ -184,4 +186,4 @@ class ZImageCompare:
     ):
         given = ((label_a, image_a), (label_b, image_b), (label_c, image_c), (label_d, image_d))
         labels, batches = zip(*((label, image) for label, image in given if image is not None))
-        return host.compare(list(labels), list(batches), unique_id)
+        return compare(list(labels), list(batches), unique_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import host
+from .host.sampling import sample
 
 CELL = 16
 MAX_SIZE = 4096
@@ -99,4 +99,4 @@ class ZImageSampler:
 
     def sample(self, model, positive, seed, steps, width, height, batch_size, latent=None, denoise=1.0, unique_id=None):
         args = (model, positive, seed, steps, width, height, batch_size, latent, denoise)
-        return (host.sample(*args, unique_id),)
+        return (sample(*args, unique_id),)

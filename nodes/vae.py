@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import host
+from .host.vae import decode
 
 
 class ZImageVAEDecode:
@@ -34,4 +34,4 @@ class ZImageVAEDecode:
         }
 
     def decode(self, vae, latent, tiling):
-        return (host.decode(vae, latent, tiling),)
+        return (decode(vae, latent, tiling),)

@@ -43,7 +43,7 @@ def load_pack(root: Path = ROOT, name: str = "zimage_pack"):
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory):
-    """ComfyUI imported into this process, on the CPU, with models folders of its own; gives the pack's host module."""
+    """ComfyUI imported into this process, on the CPU, with models folders of its own; gives the pack's `nodes.host`."""
     sys.path.insert(0, str(COMFYUI))
     argv, sys.argv = sys.argv, ["pytest"]
     try:
@@ -72,10 +72,17 @@ def host(tmp_path_factory):
     return sys.modules["zimage_pack.nodes.host"]
 
 
+@pytest.fixture(scope="session")
+def memory(host):
+    """ComfyUI's memory manager."""
+    import comfy.model_management
+
+    return comfy.model_management
+
+
 @pytest.fixture
-def small_gpu(host, monkeypatch):
+def small_gpu(memory, monkeypatch):
     """Has ComfyUI take the CPU for a GPU of so many bytes, which these patchers share; nothing is kept in reserve."""
-    memory = host.comfy.model_management
 
     def pretend(size: float, *patchers) -> None:
         def get_free_memory(device=None, torch_free_too=False):

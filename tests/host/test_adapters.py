@@ -85,9 +85,9 @@ def encoder_file(stock_encoder, tmp_path_factory):
 
 
 def test_same_conditioning(host, stock_encoder, encoder_file):
-    clip = host.core_clip(encoder_file)
+    clip = host.clip.core_clip(encoder_file)
     for prompt in ("", "a red circle on a blue background", "Ein Haus am See, 水墨画, emoji 🙂 " * 8):
-        ((found, extra),) = host.encode_prompt(clip, prompt)
+        ((found, extra),) = host.clip.encode_prompt(clip, prompt)
         ((expected, stock_extra),) = stock_encoder.encode_from_tokens_scheduled(stock_encoder.tokenize(prompt))
         assert found.shape == expected.shape and found.dtype == expected.dtype
         assert relative(found, expected) < 1e-4
@@ -97,8 +97,8 @@ def test_same_conditioning(host, stock_encoder, encoder_file):
 def test_stock_text_nodes_take_our_clip(host, encoder_file):
     import nodes
 
-    clip = host.core_clip(encoder_file)
-    ((expected, _),) = host.encode_prompt(clip, "a house")
+    clip = host.clip.core_clip(encoder_file)
+    ((expected, _),) = host.clip.encode_prompt(clip, "a house")
     ((found, _),) = nodes.CLIPTextEncode().encode(clip.clone(), "a house")[0]
     assert torch.equal(found, expected)
     ((zero, _),) = nodes.ConditioningZeroOut().zero_out(nodes.CLIPTextEncode().encode(clip, "a house")[0])[0]
@@ -152,9 +152,9 @@ def encode(clip, prompt: str = "a red circle on a blue background") -> torch.Ten
 
 
 @pytest.mark.parametrize("bypass", [False, True])
-def test_stock_lora_loaders_reach_our_encoder(host, stock_encoder, encoder_file, encoder_loras, bypass):
+def test_stock_lora_loaders_reach_our_encoder(host, stock_encoder, encoder_file, encoder_loras, bypass, memory):
     """As they change ComfyUI's own encoder; clones keep their own sets, and none is left behind."""
-    clip = host.core_clip(encoder_file)
+    clip = host.clip.core_clip(encoder_file)
     plain = encode(clip)
     one, expected_one = (with_lora(c, encoder_loras[0], 0.8, bypass) for c in (clip, stock_encoder))
     expected = encode(expected_one)
@@ -162,9 +162,9 @@ def test_stock_lora_loaders_reach_our_encoder(host, stock_encoder, encoder_file,
     assert relative(encode(one), expected) < 1e-3
     assert torch.equal(encode(clip), plain)
     assert relative(encode(one.clone()), expected) < 1e-3
-    host.comfy.model_management.unload_all_models()
+    memory.unload_all_models()
     assert torch.equal(encode(clip), plain)
-    host.comfy.model_management.unload_all_models()
+    memory.unload_all_models()
     assert relative(encode(one), expected) < 1e-3
     two, expected_two = (with_lora(c, encoder_loras[1], -0.4) for c in (one, expected_one))
     assert relative(encode(two), encode(expected_two)) < 1e-3 < relative(encode(two), expected)
@@ -188,8 +188,8 @@ def test_stock_loader_with_model_and_clip(host, encoder_file, encoder_loras):
     both |= {f"{name}.lora_B.weight": torch.randn(384, 4, generator=noise)}
     save_file(both, root / "both.safetensors")
     folder_paths.filename_list_cache.clear()
-    model = host.load_model("svdq-int4_r32-z-image-tiny.safetensors", "torch", "w4a16")
-    clip = host.core_clip(encoder_file)
+    model = host.model.load_model("svdq-int4_r32-z-image-tiny.safetensors", "torch", "w4a16")
+    clip = host.clip.core_clip(encoder_file)
     found_model, found_clip = nodes.LoraLoader().load_lora(model, clip, "both.safetensors", 0.5, 0.8)
     assert set(found_model.patches) == {"diffusion_model.layers.0.attention.out.weight"} and not model.patches
     assert torch.equal(encode(found_clip), encode(with_lora(clip, encoder_loras[0], 0.8)))
@@ -200,7 +200,8 @@ def test_key_styles_of_encoder_loras(host, stock_encoder, encoder_file, tmp_path
     import comfy.lora
 
     maps = [
-        comfy.lora.model_lora_keys_clip(c.cond_stage_model, {}) for c in (stock_encoder, host.core_clip(encoder_file))
+        comfy.lora.model_lora_keys_clip(c.cond_stage_model, {})
+        for c in (stock_encoder, host.clip.core_clip(encoder_file))
     ]
     linears = {key: name for key, name in maps[0].items() if "_proj" in key and f"layers.{LAYERS - 1}." not in name}
     assert linears and {key: maps[1].get(key) for key in linears} == linears
@@ -226,7 +227,7 @@ def test_lora_hooks_on_our_encoder(host, stock_encoder, encoder_file, encoder_lo
         clip.patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip))
         return nodes.CLIPTextEncode().encode(clip, "a house")[0][0][0]
 
-    clip = host.core_clip(encoder_file)
+    clip = host.clip.core_clip(encoder_file)
     plain, expected = encode(clip, "a house"), hooked(stock_encoder)
     if streaming:
         small_gpu(1, clip.patcher)
@@ -239,9 +240,9 @@ def test_lora_hooks_on_our_encoder(host, stock_encoder, encoder_file, encoder_lo
 
 
 def test_our_nodes_name_what_they_leave_to_the_encoder(host, encoder_loras, monkeypatch, caplog):
-    said, model = [], host.load_model("svdq-int4_r32-z-image-tiny.safetensors", "torch", "w4a16")
-    monkeypatch.setattr(host, "say", lambda text, node_id: said.append(text))
-    host.add_loras(model, [(encoder_loras[0], 1.0)], None)
+    said, model = [], host.model.load_model("svdq-int4_r32-z-image-tiny.safetensors", "torch", "w4a16")
+    monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.append(text))
+    host.model.add_loras(model, [(encoder_loras[0], 1.0)], None)
     assert "its 8 modules of the text encoder are left out: to apply them, put ComfyUI's Load LoRA" in said[0]
     assert "encoder_1.safetensors: its 8 modules of the text encoder are left out" in caplog.text
 
@@ -249,7 +250,7 @@ def test_our_nodes_name_what_they_leave_to_the_encoder(host, encoder_loras, monk
 def test_saving_and_merging_our_encoder_are_refused(host, encoder_file):
     from comfy_extras.nodes_model_merging import CLIPMergeSimple, CLIPSave
 
-    clip = host.core_clip(encoder_file)
+    clip = host.clip.core_clip(encoder_file)
     with pytest.raises(ValueError, match="a text encoder cannot be saved"):
         CLIPSave().save(clip, "clip/test")
     with pytest.raises(ValueError, match="cannot be merged"):
@@ -292,14 +293,15 @@ def vae_file(host):
 def test_same_pixels_and_latents(host, vae_file):
     import nodes
 
-    stock, core = host.load_vae(vae_file.name, "fp32"), host.core_vae(vae_file, torch.float32)
-    assert not isinstance(stock.first_stage_model, host.CoreVAE) and isinstance(core.first_stage_model, host.CoreVAE)
+    stock, core = host.vae.load_vae(vae_file.name, "fp32"), host.vae.core_vae(vae_file, torch.float32)
+    assert not isinstance(stock.first_stage_model, host.vae.CoreVAE)
+    assert isinstance(core.first_stage_model, host.vae.CoreVAE)
     latent = {"samples": torch.randn(2, 16, 6, 8, generator=torch.Generator().manual_seed(1))}
     expected = nodes.VAEDecode().decode(stock, latent)[0]
     assert expected.shape == (2, 48, 64, 3)
-    for found in (nodes.VAEDecode().decode(core, latent)[0], host.decode(core, latent, "auto")):
+    for found in (nodes.VAEDecode().decode(core, latent)[0], host.vae.decode(core, latent, "auto")):
         assert relative(found, expected) < 1e-4
-    assert torch.equal(host.decode(stock, latent, "off"), expected)
+    assert torch.equal(host.vae.decode(stock, latent, "off"), expected)
     images = torch.rand(1, 50, 64, 3, generator=torch.Generator().manual_seed(2))
     found, expected = (nodes.VAEEncode().encode(v, images)[0]["samples"] for v in (core, stock))
     assert found.shape == expected.shape == (1, 16, 6, 8)
@@ -307,9 +309,9 @@ def test_same_pixels_and_latents(host, vae_file):
 
 
 def test_wrong_latents_are_refused(host, vae_file):
-    vae = host.core_vae(vae_file, torch.float32)
+    vae = host.vae.core_vae(vae_file, torch.float32)
     with pytest.raises(ValueError, match="4 channels, Z-Image's have 16"):
-        host.decode(vae, {"samples": torch.zeros(1, 4, 8, 8)}, "auto")
+        host.vae.decode(vae, {"samples": torch.zeros(1, 4, 8, 8)}, "auto")
 
 
 def test_files_that_comfyui_reads_itself_become_its_own_clip(host, monkeypatch, tmp_path):
@@ -337,17 +339,17 @@ def test_files_that_comfyui_reads_itself_become_its_own_clip(host, monkeypatch, 
     encoder(root / "other.safetensors", 1024)
     folder_paths.filename_list_cache.clear()
     calls = []
-    monkeypatch.setattr(host.comfy.sd, "load_clip", lambda **given: calls.append(given) or "clip")
-    assert host.load_clip("qwen_3_4b.safetensors") == "clip"
+    monkeypatch.setattr(host.clip.comfy.sd, "load_clip", lambda **given: calls.append(given) or "clip")
+    assert host.clip.load_clip("qwen_3_4b.safetensors") == "clip"
     assert calls[0]["ckpt_paths"] == [str(root / "qwen_3_4b.safetensors")]
-    assert host.reads_encoder(root / "other.safetensors") is False
-    assert host.reads_encoder(tmp_path) is False
+    assert host.files.reads_encoder(root / "other.safetensors") is False
+    assert host.files.reads_encoder(tmp_path) is False
     (root / "qwen_3_4b.safetensors").unlink()
     (root / "other.safetensors").unlink()
 
 
 def test_size_of_the_encoder_without_the_table_that_stays_on_the_host(host, encoder_file):
-    clip = host.core_clip(encoder_file)
+    clip = host.clip.core_clip(encoder_file)
     assert clip.patcher.model_size() == sum(p.nbytes for p in clip.cond_stage_model.encoder.layers.parameters())
     with pytest.raises(ValueError, match="token 200000, this text encoder knows 151936"):
         clip.encode_from_tokens({"zimage": [[(200000, 1.0)]]})
@@ -357,7 +359,7 @@ def test_size_of_the_encoder_without_the_table_that_stays_on_the_host(host, enco
 def deep_encoders(encoder_file):
     """Encoders of nine layers, of which eight are run, in fp32 and in INT8."""
     from safetensors.torch import load_file, save_file
-    from zimage_pack.zimage_core.quantize_encoder import quantize_encoder
+    from zimage_pack.zimage_core.quantize.encoder import quantize_encoder
 
     state = load_file(encoder_file)
     for name in [name for name in state if ".layers.0." in name]:
@@ -370,7 +372,7 @@ def deep_encoders(encoder_file):
 
 @pytest.mark.parametrize("form", ["fp32", "int8"])
 def test_byte_allowance_becomes_whole_layers(host, deep_encoders, form):
-    clip, cpu = host.core_clip(deep_encoders[form]), torch.device("cpu")
+    clip, cpu = host.clip.core_clip(deep_encoders[form]), torch.device("cpu")
     patcher, streamer, expected = clip.patcher, clip.cond_stage_model.streamer, encode(clip)
     size, slot = patcher.model_size(), clip.cond_stage_model.weights().slot
     assert streamer.resident == 8 and patcher.loaded_size() == size and not patcher.model.model_lowvram
@@ -405,12 +407,14 @@ def test_byte_allowance_becomes_whole_layers(host, deep_encoders, form):
 
 
 @pytest.mark.parametrize("form", ["fp32", "int8"])
-def test_comfyuis_memory_manager_streams_the_encoder(host, deep_encoders, encoder_loras, small_gpu, monkeypatch, form):
+def test_comfyuis_memory_manager_streams_the_encoder(
+    host, deep_encoders, encoder_loras, small_gpu, monkeypatch, form, memory
+):
     """Its arithmetic for a GPU with so and so much free memory: the same features, within it, and as the node said."""
-    from zimage_pack.zimage_core import plan
+    from zimage_pack.zimage_core.memory import plan
 
-    memory, cpu = host.comfy.model_management, torch.device("cpu")
-    clip = host.core_clip(deep_encoders[form])
+    cpu = torch.device("cpu")
+    clip = host.clip.core_clip(deep_encoders[form])
     lora, expected = with_lora(clip, encoder_loras[0], 0.8), encode(clip)
     module, size, with_it = clip.cond_stage_model, clip.patcher.model_size(), encode(lora)
     assert relative(with_it, expected) > 1e-2
@@ -419,7 +423,7 @@ def test_comfyuis_memory_manager_streams_the_encoder(host, deep_encoders, encode
     need = module.need(len(clip.tokenize("a red circle on a blue background")["zimage"][0]))
     for share, resident in ((0.01, 0), (0.6, (1, 2, 3)), (2.0, 8)):
         small_gpu(share * size + need, clip.patcher)
-        said = host.predict(clip.patcher, need, "needed")
+        said = host.patcher.predict(clip.patcher, need, "needed")
         assert torch.equal(encode(clip), expected)
         assert module.streamer.resident in (resident if isinstance(resident, tuple) else (resident,))
         assert clip.patcher.loaded_size() <= max(share, 0.26) * size  # two slots are the least there is
@@ -438,15 +442,15 @@ def test_comfyuis_memory_manager_streams_the_encoder(host, deep_encoders, encode
     assert torch.equal(encode(lora), with_it) and torch.equal(encode(clip), expected)
 
 
-def test_comfyui_is_told_what_a_prompt_needs(host, deep_encoders, monkeypatch):
+def test_comfyui_is_told_what_a_prompt_needs(host, deep_encoders, monkeypatch, memory):
     """Activations and, for weights in a small form, one of them dequantized; more for a longer prompt."""
-    asked, memory = [], host.comfy.model_management
+    asked = []
     load = memory.load_models_gpu
     monkeypatch.setattr(
         memory, "load_models_gpu", lambda models, memory_required=0: asked.append(memory_required) or load(models)
     )
     for form in ("fp32", "int8"):
-        clip = host.core_clip(deep_encoders[form])
+        clip = host.clip.core_clip(deep_encoders[form])
         for prompt in ("a house", "a house " * 200):
             encode(clip, prompt)
     (short, long, short_int8, _), tokens = asked, len(clip.tokenize("a house " * 200)["zimage"][0])
@@ -459,7 +463,7 @@ def test_plan_of_comfyuis_own_vae_and_encoder(host, vae_file, stock_encoder):
     import weakref
 
     from torch.utils._python_dispatch import TorchDispatchMode
-    from zimage_pack.zimage_core import plan
+    from zimage_pack.zimage_core.memory import plan
 
     class Live(TorchDispatchMode):
         now = peak = 0
@@ -478,32 +482,31 @@ def test_plan_of_comfyuis_own_vae_and_encoder(host, vae_file, stock_encoder):
             known.discard(key)
             self.now -= size
 
-    vae, latents = host.load_vae(vae_file.name, "fp32"), torch.zeros(1, 16, 16, 16)
+    vae, latents = host.vae.load_vae(vae_file.name, "fp32"), torch.zeros(1, 16, 16, 16)
     known = {p.untyped_storage()._cdata for p in (*vae.first_stage_model.parameters(), latents)}
     with Live() as live:
         vae.first_stage_model.decode(latents)
     weights = sum(p.nbytes for p in vae.first_stage_model.parameters())
     need = plan.vae_need(plan.VAEConfig(), 128, 128, 1, 4, None).total
     line = f"VAE: {plan.readable(weights)} weights + up to {plan.readable(need)} to decode 128 x 128"
-    assert host.describe_vae(vae, 128, 128) == line
+    assert host.vae.describe_vae(vae, 128, 128) == line
     assert 0.8 * need < live.peak <= need
     weights = plan.readable(stock_encoder.patcher.model_size())
-    assert host.describe_encoder(stock_encoder) == f"text encoder: {weights} weights, run by ComfyUI itself"
+    assert host.clip.describe_encoder(stock_encoder) == f"text encoder: {weights} weights, run by ComfyUI itself"
 
 
-def test_encoder_leaves_the_device_after_the_prompt(host, encoder_file, monkeypatch):
+def test_encoder_leaves_the_device_after_the_prompt(host, encoder_file, monkeypatch, memory):
     """On a machine whose encoder runs on another device than it waits on: everything but it is kept."""
-    clip = host.core_clip(encoder_file)
-    other = host.core_clip(encoder_file)
+    clip = host.clip.core_clip(encoder_file)
+    other = host.clip.core_clip(encoder_file)
     freed = []
-    memory = host.comfy.model_management
-    host.encode_prompt(other, "kept")
+    host.clip.encode_prompt(other, "kept")
     monkeypatch.setattr(memory, "free_memory", lambda need, device, keep, **_: freed.append((device, list(keep))))
     monkeypatch.setattr(clip.patcher, "offload_device", torch.device("meta"))
     loaded = memory.LoadedModel(clip.patcher)
     loaded.real_model = lambda: clip.patcher.model
     monkeypatch.setattr(memory, "current_loaded_models", [*memory.current_loaded_models, loaded])
-    host.release(clip.patcher)
+    host.clip.release(clip.patcher)
     device, keep = freed[-1]
     assert device == clip.patcher.load_device
     assert loaded not in keep and any(m.model is other.patcher for m in keep)

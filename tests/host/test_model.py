@@ -19,7 +19,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def ours(host):
-    return host.load_model(TINY, "torch", "w4a16")
+    return host.model.load_model(TINY, "torch", "w4a16")
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def test_merging_and_saving_are_refused(ours):
 
 
 def zsample(host, model, positive, *, seed=7, steps=STEPS, width=96, height=64, batch=1, latent=None, denoise=1.0):
-    return host.sample(model, positive, seed, steps, width, height, batch, latent, denoise, None)["samples"]
+    return host.sampling.sample(model, positive, seed, steps, width, height, batch, latent, denoise, None)["samples"]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
@@ -496,7 +496,7 @@ def test_steps_are_replayed_only_where_nothing_is_changed(host, small_device, mo
     assert torch.equal(ksample(ours, conditioning()), expected)
     assert len(asked) == STEPS
 
-    patched, override, budgeted = ours.clone(), ours.clone(), host.load_model(TINY, "torch", "w4a16", 1.0)
+    patched, override, budgeted = ours.clone(), ours.clone(), host.model.load_model(TINY, "torch", "w4a16", 1.0)
     patched.set_model_double_block_patch(lambda given: given)
     override.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **k: f(*a, **k)
     monkeypatch.setattr(budgeted.module, "graphs", graphs)
@@ -524,16 +524,16 @@ def test_live_previews_have_the_colours_of_the_picture(host, ours, monkeypatch):
     import latent_preview
 
     monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
-    model, clip = host.load_model(host.DEMO, "torch", "w4a16"), host.load_clip(host.DEMO)
-    vae = host.load_vae(host.DEMO, "fp32")
+    model, clip = host.model.load_model(host.files.DEMO, "torch", "w4a16"), host.clip.load_clip(host.files.DEMO)
+    vae = host.vae.load_vae(host.files.DEMO, "fp32")
     assert model.clone().model.latent_format.taesd_decoder_name is None
     for prompt in ("a large red circle on a blue background", "a green star on a white background"):
-        latents = zsample(host, model, host.encode_prompt(clip, prompt), steps=8, width=128, height=128)
+        latents = zsample(host, model, host.clip.encode_prompt(clip, prompt), steps=8, width=128, height=128)
         previewer = latent_preview.get_previewer(torch.device("cpu"), model.model.latent_format)
         shown = previewer.decode_latent_to_preview(model.model.latent_format.process_in(latents))
         assert shown.size == (16, 16)
         found = torch.tensor(list(shown.convert("RGB").tobytes())).view(16, 16, 3) / 255
-        picture = host.decode(vae, {"samples": latents}, "off")[0]
+        picture = host.vae.decode(vae, {"samples": latents}, "off")[0]
         expected = picture.unflatten(0, (16, 8)).unflatten(2, (16, 8)).mean((1, 3))
         assert (found - expected).abs().mean() < 0.06
     flux = comfy.latent_formats.Flux()
@@ -602,9 +602,8 @@ def test_sampling_while_streaming_is_bit_identical(host, ours, monkeypatch):
     assert torch.equal(ksample(ours, conditioning(), conditioning(30, seed=2), cfg=2.0), expected)
 
 
-def test_comfyuis_own_memory_manager(host, ours, small_gpu, monkeypatch):
+def test_comfyuis_own_memory_manager(host, ours, small_gpu, monkeypatch, memory):
     """Its arithmetic for a GPU with so and so much free memory, on the CPU: partial load, more, part of it back."""
-    memory = host.comfy.model_management
     expected, size, seen = ksample(ours, conditioning()), ours.model_size(), []
     memory.unload_all_models()
     monkeypatch.setattr(ours.model, "memory_required", lambda *args, **kwargs: 0)
@@ -623,13 +622,13 @@ def test_comfyuis_own_memory_manager(host, ours, small_gpu, monkeypatch):
     assert ours.loaded_size() == 0
 
 
-def test_plan_is_what_comfyui_then_does(host, small_gpu, monkeypatch):
+def test_plan_is_what_comfyui_then_does(host, small_gpu, monkeypatch, memory):
     """The sampler's line by what is free, other models' memory counted, is what the run then takes of the device."""
-    from zimage_pack.zimage_core.plan import readable
+    from zimage_pack.zimage_core.memory.plan import readable
 
-    said, memory, model = [], host.comfy.model_management, host.load_model(host.DEMO, "torch", "w4a16")
+    said, model = [], host.model.load_model(host.files.DEMO, "torch", "w4a16")
     positive = [[torch.randn(1, 20, model.module.transformer.config.cap_feat_dim), {}]]
-    monkeypatch.setattr(host, "say", lambda text, node_id: said.append(text))
+    monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.append(text))
     size, need, streamer = model.model_size(), model.model.activations([2, 16, 8, 12]), model.module.streamer
     count, seen = len(streamer.blocks), []
     for part in (0.0, 0.6, 1.01):
@@ -653,19 +652,19 @@ def test_plan_is_what_comfyui_then_does(host, small_gpu, monkeypatch):
     none, all_of_it = f"{count} of {count} blocks streamed", "nothing streamed"
     small_gpu(need)
     monkeypatch.setattr(memory, "current_loaded_models", [Other()])
-    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(2 * size + need)} free, {all_of_it}")
+    assert host.model.describe_plan(model, 96, 64, 2).endswith(f"; {readable(2 * size + need)} free, {all_of_it}")
     monkeypatch.setattr(memory, "current_loaded_models", [])
-    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(need)} free, {none}")
+    assert host.model.describe_plan(model, 96, 64, 2).endswith(f"; {readable(need)} free, {none}")
     model.budget = round(size + need + 1)
     small_gpu(4 * size + need)
-    assert host.describe_plan(model, 96, 64, 2).endswith(f"; budget {readable(model.budget)}, {all_of_it}")
+    assert host.model.describe_plan(model, 96, 64, 2).endswith(f"; budget {readable(model.budget)}, {all_of_it}")
     small_gpu(need)
-    assert host.describe_plan(model, 96, 64, 2).endswith(f"; {readable(need)} free, {none}")
+    assert host.model.describe_plan(model, 96, 64, 2).endswith(f"; {readable(need)} free, {none}")
     model.budget = None
     monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NO_VRAM)
-    assert host.describe_plan(model, 96, 64).endswith(f"; --novram, {none}")
+    assert host.model.describe_plan(model, 96, 64).endswith(f"; --novram, {none}")
     monkeypatch.setattr(memory, "vram_state", memory.VRAMState.HIGH_VRAM)
-    assert host.describe_plan(model, 96, 64).endswith(f" to draw; {all_of_it}")
+    assert host.model.describe_plan(model, 96, 64).endswith(f" to draw; {all_of_it}")
 
 
 @pytest.fixture
@@ -688,7 +687,7 @@ def scarce(ours, monkeypatch):
 
 
 @pytest.mark.parametrize("sampler", ["ksampler", "ours"])
-def test_out_of_memory_while_drawing_is_survived(host, ours, small_gpu, scarce, caplog, monkeypatch, sampler):
+def test_out_of_memory_while_drawing_is_survived(host, ours, small_gpu, scarce, caplog, monkeypatch, sampler, memory):
     """The step is drawn again with every block streamed: the same latents, one message, true sizes, and a next run."""
     from comfy_execution.utils import CurrentNodeContext
 
@@ -698,7 +697,7 @@ def test_out_of_memory_while_drawing_is_survived(host, ours, small_gpu, scarce, 
         return ksample(ours, conditioning(), latent={"samples": torch.zeros(1, 16, *more.values())} if more else None)
 
     said, streamer, weights = [], ours.module.streamer, ours.module.weights()
-    monkeypatch.setattr(host, "say", lambda text, node_id: said.append((text, node_id)))
+    monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.append((text, node_id)))
     scarce.limit = 9
     expected = draw()
     scarce.limit = 1
@@ -710,14 +709,14 @@ def test_out_of_memory_while_drawing_is_survived(host, ours, small_gpu, scarce, 
     assert [m for m in caplog.messages if "out of memory" in m] == [message] and said[-1] == (message, "17")
     assert streamer.resident == 0 and ours.model.model_lowvram
     assert ours.loaded_size() == streamer.used == weights.rest + 2 * weights.slot
-    assert host.describe_plan(ours, 96, 64).endswith("; memory ran out before, 3 of 3 blocks streamed")
-    assert host.describe_plan(ours, 32, 32).endswith("; nothing streamed")
+    assert host.model.describe_plan(ours, 96, 64).endswith("; memory ran out before, 3 of 3 blocks streamed")
+    assert host.model.describe_plan(ours, 32, 32).endswith("; nothing streamed")
     assert torch.equal(draw(), expected)
     assert scarce.raised == 1 and streamer.resident == 0, "the next run does not try again what failed"
     scarce.limit = 9
     draw(**({"width": 32, "height": 32} if sampler == "ours" else {"h": 4, "w": 4}))
     assert streamer.resident == 3, "a smaller picture may have its blocks on the device"
-    host.comfy.model_management.unload_all_models()
+    memory.unload_all_models()
     assert torch.equal(draw(), expected) and streamer.resident == 3
 
 
@@ -750,7 +749,7 @@ def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
     least = weights.rest + 2 * weights.slot + need
     for share, resident in ((1.01, 3), (0.75, (0, 1, 2)), (0.0, 0)):
         budget = max(share * size + need, least + 2**10) / 2**30
-        model = host.load_model(TINY, "torch", "w4a16", budget)
+        model = host.model.load_model(TINY, "torch", "w4a16", budget)
         assert model.budget == model.clone().clone().budget == round(budget * 2**30)
         assert torch.equal(ksample(model.clone(), conditioning()), expected)
         streamer = model.module.streamer
@@ -759,14 +758,14 @@ def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
         model.load(torch.device("cpu"), full_load=True)
         assert model.loaded_size() + need <= model.budget
         streamed = 3 - streamer.resident
-        plan = host.describe_plan(model, 96, 64)
+        plan = host.model.describe_plan(model, 96, 64)
         assert plan.startswith("96 x 64: ") and " weights + " in plan and "\n" not in plan
         assert plan.endswith(f"{streamed} of 3 blocks streamed" if streamed else "nothing streamed")
         said = []
-        monkeypatch.setattr(host, "say", lambda text, node_id, said=said: said.append(text))
+        monkeypatch.setattr(host.messages, "say", lambda text, node_id, said=said: said.append(text))
         zsample(host, model, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
         assert said == [plan]
-        with_lora = host.add_loras(model, [(loras[0], 1.0)], None) if streamed < 3 else model
+        with_lora = host.model.add_loras(model, [(loras[0], 1.0)], None) if streamed < 3 else model
         zsample(host, with_lora, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
         zsample(host, model, conditioning(), latent={"samples": torch.zeros(1, 16, 8, 12)})
         assert said[-1] == plan  # without the bytes of the LoRA before
@@ -774,50 +773,50 @@ def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
         assert function(*arguments, disable_dynamic=True).budget == model.budget
 
 
-def test_loaders_say_what_their_models_will_take(host, ours, small_gpu, monkeypatch):
+def test_loaders_say_what_their_models_will_take(host, ours, small_gpu, monkeypatch, memory):
     """Each loader's line in numbers: weights, what grows with the picture or the prompt, what is streamed."""
     from zimage_pack.nodes.loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
-    from zimage_pack.zimage_core import plan
+    from zimage_pack.zimage_core.memory import plan
 
     said = {}
-    monkeypatch.setattr(host, "say", lambda text, node_id: said.update({node_id: text}))
+    monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.update({node_id: text}))
     ZImageINT4ModelLoader().load(TINY, "torch", "w4a16", 0.0, "model")
     weights, need = ours.model_size(), ours.model.activations([1, 16, 128, 128])
     drawn = f"{plan.readable(weights)} weights + {plan.readable(need)} to draw"
     assert said["model"].splitlines()[1] == f"1024 x 1024: {drawn}; nothing streamed"
-    (clip,) = ZImageTextEncoderLoader().load(host.DEMO, "clip")
+    (clip,) = ZImageTextEncoderLoader().load(host.files.DEMO, "clip")
     encoder = clip.cond_stage_model.encoder
     weights = sum(tensor.nbytes for tensor in (*encoder.layers.parameters(), *encoder.layers.buffers()))
     need = plan.encoder_need(encoder.config, 512, [m.form for m in encoder.layers.modules() if hasattr(m, "form")], 4)
     assert encoder.dtype is torch.float32 and weights > 2**20 and need.total > 2**20
     prompt = f"{plan.readable(weights)} weights + {plan.readable(need.total)} for a prompt of 512 tokens"
     assert said["clip"] == f"text encoder: {prompt}; nothing streamed"
-    (vae,) = ZImageVAELoader().load(host.DEMO, "fp32", "vae")
+    (vae,) = ZImageVAELoader().load(host.files.DEMO, "fp32", "vae")
     config, weights = vae.first_stage_model.vae.config, sum(p.nbytes for p in vae.first_stage_model.parameters())
     need = plan.vae_need(config, 1024, 1024, 1, 4, None).total
     line = f"VAE: {plan.readable(weights)} weights + up to {{}} to decode 1024 x 1024"
     assert said["vae"] == line.format(plan.readable(need))
-    monkeypatch.setattr(host.comfy.model_management, "get_total_memory", lambda device: 2**20)
+    monkeypatch.setattr(memory, "get_total_memory", lambda device: 2**20)
     tiled = plan.vae_need(config, 1024, 1024, 1, 4, 64).total
-    assert tiled < need and host.describe_vae(vae, 1024, 1024) == line.format(plan.readable(tiled)) + ", in tiles"
+    assert tiled < need and host.vae.describe_vae(vae, 1024, 1024) == line.format(plan.readable(tiled)) + ", in tiles"
     count = len(encoder.layers)
     small_gpu(1)
-    assert host.describe_encoder(clip).endswith(f" free, {count} of {count} blocks streamed")
+    assert host.clip.describe_encoder(clip).endswith(f" free, {count} of {count} blocks streamed")
 
 
 def test_budget_that_cannot_hold_is_refused(host, ours):
     """At the loader where nothing fits, else for the picture that does not; the next one that does is drawn."""
     with pytest.raises(ValueError, match=r"vram_budget 1 MiB: the smallest picture needs .* at least 0\.\d\d GiB, or"):
-        host.load_model(TINY, "torch", "w4a16", 1 / 1024)
+        host.model.load_model(TINY, "torch", "w4a16", 1 / 1024)
     expected = ksample(ours, conditioning())
     budget = (ours.model_size() + ours.model.activations([1, 16, 8, 12])) / 2**30
-    model = host.load_model(TINY, "torch", "w4a16", budget)
+    model = host.model.load_model(TINY, "torch", "w4a16", budget)
     large = {"samples": torch.zeros(1, 16, 256, 256)}
     for draw in (ksample, lambda *args, **more: zsample(host, *args, **more)):
         with pytest.raises(ValueError, match="vram_budget .* needs .* smaller or fewer pictures"):
             draw(model, conditioning(), latent=large)
         assert torch.equal(ksample(model, conditioning()), expected)
-    assert "vram_budget" in host.try_plan(model, 2048, 2048)
+    assert "vram_budget" in host.model.try_plan(model, 2048, 2048)
 
 
 def test_clones_and_detach_leave_the_model_usable(host, ours):
@@ -900,12 +899,12 @@ def test_loras_of_both_loaders_equal_patched_stock_weights(host, ours, stock, lo
         for name, strength in stack:
             expected = stock_loader(expected, name, strength)
             stock_way = stock_loader(stock_way, name, strength)
-            ours_way = host.add_loras(ours_way, [(name, strength)], None)
+            ours_way = host.model.add_loras(ours_way, [(name, strength)], None)
         expected = ksample(expected, conditioning())
         assert relative(expected, plain) > 1e-2
         assert relative(ksample(ours_way, conditioning()), expected) < 1e-3
         assert relative(ksample(stock_way, conditioning()), expected) < 1e-3
-        mixed = stock_loader(host.add_loras(ours, [stack[0]], None), *stack[-1]) if len(stack) > 1 else ours_way
+        mixed = stock_loader(host.model.add_loras(ours, [stack[0]], None), *stack[-1]) if len(stack) > 1 else ours_way
         assert relative(ksample(mixed, conditioning()), expected) < 1e-3
     assert torch.equal(ksample(ours, conditioning()), plain)
 
@@ -952,7 +951,7 @@ def test_hooks_into_modules_are_refused_and_injections_kept(ours):
 
 def test_branches_with_different_loras_do_not_disturb_each_other(host, ours, loras):
     plain = ksample(ours, conditioning())
-    one, two = (host.add_loras(ours, [(name, 1.0)], None) for name in loras)
+    one, two = (host.model.add_loras(ours, [(name, 1.0)], None) for name in loras)
     first, second = ksample(one, conditioning()), ksample(two, conditioning())
     assert relative(first, second) > 1e-2
     for _ in range(2):
@@ -960,13 +959,13 @@ def test_branches_with_different_loras_do_not_disturb_each_other(host, ours, lor
         assert torch.equal(ksample(ours, conditioning()), plain)
         assert torch.equal(ksample(two, conditioning()), second)
         assert torch.equal(ksample(one.clone(), conditioning()), first)
-    assert torch.equal(ksample(host.add_loras(ours, [(loras[0], 0.0)], None), conditioning()), plain)
+    assert torch.equal(ksample(host.model.add_loras(ours, [(loras[0], 0.0)], None), conditioning()), plain)
 
 
 def test_loras_while_streaming(host, ours, loras, monkeypatch):
     import comfy.model_management
 
-    one = host.add_loras(ours, [(loras[0], 1.0)], None)
+    one = host.model.add_loras(ours, [(loras[0], 1.0)], None)
     expected, plain = ksample(one, conditioning()), ksample(ours, conditioning())
     load = type(ours).load
     comfy.model_management.unload_all_models()
@@ -1027,10 +1026,10 @@ def test_what_is_no_lora_for_this_model(host, ours):
     )
     folder_paths.filename_list_cache.clear()
     with pytest.raises(ValueError, match="3840"):
-        host.add_loras(ours, [("wide.safetensors", 1.0)], None)
-    assert "Flux" in host.checked(host.check_lora, "flux.safetensors")
+        host.model.add_loras(ours, [("wide.safetensors", 1.0)], None)
+    assert "Flux" in host.messages.checked(host.files.check_lora, "flux.safetensors")
     with pytest.raises(ValueError, match="is not in"):
-        host.add_loras(ours, [("gone.safetensors", 1.0)], None)
+        host.model.add_loras(ours, [("gone.safetensors", 1.0)], None)
 
 
 def lora_stack(model, *stack):
@@ -1046,11 +1045,11 @@ def lora_stack(model, *stack):
 
 def test_a_stack_is_a_chain(host, ours, stock, loras, monkeypatch):
     said, plain = [], ksample(ours, conditioning())
-    monkeypatch.setattr(host, "say", lambda text, node_id: said.append(text))
+    monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.append(text))
     stack = ((loras[0], 0.7), (loras[1], -0.4), (loras[0], 0.2))
     chain, stock_chain = ours, stock
     for name, strength in stack:
-        chain = host.add_loras(chain, [(name, strength)], None)
+        chain = host.model.add_loras(chain, [(name, strength)], None)
         stock_chain = stock_loader(stock_chain, name, strength)
     expected = ksample(chain, conditioning())
     assert relative(expected, plain) > 1e-2
@@ -1080,9 +1079,9 @@ def test_bf16_file_in_comfyuis_style(host, stock):
     state = {k: v.bfloat16() for k, v in stock.model.diffusion_model.state_dict().items()}
     save_file(state, Path(folder_paths.get_folder_paths("diffusion_models")[0]) / "dense.safetensors")
     folder_paths.filename_list_cache.clear()
-    assert host.checked(host.check_model, "dense.safetensors") is True
-    dense = host.load_model("dense.safetensors", "auto", "auto")
-    assert host.describe_model(dense).startswith("dense")
+    assert host.messages.checked(host.files.check_model, "dense.safetensors") is True
+    dense = host.model.load_model("dense.safetensors", "auto", "auto")
+    assert host.model.describe_model(dense).startswith("dense")
     before = {k: v.clone() for k, v in stock.model.diffusion_model.state_dict().items()}
     stock.model.diffusion_model.load_state_dict({k: v.float() for k, v in state.items()})
     expected = ksample(stock, conditioning())
@@ -1092,8 +1091,8 @@ def test_bf16_file_in_comfyuis_style(host, stock):
 
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
 def test_precisions(host, ours, precision):
-    model = host.load_model(TINY, "torch", precision)
-    assert precision in host.describe_model(model)
+    model = host.model.load_model(TINY, "torch", precision)
+    assert precision in host.model.describe_model(model)
     found = ksample(model, conditioning())
     assert relative(found, ksample(ours, conditioning())) < (1e-6 if precision == "w4a16" else 0.5)
 

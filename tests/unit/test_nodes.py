@@ -223,7 +223,7 @@ def combo(pack, node: str, name: str) -> list:
 
 
 def test_demo_comes_first_where_no_file_is_there(pack):
-    demo = sys.modules["zimage_unit_pack.nodes.host"].DEMO
+    demo = sys.modules["zimage_unit_pack.nodes.host"].files.DEMO
     lists = (
         ("ZImageINT4ModelLoader", "model_name", "diffusion_models"),
         ("ZImageTextEncoderLoader", "encoder_name", "text_encoders"),
@@ -247,10 +247,10 @@ def test_demo_comes_first_where_no_file_is_there(pack):
 
 def test_missing_models_folder_is_no_error(pack, monkeypatch):
     host = sys.modules["zimage_unit_pack.nodes.host"]
-    monkeypatch.delitem(host.folder_paths.folder_names_and_paths, "diffusion_models")
-    assert combo(pack, "ZImageINT4ModelLoader", "model_name") == [host.DEMO]
+    monkeypatch.delitem(host.files.folder_paths.folder_names_and_paths, "diffusion_models")
+    assert combo(pack, "ZImageINT4ModelLoader", "model_name") == [host.files.DEMO]
     with pytest.raises(ValueError, match="models/diffusion_models.*bundled demo"):
-        host.find("diffusion_models", "x.safetensors", "model")
+        host.files.find("diffusion_models", "x.safetensors", "model")
 
 
 def check(pack, node: str, name: str):
@@ -335,7 +335,7 @@ def validate(pack, **changes):
 
 
 def test_quantizer_lists_what_it_can_take(pack):
-    demo = sys.modules["zimage_unit_pack.nodes.host"].DEMO
+    demo = sys.modules["zimage_unit_pack.nodes.host"].files.DEMO
     folder = pack.models / "diffusion_models" / "fine-tune"
     folder.mkdir()
     (folder / "config.json").touch()
@@ -375,14 +375,13 @@ def test_quantizer_refuses_what_is_int4_already(pack):
 
 def test_quantizer_names_its_file(pack, monkeypatch):
     host = sys.modules["zimage_unit_pack.nodes.host"]
-    known = host.folder_paths.folder_names_and_paths["diffusion_models"]
-    monkeypatch.setitem(
-        host.folder_paths.folder_names_and_paths, "diffusion_models", ([str(pack.models / "unet"), *known[0]], known[1])
-    )
+    known = host.files.folder_paths.folder_names_and_paths
+    roots, extensions = known["diffusion_models"]
+    monkeypatch.setitem(known, "diffusion_models", ([str(pack.models / "unet"), *roots], extensions))
     folder = pack.models / "diffusion_models"
-    assert host.new_file(host.DEMO, "", 32) == folder / "svdq-int4_r32-z-image-demo.safetensors"
-    assert host.new_file(host.DEMO, "mine", 32) == folder / "mine.safetensors"
-    assert host.new_file(host.DEMO, "mine.sft", 32) == folder / "mine.sft"
+    assert host.quantize.new_file(host.files.DEMO, "", 32) == folder / "svdq-int4_r32-z-image-demo.safetensors"
+    assert host.quantize.new_file(host.files.DEMO, "mine", 32) == folder / "mine.safetensors"
+    assert host.quantize.new_file(host.files.DEMO, "mine.sft", 32) == folder / "mine.sft"
 
 
 def test_quantizer_wants_a_clip_to_calibrate(pack):

@@ -1,0 +1,171 @@
+"""CLIP: ComfyUI's own for the files it reads, else the core's text encoder in its shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import folder_paths
+import torch
+from torch import Tensor
+
+from .files import DEMO, find, reads_encoder
+from .patcher import Adapted, StreamingPatcher, predict, refuse_saving
+
+PROMPT_TOKENS = 512
+ENCODER_NAMES = "qwen3_4b.transformer.model."  # how the names of ComfyUI's own Z-Image encoder begin
+
+
+def load_clip(name: str) -> comfy.sd.CLIP:
+    """A CLIP: ComfyUI's own for the files it reads, else one around the core's encoder."""
+    path = find("text_encoders", name, "text_encoder")
+    if name != DEMO and reads_encoder(path):
+        return comfy.sd.load_clip(
+            ckpt_paths=[str(path)],
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            clip_type=comfy.sd.CLIPType.LUMINA2,
+        )
+    return core_clip(path, find("text_encoders", name, "tokenizer") if name == DEMO else None)
+
+
+def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
+    """A CLIP around the core's text encoder and tokenizer."""
+    from ...zimage_core.formats.encoder import load_text_encoder
+    from ...zimage_core.models.tokenizer import load_tokenizer
+    from ...zimage_core.pipeline import get_tokenizer
+
+    root = Path(comfy.sd.__file__).parents[1]
+    tokenizer = load_tokenizer(tokenizer_path or get_tokenizer(path, comfyui=root))
+    device = comfy.model_management.text_encoder_device()
+    offload = comfy.model_management.text_encoder_offload_device()
+    dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
+    encoder = CoreEncoder(load_text_encoder(path, device=offload, dtype=dtype))
+    clip = comfy.sd.CLIP(no_init=True)  # its constructor would load a patcher of its own; these are what clone() copies
+    clip.cond_stage_model = encoder
+    clip.tokenizer = CoreTokenizer(tokenizer)
+    clip.tokenizer_options = {}
+    clip.layer_idx = clip.apply_hooks_to_conds = None
+    clip.use_clip_schedule = False
+    clip.patcher = EncoderPatcher(encoder, load_device=device, offload_device=offload)
+    clip.patcher.is_clip = True
+    return clip
+
+
+class EncoderPatcher(StreamingPatcher):
+    """The CLIP's patcher."""
+
+    what = "text encoder"
+
+    def get_key_patches(self, filter_prefix=None):
+        raise ValueError("this text encoder cannot be merged with others: merge files of Qwen3-4B that ComfyUI reads")
+
+    def model_state_dict_for_saving(self, *args, **kwargs):
+        refuse_saving("a text encoder")
+
+
+def describe_encoder(clip: comfy.sd.CLIP) -> str:
+    """One line on what a text encoder will take of the device."""
+    from ...zimage_core.memory.plan import readable
+
+    if isinstance(clip.patcher, EncoderPatcher):
+        need = clip.cond_stage_model.need(PROMPT_TOKENS)
+        return f"text encoder: {predict(clip.patcher, need, f'for a prompt of {PROMPT_TOKENS} tokens')}"
+    return f"text encoder: {readable(clip.patcher.model_size())} weights, run by ComfyUI itself"
+
+
+class CoreTokenizer:
+    """The core's tokenizer in the shape of ComfyUI's; prompt weights mean nothing to Z-Image."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict:
+        ids = self.tokenizer(text)
+        return {"zimage": [[(i, 1.0, n) if return_word_ids else (i, 1.0) for n, i in enumerate(ids)]]}
+
+    def untokenize(self, token_weight_pair):
+        return [(pair, "") for pair in token_weight_pair]
+
+    def state_dict(self) -> dict:
+        refuse_saving("a text encoder")
+
+
+class CoreEncoder(Adapted):
+    """The core's text encoder in the shape of ComfyUI's."""
+
+    def __init__(self, encoder):
+        linears = [(name, m) for name, m in encoder.named_modules() if hasattr(m, "in_features")]
+        sizes = {f"{ENCODER_NAMES}{name}.weight": (m.out_features, m.in_features) for name, m in linears}
+        shapes = {name: torch.empty(size, device="meta", dtype=encoder.dtype) for name, size in sizes.items()}
+        super().__init__(encoder, encoder.layers, shapes)
+        self.manual_cast_dtype = None
+        self.dtypes = {encoder.dtype}
+
+    @property
+    def encoder(self):
+        return self.core
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """Its layers; the token table stays on the host."""
+        return self.core.layers
+
+    def need(self, tokens: int) -> int:
+        """Bytes of activations for a prompt of so many tokens, and of a weight while it is dequantized."""
+        from ...zimage_core.memory import plan
+
+        encoder = self.encoder
+        forms = {module.form for module in encoder.layers.modules() if hasattr(module, "form")}
+        need = plan.encoder_need(encoder.config, tokens, sorted(forms), encoder.dtype.itemsize)
+        return need.total + plan.libraries(comfy.model_management.text_encoder_device())
+
+    def memory_estimation_function(self, tokens: dict, device=None) -> int:
+        """What ComfyUI asks for before it places the layers."""
+        return self.need(max(map(len, tokens.get("zimage", ())), default=0))
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Names and shapes of the linears as ComfyUI's own encoder has them, without data: for key maps."""
+        return dict(self.shapes)
+
+    def encode_token_weights(self, tokens: dict):
+        """-> (1, L, C) fp32, no pooled vector, the mask: what ComfyUI's Z-Image encoder gives."""
+        outputs = []
+        for row in tokens["zimage"]:
+            ids, words = [pair[0] for pair in row], self.encoder.config.vocab_size
+            if max(ids) >= words:
+                raise ValueError(
+                    f"the tokenizer gives token {max(ids)}, this text encoder knows {words}: put the tokenizer files "
+                    "that belong to it beside it"
+                )
+            where = {"run_block": self.streamer.run_block, "device": self.streamer.device}
+            outputs.append(self.encoder(torch.tensor([ids]), **where).float())
+        cond = torch.cat(outputs).to(comfy.model_management.intermediate_device())
+        return cond, None, {"attention_mask": torch.ones(cond.shape[:2], dtype=torch.int64)}
+
+    def set_clip_options(self, options: dict) -> None:
+        pass
+
+    def reset_clip_options(self) -> None:
+        pass
+
+    def load_sd(self, sd):
+        return [], []
+
+
+def encode_prompt(clip: comfy.sd.CLIP, prompt: str):
+    """CONDITIONING of a prompt; the encoder leaves the device afterwards, so that sampling has it all."""
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    release(clip.patcher)
+    return conditioning
+
+
+def release(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Take one model off its device and out of ComfyUI's list of loaded ones."""
+    if patcher.load_device == patcher.offload_device:
+        return
+    keep = [
+        m for m in comfy.model_management.current_loaded_models if m.model is not None and not m.model.is_clone(patcher)
+    ]
+    comfy.model_management.free_memory(1e30, patcher.load_device, keep)

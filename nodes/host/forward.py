@@ -1,0 +1,264 @@
+"""The module that ComfyUI calls at each step: stock nodes' options and patches around the core's transformer."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections import deque
+
+import comfy.conds
+import comfy.ldm.common_dit
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.utils
+import torch
+from torch import Tensor
+
+from .patcher import Adapted
+
+HONOURED_PATCHES = ("double_block", "noise_refiner")
+KEPT_PROMPTS = 4  # conditionings kept between steps: positive, negative, areas
+KEPT_CAPTIONS = 16  # and the tensors they come from: repeated for a batch, joined for one forward
+
+
+class Kept:
+    """Results by the identity of the tensors they come from, to know a prompt again without comparing its values.
+
+    Comparing would make the host wait for the GPU at every step. A tensor that is another object, or that was written
+    into since, counts as new; so does every inference tensor, as PyTorch does not say when one is written into.
+    """
+
+    def __init__(self, size: int):
+        self.entries: deque[tuple] = deque(maxlen=size)
+
+    def get(self, tensors: tuple[Tensor, ...], key, make):
+        """What make() gave for these tensors and this key, or gives now. A tensor that was written into is remade."""
+        if any(tensor.is_inference() for tensor in tensors):
+            return make()
+        for asked, sources, versions, result in tuple(self.entries):
+            same = asked == key and len(sources) == len(tensors) and all(map(operator.is_, sources, tensors))
+            if same and versions == self._versions(sources, result):
+                return result
+        result = make()
+        self.entries.append((key, tensors, self._versions(tensors, result), result))
+        return result
+
+    def _versions(self, tensors: tuple[Tensor, ...], result) -> list[int]:
+        return [t._version for t in (*tensors, result) if isinstance(t, Tensor)]
+
+
+class Caption(comfy.conds.CONDRegular):
+    """A prompt's features (1 or B, L, C) that reach the model as the same tensor at every step of a run.
+
+    ComfyUI repeats and joins conditionings anew at each step; here the result is kept, unless somebody wrote into it.
+    """
+
+    def __init__(self, cond: Tensor, kept: Kept):
+        super().__init__(cond)
+        self.kept = kept
+
+    @classmethod
+    def of(cls, features: Tensor, device, dtype: torch.dtype) -> Caption:
+        """A copy of its own, which PyTorch counts writes into."""
+        with torch.inference_mode(False):
+            return cls(features.to(device, dtype, copy=True), Kept(KEPT_CAPTIONS))
+
+    def _copy_with(self, cond: Tensor) -> Caption:
+        return Caption(cond, self.kept)
+
+    def process_cond(self, batch_size: int, **kwargs) -> Caption:
+        repeat = functools.partial(comfy.utils.repeat_to_batch_size, self.cond, batch_size)
+        return self._copy_with(self._keep((self.cond,), batch_size, repeat))
+
+    def concat(self, others) -> Tensor:
+        tensors = (self.cond, *(other.cond for other in others))
+        return self._keep(tensors, "joined", functools.partial(torch.cat, tensors))
+
+    def _keep(self, tensors: tuple[Tensor, ...], key, make) -> Tensor:
+        with torch.inference_mode(False):
+            return self.kept.get(tensors, key, make)
+
+
+class DiffusionModel(Adapted):
+    """The module that ComfyUI calls: honours transformer_options, refuses by name what it cannot honour."""
+
+    def __init__(self, transformer):
+        from ...zimage_core.memory.graphs import Graphs
+
+        super().__init__(transformer, transformer.blocks, stock_state(transformer))
+        self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes ask for them
+        self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
+        self.graphs = Graphs(transformer, self.streamer)
+        self.budgeted = False  # graphs keep memory that no budget knows of
+        self.prepared = Kept(KEPT_PROMPTS)
+
+    @property
+    def transformer(self):
+        return self.core
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.dtype
+
+    def leave(self) -> None:
+        self.graphs.clear()
+        super().leave()
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, **conds) -> Tensor:
+        """x (B, 16, H/8, W/8), timesteps (B,) sigma in 0..1, context (B, L, C) -> d x / d sigma."""
+        options = {} if transformer_options is None else transformer_options
+        refuse(options, control)
+        return comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            self._forward,
+            self,
+            comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options),
+        ).execute(x, timesteps, context, transformer_options=options, **conds)
+
+    def _forward(self, x, timesteps, context, transformer_options=None, **conds) -> Tensor:
+        from ...zimage_core.models.transformer import Hooks
+        from ...zimage_core.sampler import predict_flow
+
+        options = {} if transformer_options is None else transformer_options
+        height, width = x.shape[-2:]
+        patch = self.transformer.config.patch_size
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
+        run = BlockRunner(self, options, x)
+        hooks = Hooks(run_block=run, attention=functools.partial(attend, options), rope=rope(options))
+        run.cond = self.prepare(context, x.shape[-2] * 8, x.shape[-1] * 8, hooks, options)
+        model = functools.partial(self.transformer, hooks=hooks)
+        if self.replays(options):
+            comfy.model_management.throw_exception_if_processing_interrupted()  # a replay runs no block that would
+            model = functools.partial(self.graphs.run, model)
+        return predict_flow(model, x, timesteps, run.cond)[:, :, :height, :width]
+
+    def replays(self, options: dict) -> bool:
+        """Whether steps may come from CUDA graphs: all that runs in them is known, and no budget counts on it."""
+        attention = comfy.ldm.modules.attention
+        plain = attention.optimized_attention_masked is attention.attention_pytorch and not custom(options)
+        return plain and not self.budgeted and self.graphs.possible
+
+    def prepare(self, context: Tensor, height: int, width: int, hooks, options: dict):
+        """The core's `Conditioning`, made once for all steps of a prompt unless a node changes what is computed."""
+        make = functools.partial(self.transformer.prepare, list(context), height, width, hooks)
+        if custom(options):
+            return make()
+        key = (height, width, hooks.rope, getattr(self.transformer, "adapter_version", 0))
+        return self.prepared.get((context,), key, make)
+
+
+def custom(options: dict) -> bool:
+    """Whether a node changes what is computed inside a step."""
+    return "optimized_attention_override" in options or any(options.get("patches", {}).values())
+
+
+class BlockRunner:
+    """Runs the blocks of one forward: interrupts, streaming, and the patches that stock nodes hang on blocks."""
+
+    def __init__(self, module: DiffusionModel, options: dict, x: Tensor):
+        self.module, self.options, self.x = module, options, x
+        self.patches = options.get("patches", {})
+        self.cond = None
+        self.first: Tensor | None = None  # what the stage began with
+
+    def __call__(self, stage: str, index: int, block, x: Tensor, *args) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if index == 0:
+            self.first = x
+        if stage == "layers":
+            total = len(self.module.transformer.layers)
+            self.options.update(total_blocks=total, block_type="double", block_index=index)
+        out = self.module.streamer.run_block(stage, index, block, x, *args)
+        if stage == "noise_refiner":
+            for patch in self.patches.get("noise_refiner", ()):
+                given = self._given(index, out, self.first, self.cond.context, *args)
+                out = patch({**given, "block_type": "noise_refiner"}).get("img", out)
+        elif stage == "layers":
+            n = self.cond.image_tokens
+            for patch in self.patches.get("double_block", ()):
+                image, text = out[:, :n], out[:, n:]
+                cos, sin, _, t_emb, _ = args
+                given = self._given(index, image, self.first[:, :n], text, cos[:, :n], sin[:, :n], None, t_emb)
+                result = patch(given)  # may also write into img and txt, which are views of out
+                if "img" in result:
+                    out[:, :n] = result["img"]
+                if "txt" in result:
+                    out[:, n:] = result["txt"]
+        return out
+
+    def _given(self, index, img, img_input, txt, cos, sin, _mask, t_emb, *_attention) -> dict:
+        """What ComfyUI's Lumina 2 hands to a patch."""
+        pe = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
+        return {
+            "img": img,
+            "img_input": img_input,
+            "txt": txt,
+            "pe": pe,
+            "vec": t_emb,
+            "x": self.x,
+            "block_index": index,
+            "transformer_options": self.options,
+        }
+
+
+def attend(options: dict, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The attention that the user chose for ComfyUI, or that a node put into transformer_options."""
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    function = comfy.ldm.modules.attention.optimized_attention_masked
+    return function(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
+
+
+def rope(options: dict) -> tuple[float, float, float, float] | None:
+    """ComfyUI's rope options (the RoPE scaling node) in the core's terms."""
+    asked = options.get("rope_options")
+    if asked is None:
+        return None
+    names = (("scale_y", 1.0), ("shift_y", 0.0), ("scale_x", 1.0), ("shift_x", 0.0))
+    return tuple(float(asked.get(name, default)) for name, default in names)
+
+
+def refuse(options: dict, control) -> None:
+    """ValueError naming what a node asks for that Z-Image cannot honour; silence would give a wrong picture."""
+    patches = options.get("patches", {})
+    asked = [f"the patch {name!r}" for name, found in patches.items() if found and name not in HONOURED_PATCHES]
+    asked += [f"the replaced block {name!r}" for name, found in options.get("patches_replace", {}).items() if found]
+    if control is not None:
+        asked.append("a ControlNet of Stable Diffusion's kind")
+    if asked:
+        raise ValueError(
+            f"Z-Image cannot honour {', '.join(asked)}: remove the node between loader and sampler that adds it "
+            f"(wrappers, attention overrides, RoPE options and the patches {', '.join(HONOURED_PATCHES)} do work)"
+        )
+
+
+STOCK_NAMES = (
+    ("attention.to_qkv", "attention.qkv"),
+    ("attention.to_out", "attention.out"),
+    ("attention.norm_q", "attention.q_norm"),
+    ("attention.norm_k", "attention.k_norm"),
+)
+
+
+def stock_state(transformer) -> dict[str, Tensor]:
+    """{ComfyUI's name: empty tensor of the dense shape} for every weight of a transformer."""
+    state = {}
+
+    def add(key: str, *shape: int) -> None:
+        state[key] = torch.empty(shape, device="meta", dtype=transformer.dtype)
+
+    for name, module in transformer.named_modules():
+        for ours, theirs in STOCK_NAMES:
+            name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
+        if hasattr(module, "in_features"):
+            n, k = module.out_features, module.in_features
+            if name.endswith("feed_forward.w3_w1"):
+                for part in ("w1", "w3"):
+                    add(f"{name.removesuffix('w3_w1')}{part}.weight", n // 2, k)
+                continue
+            add(f"{name}.weight", n, k)
+            if getattr(module, "bias", None) is not None:
+                add(f"{name}.bias", n)
+        else:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                add(f"{name}.{leaf}".lstrip("."), *parameter.shape)
+    return state

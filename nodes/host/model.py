@@ -1,0 +1,314 @@
+"""MODEL: a Z-Image transformer as ComfyUI's Lumina 2, its plan and budget, its LoRAs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import uuid
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from torch import Tensor
+
+from . import messages
+from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
+from .forward import Caption, DiffusionModel
+from .patcher import StreamingPatcher, predict, refuse_saving
+
+PROMPT_TOKENS = 512
+GIB = 2**30
+logger = logging.getLogger(__name__)
+ENCODER_REMEDY = "to apply them, put ComfyUI's Load LoRA with strength_model 0 between text encoder and prompt"
+
+
+def load_model(name: str, backend: str, precision: str, budget: float = 0.0) -> ZImagePatcher:
+    """A MODEL from a file of `diffusion_models`, its weights on ComfyUI's offload device.
+
+    budget: GiB that its weights and activations may take, 0 for what ComfyUI gives. ValueError where not even the
+    smallest picture fits it.
+    """
+    from ...zimage_core.formats.load import load_transformer
+
+    path = find("diffusion_models", name, "model")
+    device = comfy.model_management.get_torch_device()
+    offload = comfy.model_management.unet_offload_device()
+    dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=[torch.bfloat16, torch.float32])
+    transformer = load_transformer(
+        path, device=offload, dtype=dtype, backend=backend, precision=precision, compute_device=device
+    )
+    patcher = wrap_transformer(transformer, device, offload)
+    if name == DEMO:
+        patcher.model.latent_format = demo_latents()
+    patcher.cached_patcher_init = (_reload_model, (name, backend, precision, budget))
+    if budget:
+        patcher.budget = round(budget * GIB)
+        patcher.check_budget(patcher.need(16, 16), "the smallest picture")
+    return patcher
+
+
+def _reload_model(name: str, backend: str, precision: str, budget: float, disable_dynamic: bool = False):
+    """What ComfyUI calls for another copy of the model (one per GPU)."""
+    return load_model(name, backend, precision, budget)
+
+
+def wrap_transformer(transformer, device: torch.device, offload: torch.device) -> ZImagePatcher:
+    """A MODEL of a core transformer."""
+    config = transformer.config
+    model_config = ModelConfig(
+        {
+            "image_model": "lumina2",
+            "dim": config.dim,
+            "n_layers": config.n_layers,
+            "n_refiner_layers": config.n_refiner_layers,
+            "n_heads": config.n_heads,
+            "cap_feat_dim": config.cap_feat_dim,
+            "in_channels": config.in_channels,
+            "patch_size": config.patch_size,
+            "disable_unet_model_creation": True,
+        }
+    )
+    model_config.set_inference_dtype(transformer.dtype, None)
+    return ZImagePatcher(ZImageModel(model_config, transformer, offload), device, offload)
+
+
+def demo_latents() -> comfy.latent_formats.LatentFormat:
+    """Flux's latent format with the demo's own colours for live previews: its VAE is another one."""
+    from ...zimage_core.demo import LATENT_RGB
+
+    *factors, bias = LATENT_RGB
+    found = comfy.latent_formats.Flux()
+    found.latent_rgb_factors, found.latent_rgb_factors_bias = factors, bias
+    found.taesd_decoder_name = None
+    return found
+
+
+def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
+    """One line on what was loaded and what runs it."""
+    transformer = patcher.model.diffusion_model.transformer
+    info, backend = transformer.checkpoint, transformer.backend
+    name = backend and {"reference": "torch", "kitchen": "comfy-kitchen"}.get(backend.name, backend.name)
+    kind = f"INT4 r{info.rank}, {name} {backend.precision}" if backend else f"{info.format} {info.dtype}"
+    return f"{kind}, {patcher.model_size() / GIB:.2f} GiB"
+
+
+def describe_plan(patcher: ZImagePatcher, width: int, height: int, pictures: int = 1) -> str:
+    """One line on what pictures of a size will take of the device; ValueError where the budget does not hold them."""
+    what = f"{width} x {height}" if pictures == 1 else f"{pictures} of {width} x {height}"
+    need = patcher.need(width, height, pictures)
+    patcher.check_budget(need, what)
+    return f"{what}: {predict(patcher, need, 'to draw')}"
+
+
+def try_plan(patcher: ZImagePatcher, width: int, height: int) -> str:
+    """`describe_plan`, or the sentence why a picture of this size will not go; smaller ones may."""
+    try:
+        return describe_plan(patcher, width, height)
+    except ValueError as error:
+        return str(error)
+
+
+class ModelConfig(comfy.supported_models.ZImage):
+    """ComfyUI's settings for Z-Image (shift 3, latent format), for a module that is built elsewhere."""
+
+
+class ZImageModel(comfy.model_base.Lumina2):
+    """What ComfyUI holds as the model; a Lumina 2 in its eyes, without Lumina's own module."""
+
+    def __init__(self, model_config, transformer, device=None):
+        comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLOW, device=device)
+        self.diffusion_model = DiffusionModel(transformer)
+        self.expected = 0.0  # bytes of activations that ComfyUI last asked for: those of the run it is loading for
+        self.loaded_for = 0.0  # the same when blocks were last placed
+        self.too_much = math.inf  # those with which memory ran out although blocks were on the device
+
+    def extra_conds(self, **kwargs) -> dict:
+        for key, what in (
+            ("reference_latents", "reference latents"),
+            ("reference_latents_text_embeds", "reference texts"),
+            ("unclip_conditioning", "CLIP vision images"),
+        ):
+            if kwargs.get(key):
+                raise ValueError(f"Z-Image Turbo takes no {what}: remove the node that adds them to the conditioning")
+        out = comfy.model_base.BaseModel.extra_conds(self, **kwargs)
+        context, wanted = kwargs.get("cross_attn"), self.diffusion_model.transformer.config.cap_feat_dim
+        if context is not None:
+            if context.shape[-1] != wanted:
+                raise ValueError(
+                    f"the conditioning is {context.shape[-1]} wide, this model wants {wanted}: encode the prompt with "
+                    f"{'Qwen3-4B' if wanted == 2560 else f'the text encoder {DEMO!r}'}"
+                )
+            out["c_crossattn"] = Caption.of(context, kwargs.get("device"), self.get_dtype_inference())
+        return out
+
+    def extra_conds_shapes(self, **kwargs) -> dict:
+        return {}
+
+    def memory_required(self, input_shape, cond_shapes=None) -> float:
+        self.expected = self.activations(input_shape)
+        return self.expected
+
+    def activations(self, input_shape) -> float:
+        """Bytes of activations and of the backend's buffers for latents of a shape (B, 16, H/8, W/8), as planned.
+
+        Captions are taken to be at their longest, and one per picture.
+        """
+        from ...zimage_core.memory import plan
+        from ...zimage_core.models import ops
+
+        transformer = self.diffusion_model.transformer
+        config, backend = transformer.config, transformer.backend
+        device, size = comfy.model_management.get_torch_device(), transformer.dtype.itemsize
+        batch, height, width = input_shape[0], *input_shape[-2:]
+        tokens = plan.padded(-(-height // config.patch_size) * -(-width // config.patch_size))
+        rows, fp16 = batch * (tokens + PROMPT_TOKENS), transformer.dtype is torch.float16
+        arithmetic = plan.arithmetic(backend, device) if backend else "dense"
+        rank = transformer.checkpoint.rank
+        fused = transformer.layers[0].ops is not ops.TORCH
+        need = plan.transformer_need(config, rows, rank, arithmetic, fused, size, fp16).total
+        need += plan.conditioning_bytes(config, tokens, [PROMPT_TOKENS] * batch, size, fp16)
+        need += plan.latents_bytes(8 * height, 8 * width, batch) + plan.libraries(device)
+        memory = comfy.model_management
+        if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
+            need += batch * (tokens + PROMPT_TOKENS) ** 2 * size * 2  # scores of one head at a time
+        return need
+
+    def _apply_model(self, *args, **kwargs) -> Tensor:
+        """One step; where memory runs out with blocks on the device, once more with every block streamed."""
+        from ...zimage_core.models.vae import out_of_memory
+
+        try:
+            return super()._apply_model(*args, **kwargs)
+        except RuntimeError as error:
+            resident = self.diffusion_model.streamer.resident
+            if not out_of_memory(error) or not resident or self.current_patcher is None:
+                raise
+        # Outside the handler: only now are the failed attempt's tensors free.
+        self.current_patcher.stream_all()
+        return super()._apply_model(*args, **kwargs)
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """Names and shapes as ComfyUI's own Z-Image has them, without data: for key maps, not for saving."""
+        return {f"diffusion_model.{key}": shape for key, shape in self.diffusion_model.shapes.items()}
+
+    def state_dict_for_saving(self, *args, **kwargs):
+        refuse_saving("an INT4 model")
+
+
+class ZImagePatcher(StreamingPatcher):
+    """The MODEL's patcher: it keeps to the budget too, and streams everything where memory ran out."""
+
+    names_begin, what = "diffusion_model.", "Z-Image"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.budget: int | None = None  # bytes for weights and activations, None: what ComfyUI gives
+
+    @property
+    def module(self) -> DiffusionModel:
+        return self.model.diffusion_model
+
+    def clone(self, *args, **kwargs):
+        n = super().clone(*args, **kwargs)
+        n.budget = self.budget
+        return n
+
+    def need(self, width: int, height: int, pictures: int = 1) -> float:
+        """Bytes of activations for pictures of a size, beside the weights."""
+        return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
+
+    def room(self, need: float) -> tuple[float, str]:
+        from ...zimage_core.memory.plan import readable
+
+        if need >= self.model.too_much:
+            return 0, "memory ran out before, "
+        found = super().room(need)
+        if self.budget is None or found[0] <= self.budget - need:
+            return found
+        return self.budget - need, f"budget {readable(self.budget)}, "
+
+    def check_budget(self, need: float, what: str) -> None:
+        """ValueError where the budget does not hold the activations `need` with every block streamed."""
+        from ...zimage_core.memory.plan import readable
+
+        if self.budget is None:
+            return
+        weights = self.module.weights()
+        least = min(weights.within(0)[1], weights.total) + need
+        if least > self.budget:
+            raise ValueError(
+                f"vram_budget {readable(self.budget)}: {what} needs {readable(least)} even with every block streamed; "
+                f"give the Z-Image INT4 Model Loader at least {math.ceil(least / GIB * 100) / 100:.2f} GiB, "
+                "or 0 for what ComfyUI gives, or draw smaller or fewer pictures at a time"
+            )
+
+    def add_lora(self, lora, strength: float) -> None:
+        self.loras += ((lora, strength),)
+        self.patches_uuid = uuid.uuid4()
+
+    def get_key_patches(self, filter_prefix=None):
+        raise ValueError("INT4 models cannot be merged with others: merge BF16 files, then quantize the result")
+
+    def load(self, *args, **kwargs):
+        with self.use_ejected():
+            self.set_adapters(self.patches)
+            self.check_budget(self.model.expected, "this picture")
+            self.model.loaded_for = self.model.expected
+            super().load(*args, **kwargs)
+
+    def _place(self, device, allowance: float) -> int:
+        if self.budget is not None:
+            allowance = min(allowance, self.budget - self.model.expected)
+        if self.model.loaded_for >= self.model.too_much:
+            allowance = 0
+        self.module.budgeted = self.budget is not None
+        if self.module.budgeted or allowance < self.model_size():
+            self.module.graphs.clear()
+        return super()._place(device, allowance)
+
+    def stream_all(self) -> None:
+        """Take every block off the device in the middle of a run, and for all runs as large until it is unloaded."""
+        text = "out of memory while drawing: trying again with every block of the model streamed"
+        logger.warning(text)
+        messages.say(text, messages.executing_node())
+        self.model.too_much = self.model.loaded_for
+        self.module.leave()
+        comfy.model_management.soft_empty_cache()
+        self._place(self.load_device, 0)
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            self.module.prepared.entries.clear()
+            self.model.too_much = math.inf
+        super().unpatch_model(device_to, unpatch_weights)
+
+
+def add_loras(model, stack: list[tuple[str, float]], node_id: str | None):
+    """A clone of MODEL with more LoRAs, (name, strength) each; a MODEL that is not ours gets them ComfyUI's way."""
+    from ...zimage_core.lora import apply as lora
+
+    paths = [(find("loras", name, "lora"), strength) for name, strength in stack if name != NO_LORA]
+    ours, lines = isinstance(model, ZImagePatcher), []
+    n = model.clone()
+    for path, strength in paths:
+        if ours:
+            loaded = lora.load_lora(path)
+            loaded.check(model.module.transformer)
+            n.add_lora(loaded, strength)
+            report = loaded.report
+            lines.append(report.summary().replace(str(path), path.name))
+        else:
+            weights = comfy.utils.load_torch_file(str(path), safe_load=True)
+            n = comfy.sd.load_lora_for_models(n, None, weights, strength, 0)[0]
+            report = lora.inspect(path)
+        if report.text_encoder:
+            left = f"{path.name}: its {report.text_encoder} modules of the text encoder are left out: {ENCODER_REMEDY}"
+            logger.warning(left)
+            lines.append(left)
+    messages.say("\n".join(lines) or ("no LoRA chosen" if not paths else "applied by ComfyUI"), node_id)
+    return n

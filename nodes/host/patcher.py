@@ -1,0 +1,221 @@
+"""A module of the core behind ComfyUI's `ModelPatcher`: LoRAs kept beside the weights, whole blocks streamed."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from .lora import StockModule, stock_lora, stock_loras
+
+logger = logging.getLogger(__name__)
+BYPASS = "bypass_lora"  # the key under which ComfyUI's bypass LoRA loaders inject
+
+
+def room(device: torch.device, need: float) -> tuple[float, str]:
+    """Bytes of weights that a model will have on a device beside `need` of activations, and what limits them in words.
+
+    As ComfyUI's `load_models_gpu` reckons when it places one: other models give way, so what they take counts as free.
+    """
+    from ...zimage_core.memory.plan import readable
+
+    memory, state = comfy.model_management, comfy.model_management.VRAMState
+    if memory.vram_state is state.NO_VRAM and not memory.is_device_cpu(device):
+        return 0, "--novram, "
+    parted = memory.lowvram_available and memory.vram_state in (state.LOW_VRAM, state.NORMAL_VRAM)
+    if not parted or memory.is_device_cpu(device):
+        return math.inf, ""
+    loaded = [m for m in memory.current_loaded_models if m.model is not None and m.device == device]
+    free = memory.get_free_memory(device) + sum(m.model_loaded_memory() for m in loaded)
+    least = memory.minimum_inference_memory()
+    beside = free - max(least, need + memory.extra_reserved_memory())
+    return max(0, beside, min(free * memory.MIN_WEIGHT_MEMORY_RATIO, free - least)), f"{readable(free)} free, "
+
+
+def predict(patcher: StreamingPatcher, need: float, purpose: str) -> str:
+    """What a model will take of the device and what of it is streamed; need: bytes of its activations."""
+    from ...zimage_core.memory.plan import readable
+
+    weights = patcher.module.weights()
+    allowance, limit = patcher.room(need)
+    resident, held = weights.within(allowance)
+    streamed = len(weights.blocks) - resident
+    how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
+    return f"{readable(held)} weights + {readable(need)} {purpose}; {limit}{how}"
+
+
+class Adapted(torch.nn.Module):
+    """A module of the core whose blocks are streamed where they must, and that shows LoRA loaders the names of
+    ComfyUI's own model of the kind.
+
+    blocks: the parts of `body` that can be streamed, in the order in which they run. shapes: {ComfyUI's name below
+    this module: empty tensor of the dense shape}.
+    """
+
+    def __init__(self, core: torch.nn.Module, blocks, shapes: dict[str, Tensor]):
+        from ...zimage_core.memory.offload import BlockStreamer
+
+        super().__init__()
+        self.core = core
+        self.streamer = BlockStreamer(blocks, self.body)
+        self.shapes = shapes
+        self.stock_loras: dict = {}  # conversions of what stock loaders patched
+        self.taken: list | None = None  # what a bypass loader hooks into, while that is asked
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """What of the core goes to the device."""
+        return self.core
+
+    def weights(self):
+        """The bytes of the body as it is now, an `offload.Weights`."""
+        from ...zimage_core.memory.offload import weights
+
+        return weights(self.streamer.blocks, self.body)
+
+    def leave(self) -> None:
+        """Go back to the host."""
+        self.streamer.leave()
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not any(key.startswith(f"{name}.") for key in self.__dict__.get("shapes", ())):
+                raise
+        return StockModule(self, f"{name}.")
+
+
+def refuse_saving(what: str) -> None:
+    """ValueError for nodes that save: what ComfyUI sees of these weights are their names and shapes."""
+    raise ValueError(f"{what} cannot be saved from here: the file it was loaded from is what there is to keep")
+
+
+class AdapterPatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher that keeps adapters (LoRA) per clone instead of patching weights.
+
+    Clones share the module: whichever clone ComfyUI loads for a run sets its own adapters first.
+    """
+
+    names_begin = ""  # of the patched weights, before the names below `module`
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loras: tuple = ()  # (Lora, strength) of our LoRA nodes; stock loaders' are in self.patches
+
+    @property
+    def module(self) -> Adapted:
+        return self.model
+
+    def clone(self, *args, **kwargs):
+        n = super().clone(*args, **kwargs)
+        n.loras = self.loras
+        return n
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        names = self.model.state_dict()
+        for key, value in patches.items():
+            if (key if isinstance(key, str) else key[0]) in names:
+                stock_lora(key, value, strength_model)
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def set_injections(self, key, injections):
+        """The forwards that ComfyUI's bypass LoRA loaders inject become LoRAs; other injections stay what they are."""
+        if key != BYPASS:
+            return super().set_injections(key, injections)
+        self.module.taken = []
+        try:
+            for injection in injections:
+                injection.inject(self)
+            for name, adapter, strength in self.module.taken:
+                self.add_patches({f"{self.names_begin}{name}": adapter}, strength)
+        finally:
+            self.module.taken = None
+
+    def add_weight_wrapper(self, name, function):
+        raise ValueError(f"these weights cannot be wrapped ({name}): remove the node that does it")
+
+    def set_adapters(self, patches: dict) -> None:
+        """Make the shared module's adapters this clone's: its own LoRAs and what stock loaders patched."""
+        from ...zimage_core.lora import apply as lora
+
+        lora.apply(self.module.core, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
+
+    def patch_hooks(self, hooks):
+        patches = {key: list(found) for key, found in self.patches.items()}
+        for key, found in self.get_combined_hook_patches(hooks).items():
+            patches.setdefault(key, []).extend(found)
+        self.set_adapters(patches)
+        self.current_hooks = hooks
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        if self.current_hooks is not None:
+            self.patch_hooks(None)
+
+
+class StreamingPatcher(AdapterPatcher):
+    """A patcher that turns ComfyUI's byte allowance into whole blocks on the device; the others are streamed."""
+
+    what = ""  # the log's name for the model
+
+    def model_size(self) -> int:
+        return self.module.weights().total
+
+    def room(self, need: float) -> tuple[float, str]:
+        """What `room` says for the device that the model runs on."""
+        return room(self.load_device, need)
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        with self.use_ejected():
+            self.set_adapters(self.patches)
+            self.current_hooks = None
+            self._place(device_to, math.inf if full_load else lowvram_model_memory)
+            self.model.current_weight_patches_uuid = self.patches_uuid
+            for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
+                callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def _place(self, device, allowance: float) -> int:
+        """Move blocks to fit an allowance; returns how many bytes more than before are on the device."""
+        streamer, before = self.module.streamer, self.model.model_loaded_weight_memory
+        self.model.model_loaded_weight_memory = size = streamer.place(device, allowance)
+        self.model.model_lowvram = bool(streamer.host)
+        self.model.device = device
+        found = streamer.resident, len(streamer.blocks), device, size / 2**20
+        logger.info("%s: %d of %d blocks on %s, %.0f MiB", self.what, *found)
+        return size - before
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(None, unpatch_weights=False)  # object patches and injections
+        if unpatch_weights:
+            self.set_adapters({})
+            self.current_hooks = None
+            self.model.current_weight_patches_uuid = None
+            if device_to is not None and device_to != self.load_device:
+                self.module.leave()
+                self.model.device = device_to
+            self.model.model_lowvram = False
+            self.model.model_loaded_weight_memory = 0
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            used = self.model.model_loaded_weight_memory
+            self.unpatch_model(unpatch_weights=False)
+            self.patch_model(load_weights=False)
+            self.load(device_to, lowvram_model_memory=used + extra_memory)
+            return self.model.model_loaded_weight_memory - used
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        with self.use_ejected():
+            used = self.model.model_loaded_weight_memory
+            return -self._place(self.load_device, used - memory_to_free)
+
+    def patch_hooks(self, hooks):
+        super().patch_hooks(hooks)
+        if self.model.model_lowvram:
+            self._place(self.load_device, self.model.model_loaded_weight_memory)

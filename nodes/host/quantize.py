@@ -1,0 +1,122 @@
+"""The work of the quantizing nodes: INT4 files made, pictures of several models side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from torch import Tensor
+
+from . import messages
+from .clip import release
+from .files import EXTENSIONS, NO_LORA, choices, find
+
+GIB = 2**30
+QUANTIZER_BYTES = 6 * GIB  # that calibrating takes of the device for a full-size model
+
+
+def sources() -> list[str]:
+    """Names of what may be quantized: files and model folders of `diffusion_models`, and the demo's BF16 file."""
+    return [n for n in choices("diffusion_models", "dense", folders_too=True) if not n.lower().endswith(".gguf")]
+
+
+def check_source(name: str) -> None:
+    """ValueError unless a name of `sources` is a dense Z-Image transformer, from its header."""
+    from ...zimage_core.quantize.run import check_source as check
+
+    check(find("diffusion_models", name, "dense"))
+
+
+def check_new_name(name: str) -> None:
+    """ValueError unless a name is one for a file in `diffusion_models`; none is right too."""
+    if name and (Path(name).name != name or "\\" in name or name.startswith(".")):
+        raise ValueError(f"output_name {name!r}: expected a file name without folders; empty is one that fits")
+
+
+def quantize(
+    model_name: str,
+    rank: int,
+    output_name: str,
+    clip: comfy.sd.CLIP | None,
+    prompts: str,
+    size: int,
+    stack: list[tuple[str, float]],
+    node_id: str | None,
+) -> str:
+    """Write an INT4 file into `diffusion_models` and return its name; calibrated if there is a CLIP.
+
+    prompts: one a line, and size in pixels: what to calibrate with, empty and 0 for the quantizer's own. stack: LoRAs
+    to merge. An interrupted run keeps its finished blocks, and the same call goes on from there.
+    """
+    from ...zimage_core.quantize import run as core
+
+    source, target = find("diffusion_models", model_name, "dense"), new_file(model_name, output_name, rank)
+    if target.exists():
+        raise ValueError(f"{target}: is there already; choose another output_name, or remove that file")
+    loras = [(find("loras", name, "lora"), strength) for name, strength in stack if name != NO_LORA]
+    device = comfy.model_management.get_torch_device()
+    own_prompts, own_size = core.calibration_defaults(device)
+    asked = [line.strip() for line in prompts.splitlines() if line.strip()] or own_prompts
+    cap_feats = None if clip is None else [encode_features(clip, prompt) for prompt in asked]
+    if clip is not None:
+        release(clip.patcher)
+    comfy.model_management.free_memory(QUANTIZER_BYTES, device)
+    words, bar = core.TimeLeft(), comfy.utils.ProgressBar(1)
+
+    def show(done: int, total: int, what: str) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+        messages.say(words(done, total, what), node_id)
+
+    core.quantize_checkpoint(
+        source, target, rank=rank, cap_feats=cap_feats, size=size or own_size, merge=loras, device=device, progress=show
+    )
+    return target.name
+
+
+def new_file(model_name: str, output_name: str, rank: int) -> Path:
+    """The path of the file to be made, named as the official ones unless there is a name."""
+    check_new_name(output_name)
+    if not output_name:
+        stem = find("diffusion_models", model_name, "dense").stem
+        for ending in ("-bf16", "_bf16"):
+            stem = stem.removesuffix(ending)
+        output_name = f"svdq-int4_r{rank}-{stem}"
+    if not output_name.lower().endswith(EXTENSIONS):
+        output_name += EXTENSIONS[0]
+    roots = list(map(Path, folder_paths.get_folder_paths("diffusion_models")))  # models/unet, its old name, comes first
+    root = next((root for root in roots if root.name == "diffusion_models"), roots[0])
+    root.mkdir(parents=True, exist_ok=True)
+    return root / output_name
+
+
+def encode_features(clip: comfy.sd.CLIP, prompt: str) -> Tensor:
+    """Caption features (L, C) of a prompt, on the host."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))[0][0][0].cpu()
+
+
+def compare(labels: list[str], batches: list[Tensor], node_id: str | None) -> tuple[Tensor, str]:
+    """The labelled sheet of IMAGE batches as an IMAGE, and the scores against the first batch as text."""
+    import numpy as np
+    from PIL import Image
+
+    from ...zimage_core.compare import side_by_side
+
+    for label, batch in zip(labels, batches, strict=True):
+        if batch.shape[:3] != batches[0].shape[:3]:
+            found, wanted = ("{0} of {2} x {1}".format(*shown.shape) for shown in (batch, batches[0]))
+            raise ValueError(f"{label}: expected {wanted} pictures as in {labels[0]}, found {found}; draw them alike")
+    columns = [
+        [Image.fromarray((255 * picture[..., :3].clamp(0, 1)).round().byte().cpu().numpy()) for picture in batch]
+        for batch in batches
+    ]
+    numbers = range(1, len(batches[0]) + 1)
+    sheet, scores = side_by_side(labels, columns, [f"picture {number}" for number in numbers], numbers)
+    text = "\n".join(f"{s.label}, picture {s.seed}: PSNR {s.psnr:.2f} dB, SSIM {s.ssim:.4f}" for s in scores)
+    messages.say(text, node_id)
+    return torch.from_numpy(np.asarray(sheet).astype("float32") / 255)[None], text

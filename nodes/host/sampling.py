@@ -1,0 +1,67 @@
+"""The sampler node's work: the core's schedule through ComfyUI's guider."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from . import messages
+from .files import LATENT_CHANNELS
+from .model import ZImagePatcher, describe_plan
+
+
+def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float) -> Tensor:
+    """(steps + 1,) sigmas: the core's, or those of a model whose sampling is not Z-Image's own (or patched)."""
+    from ...zimage_core.sampler import SHIFT, get_sigmas
+
+    total = steps if denoise >= 1 else max(steps, int(steps / denoise))
+    sampling = model.get_model_object("model_sampling")
+    if "model_sampling" not in model.object_patches and getattr(sampling, "shift", None) == SHIFT:
+        return get_sigmas(steps, start=steps / total)
+    return comfy.samplers.calculate_sigmas(sampling, "simple", total)[-(steps + 1) :].cpu()
+
+
+def sample(
+    model, positive, seed: int, steps: int, width: int, height: int, batch: int, latent: dict | None, denoise, node_id
+):
+    """Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple, cfg 1) does; returns a LATENT.
+
+    The node shows first what it will take of the device.
+    """
+    import latent_preview
+
+    if latent is None:
+        shape = (batch, LATENT_CHANNELS, height // 8, width // 8)
+        latent = {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != channels:
+        raise ValueError(
+            f"the latent has {samples.shape[1]} channels, this model's have {channels}: encode the picture with the "
+            "Z-Image VAE Loader's VAE"
+        )
+    if isinstance(model, ZImagePatcher):
+        model.set_adapters(model.patches)  # those of the run before are not in this one's plan
+        messages.say(describe_plan(model, 8 * samples.shape[-1], 8 * samples.shape[-2], samples.shape[0]), node_id)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(1.0)
+    samples = guider.sample(
+        noise,
+        samples,
+        comfy.samplers.sampler_object("euler"),
+        schedule(model, steps, denoise),
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
+    return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}

@@ -1,0 +1,111 @@
+"""VAE: ComfyUI's own for the files it reads, else the core's autoencoder in its shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor
+
+from .files import DEMO, LATENT_CHANNELS, find
+
+TILE = 64  # latent cells along the edge of a tile that is decoded by itself
+
+
+def load_vae(name: str, dtype: str) -> comfy.sd.VAE:
+    """A VAE: ComfyUI's own for files of Flux's size in either key style, else one around the core's."""
+    from ...zimage_core.formats.safetensors import read_header
+
+    path = find("vae", name, "vae")
+    precision = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    header = read_header(path) if path.is_file() else None
+    if header and name != DEMO and header.tensors.get("decoder.conv_in.weight", ("", ()))[1] == (512, 16, 3, 3):
+        return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)), dtype=precision, metadata=header.metadata)
+    return core_vae(path, precision)
+
+
+def core_vae(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
+    """A VAE around the core's autoencoder."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    from ...zimage_core.formats.vae import load_vae as load
+
+    sizes = {"ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": LATENT_CHANNELS}
+    sizes |= {"double_z": True, "resolution": 8, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
+    params = {"ddconfig": sizes, "embed_dim": LATENT_CHANNELS}
+    vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), dtype=dtype, config={"params": params})
+    offload = comfy.model_management.vae_offload_device()
+    vae.first_stage_model = CoreVAE(load(path, device=offload, dtype=vae.vae_dtype))
+    vae.patcher = WholePatcher(vae.first_stage_model, load_device=vae.device, offload_device=offload)
+    vae.latent_channels = LATENT_CHANNELS
+    vae.size = None
+    return vae
+
+
+class WholePatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher for modules that are on the device whole or not at all."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        return super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        return 0
+
+
+class CoreVAE(torch.nn.Module):
+    """The core's autoencoder in the shape of ComfyUI's: images in -1..1, latents as Flux's VAE leaves them.
+
+    ComfyUI scales and shifts latents by Flux's constants around every model of this kind; a VAE with constants of its
+    own (the demo's) is therefore called through its scaled form.
+    """
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+        self.latent_format = comfy.latent_formats.Flux()
+
+    def decode(self, latents: Tensor, **options) -> Tensor:
+        return self.vae.decode(self.latent_format.process_in(latents), tiling="off")
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.latent_format.process_out(self.vae.encode(images, tiling="off"))
+
+
+def describe_vae(vae: comfy.sd.VAE, width: int, height: int) -> str:
+    """One line on what decoding a picture will take of the device."""
+    from ...zimage_core.memory import plan
+    from ...zimage_core.models.vae import VAEConfig
+
+    ours = isinstance(vae.first_stage_model, CoreVAE)
+    config = vae.first_stage_model.vae.config if ours else VAEConfig()  # whose size `load_vae` leaves to ComfyUI
+    tile = TILE if tiles(vae, (1, LATENT_CHANNELS, height // 8, width // 8)) else None
+    need = plan.vae_need(config, height, width, 1, vae.vae_dtype.itemsize, tile).total
+    how = ", in tiles" if tile else ""
+    weights = plan.readable(vae.patcher.model_size())
+    return f"VAE: {weights} weights + up to {plan.readable(need)} to decode {width} x {height}{how}"
+
+
+def tiles(vae: comfy.sd.VAE, shape: tuple[int, ...]) -> bool:
+    """Whether latents of a shape are decoded in tiles unless that is forbidden, as the whole cannot fit the device."""
+    need = vae.memory_used_decode(shape, vae.vae_dtype)
+    return need > comfy.model_management.get_total_memory(vae.device)
+
+
+def decode(vae: comfy.sd.VAE, latent: dict, tiling: str) -> Tensor:
+    """LATENT -> IMAGE; "auto" tiles where the whole picture cannot fit the device."""
+    samples = latent["samples"]
+    if samples.shape[1] != LATENT_CHANNELS:
+        raise ValueError(
+            f"the latent has {samples.shape[1]} channels, Z-Image's have {LATENT_CHANNELS}: "
+            "decode it with the VAE of the model that made it"
+        )
+    if tiling == "on" or (tiling == "auto" and tiles(vae, samples.shape)):
+        images = vae.decode_tiled(samples, tile_x=TILE, tile_y=TILE, overlap=TILE // 4)
+    else:
+        images = vae.decode(samples)
+    return images.reshape(-1, *images.shape[-3:])
