@@ -469,11 +469,11 @@ def test_every_backend_can_join_and_part_a_pair(model, monkeypatch, name):
     module = backends.load(name)
     prepared = module.prepare(weights, module.PRECISIONS[0])
     down, up = torch.randn(16, FFN).bfloat16(), torch.randn(DIM, 16).bfloat16()
-    joined = prepared | module.join(prepared, 32, down, up, module.PRECISIONS[0])
+    joined = prepared | module.join(prepared, 32, (down, up))
     restored = module.restore(joined)
     assert torch.equal(restored["proj_down"], torch.cat((weights.proj_down, down)))
     assert torch.equal(restored["proj_up"], torch.cat((weights.proj_up, up), 1))
-    parted = module.join(joined, 32, None, None, module.PRECISIONS[0])
+    parted = module.join(joined, 32, None)
     assert all(torch.equal(t, prepared[n]) and t.stride() == prepared[n].stride() for n, t in parted.items())
 
 

@@ -1,6 +1,6 @@
-"""What runs beside a linear's own weights: the change that LoRA files make, and the plain linear that can carry it.
+"""Adapters, which add to a linear what LoRA files change, and the plain linear that can carry one.
 
-A linear y = W x + b never has its weights touched. An adapter adds, for some or all rows of the output:
+A linear y = W x + b keeps its weights as they are. An adapter adds, for some or all rows of the output:
 
     low rank   up (down x)                2 M r (K + N) FLOPs; pairs of several files are concatenated into one
     kron       (w1 (x) up down) x         2 M (K r + a b r + N r) for w1 (a, b), up (N/a, r), down (r, K/b)
@@ -9,16 +9,15 @@ A linear y = W x + b never has its weights touched. An adapter adds, for some or
     output     T (W x)                    likewise, on the result
     bias       a vector
 
-A low-rank change can instead ride in the low-rank branch of an SVDQuant linear (`SVDQLinear.set_adapter`): at
-M = 4224, K = 3840, N = 11520, r = 32 the side branch takes 1.1 % of the linear's FLOPs but reads and writes y once
-more, 195 MB or a tenth of its time on an H200; inside the branch those bytes are moved anyway.
+A low-rank change of an SVDQuant linear is instead appended to its low-rank branch (`SVDQLinear.set_adapter`), which
+reads and writes y anyway: a pair beside the linear costs few FLOPs but one more pass over y (benchmarks/README.md).
 
 Legend: M rows, N out, K in, r the adapter's rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +28,9 @@ Rows = tuple[int, int]
 
 @dataclass
 class Terms:
-    """What an adapter adds to one linear, in its dtype on its device, strengths folded in; rows are (start, stop)."""
+    """An adapter's tensors for one linear, in its dtype on its device, multiplied by their strengths.
+
+    Rows are (start, stop)."""
 
     down: Tensor | None = None  # (r, K)
     up: Tensor | None = None  # (N, r)
@@ -40,9 +41,11 @@ class Terms:
     outputs: list[tuple[Rows, Tensor]] = field(default_factory=list)  # (rows,) or (blocks, size, size)
 
     @property
-    def low_rank_only(self) -> bool:
-        """Whether the pair can join a low-rank branch: nothing else needs W x without it."""
-        return self.down is not None and not self.inputs and not self.outputs
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """down and up, where they can be appended to a low-rank branch: not beside transforms, which need W x alone."""
+        if self.down is None or self.up is None or self.inputs or self.outputs:
+            return None
+        return self.down, self.up
 
     def __bool__(self) -> bool:
         found = (self.dense, self.krons, self.inputs, self.outputs)
@@ -67,25 +70,28 @@ def kron(x: Tensor, w1: Tensor, up: Tensor, down: Tensor | None) -> Tensor:
 class Adapter(nn.Module):
     """The terms of one linear as buffers, so that they move, stream and are counted with the model."""
 
+    down: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, terms: Terms, out_features: int):
         super().__init__()
         self.out_features = out_features
-        self.rows: dict[str, list[tuple[Rows, list[str | None]]]] = {}
+        self.rows: dict[str, list[tuple[Rows, list[str]]]] = {}
         for name in ("down", "up", "bias"):
             self.register_buffer(name, getattr(terms, name), persistent=False)
         for kind in ("inputs", "outputs", "dense", "krons"):
             self.rows[kind] = []
             for i, (rows, *tensors) in enumerate(getattr(terms, kind)):
-                names = [None if tensor is None else f"{kind}_{i}_{j}" for j, tensor in enumerate(tensors)]
+                names = [f"{kind}_{i}_{j}" for j in range(len(tensors))]
                 for name, tensor in zip(names, tensors):
-                    if name:
-                        self.register_buffer(name, tensor, persistent=False)
+                    self.register_buffer(name, tensor, persistent=False)
                 self.rows[kind].append((rows, names))
 
-    def terms(self, kind: str):
-        """(rows, tensors) of one kind."""
+    def terms(self, kind: str) -> Iterator[tuple[Rows, list]]:
+        """(rows, tensors) of one kind; a kron's `down` may be None."""
         for rows, names in self.rows[kind]:
-            yield rows, [self._buffers[name] if name else None for name in names]
+            yield rows, [self._buffers[name] for name in names]
 
     def forward(self, x: Tensor, linear: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor:
         """x (M, K) -> (M, N); `linear` is the carrier's own arithmetic, its bias included."""
@@ -96,7 +102,7 @@ class Adapter(nn.Module):
             y[:, start:stop] += kron(x, w1, up, down)
         if self.bias is not None:
             y = y + self.bias
-        if self.down is not None:
+        if self.down is not None and self.up is not None:
             y = torch.addmm(y, x @ self.down.T, self.up.T)
         return y
 
@@ -121,12 +127,14 @@ class Adapter(nn.Module):
 class Linear(nn.Linear):
     """A dense linear that can carry an adapter."""
 
+    adapter: Adapter | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.register_module("adapter", None)
 
     def set_adapter(self, terms: Terms | None) -> None:
-        """Carry these terms and no others."""
+        """Replace the adapter by one with these terms; None removes it."""
         self.adapter = Adapter(terms, self.out_features) if terms else None
 
     def dense_weight(self) -> Tensor:

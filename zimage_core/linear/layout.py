@@ -1,7 +1,7 @@
-"""The int4 codec: nunchaku's packed tensors to plain matrices and back, and the compact form kept in memory.
+"""Packing and unpacking of nunchaku's INT4 tensors, and the compact form of the codes that is kept in memory.
 
-All six tensors of an SVDQuant linear are stored permuted for the fragments of nunchaku's `mma.m16n8k64`. Each
-permutation is a reshape and a permute of the stored axes: exact, without index tables, on any device.
+A file stores all six tensors of an SVDQuant linear permuted for the fragments of nunchaku's `mma.m16n8k64`. Each
+permutation is a reshape and a permute: exact, without index tables, on any device.
 
 Legend: N out, K in, R rank, G = K / 64 groups; N % 128 = K % 128 = R % 16 = 0.
 Source: deepcompressor/backend/nunchaku/utils.py@69f3473 and nunchaku/src/kernels/zgemm/gemm_w4a4.cuh@92e4695.
@@ -16,13 +16,6 @@ import torch
 GROUP = 64  # input channels that share one scale
 
 
-def unpack_qweight(qweight: torch.Tensor) -> torch.Tensor:
-    """Stored (N, K/2) int8 -> codes (N, K) int8 in -8..7. ValueError if N or K is not a multiple of 128."""
-    nibbles = unpack_pairs(_fragments(qweight))
-    n, half = qweight.shape
-    return nibbles.permute(0, 2, 5, 3, 1, 6, 4, 7, 8).reshape(n, 2 * half)
-
-
 def pack_qweight(codes: torch.Tensor) -> torch.Tensor:
     """Codes (N, K) int8 in -8..7 -> stored (N, K/2) int8. ValueError if N or K is not a multiple of 128."""
     n, k = codes.shape
@@ -32,7 +25,7 @@ def pack_qweight(codes: torch.Tensor) -> torch.Tensor:
 
 
 def compact_qweight(qweight: torch.Tensor) -> torch.Tensor:
-    """Stored (N, K/2) int8 -> compact (N, K/2) uint8: `pack_nibbles(unpack_qweight(qweight))` in one pass."""
+    """Stored (N, K/2) int8 -> compact (N, K/2) uint8. ValueError if N or K is not a multiple of 128."""
     low, high = _fragments(qweight).view(torch.uint8).unbind(6)  # channels 0..31 and 32..63 of each group
     pairs = torch.stack([(low & 15) | (high << 4), (low >> 4) | (high & 240)], -1)
     return pairs.permute(0, 2, 5, 3, 1, 4, 6, 7).reshape(qweight.shape)
@@ -116,12 +109,12 @@ def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
 
 
 def pack_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of one linear by name, codes compact -> as stored. ValueError as in the functions above."""
+    """The plain tensors of one linear by name -> as stored. ValueError as in the functions above."""
     return {name: _CODECS[name][0](tensor) for name, tensor in tensors.items()}
 
 
 def unpack_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of one linear by name as stored -> plain, codes compact. ValueError as in the functions above."""
+    """The stored tensors of one linear by name -> plain, codes compact. ValueError as in the functions above."""
     return {name: _CODECS[name][1](tensor) for name, tensor in tensors.items()}
 
 

@@ -1,8 +1,8 @@
 """The SVDQuant linear: int4 codes in groups of 64, a smoothing vector and a low-rank branch, run by a backend.
 
-`SVDQWeights` holds one linear in plain row order (codes two to a byte); `SVDQLinear` is the module the models
-are built with. The arithmetic lives in the backends: y = (x / smooth) @ (q * s).T + (x @ down.T) @ up.T + bias,
-where the low-rank branch takes the raw x.
+`SVDQWeights` holds one linear in plain row order, two codes to a byte. `SVDQLinear` is the module that models are
+built from. Backends compute y = (x / smooth) @ (q * s).T + (x @ down.T) @ up.T + bias; the low-rank branch takes x
+before smoothing.
 
 Legend: M rows, N out, K in, R rank, G = K / 64 groups.
 Source: SVDQuant (arXiv:2411.05007); nunchaku/models/linear.py@92e4695 for the tensors of a stored linear.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class SVDQWeights:
 
     @classmethod
     def from_packed(cls, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> SVDQWeights:
-        """Unpack the stored tensors of one linear. ValueError names the key that is missing or misshapen."""
+        """Unpack the stored tensors of one linear. ValueError names the key that is missing or has a wrong shape."""
         required = [field.name for field in fields(cls) if field.name != "bias"]
         for name in required:
             if prefix + name not in tensors:
@@ -60,7 +61,7 @@ class SVDQWeights:
             raise ValueError(f"{prefix}{error}") from None
 
     def to_packed(self) -> dict[str, torch.Tensor]:
-        """The tensors as stored in a file, `smooth_factor_orig` aside."""
+        """The tensors as a file stores them, without `smooth_factor_orig`."""
         return layout.pack_linear(self.tensors())
 
     @property
@@ -76,12 +77,12 @@ class SVDQWeights:
         return self.proj_down.shape[0]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Name to tensor, without an absent bias."""
+        """The tensors by name; a linear without bias has no "bias"."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def to(self, device=None, dtype: torch.dtype | None = None) -> SVDQWeights:
-        """The same weights on a device, the 16-bit tensors in a dtype."""
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> SVDQWeights:
+        """The weights on another device, floating-point tensors in another dtype."""
         moved = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in self.tensors().items()}
         return replace(self, **moved)
 
@@ -93,13 +94,15 @@ class SVDQWeights:
 
 
 class SVDQLinear(nn.Module):
-    """A linear of SVDQ INT4 weights, x (..., K) -> (..., N); an optional user adapter runs beside it."""
+    """A linear of SVDQ INT4 weights, x (..., K) -> (..., N); an optional adapter runs beside it."""
+
+    backend: Backend  # set by `load`
+    adapter: Adapter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rank: int, device=None, dtype=None):
         super().__init__()
         self.in_features, self.out_features, self.rank, self.dtype = in_features, out_features, rank, dtype
-        self.backend: Backend | None = None
-        self._joined = False  # whether the low-rank branch holds an adapter behind its own rank
+        self._joined = False  # whether an adapter's pair is appended to the low-rank branch
         groups = in_features // layout.GROUP
         self._hold(
             qweight=torch.empty(out_features, in_features // 2, device=device, dtype=torch.uint8),
@@ -112,9 +115,9 @@ class SVDQLinear(nn.Module):
         self.register_module("adapter", None)
 
     def load(self, weights: SVDQWeights, backend: Backend) -> None:
-        """Hold the weights in the backend's form, where they are, in this module's dtype if it has one.
+        """Take over the weights in the backend's form, on their device, in this module's dtype if it has one.
 
-        ValueError if they are not this linear's: other features, rank or bias."""
+        ValueError if their features or rank are not this linear's."""
         found = (weights.in_features, weights.out_features, weights.rank)
         if found != (self.in_features, self.out_features, self.rank):
             expected = (self.in_features, self.out_features, self.rank)
@@ -125,18 +128,20 @@ class SVDQLinear(nn.Module):
         self.backend = backend
 
     def weights(self) -> SVDQWeights:
-        """The weights in plain form, restored from what the backend holds."""
-        found = self.backend.restore(self._buffers)
+        """The weights in plain form, restored from the backend's, without an adapter."""
+        found = self.backend.restore(self._held)
         branch = {"proj_down": found["proj_down"][: self.rank], "proj_up": found["proj_up"][:, : self.rank]}
         return SVDQWeights(**found | branch)
 
     def set_adapter(self, terms: Terms | None) -> None:
-        """Carry these terms and no others; a pair alone joins the low-rank branch where the backend can take it."""
+        """Replace the adapter by one with these terms; None removes it.
+
+        A low-rank pair is appended to the low-rank branch where the backend allows that."""
         if self._joined:
-            self._hold(**self.backend.join(self._buffers, self.rank, None, None))
+            self._hold(**self.backend.join(self._held, self.rank, None) or {})
         self._joined = False
-        if terms and terms.low_rank_only:
-            branch = self.backend.join(self._buffers, self.rank, terms.down, terms.up)
+        if terms and terms.pair:
+            branch = self.backend.join(self._held, self.rank, terms.pair)
             if branch is not None:
                 self._hold(**branch)
                 self._joined = True
@@ -153,11 +158,17 @@ class SVDQLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _linear(self, rows: torch.Tensor | Quantized) -> torch.Tensor:
-        return self.backend.linear(rows, self._buffers)
+        return self.backend.linear(rows, self._held)
+
+    @property
+    def _held(self) -> dict[str, torch.Tensor]:
+        """The backend's tensors by name; after `load` none is None."""
+        return cast("dict[str, torch.Tensor]", self._buffers)
 
     def extra_repr(self) -> str:
-        held = f", backend={self.backend.name}, precision={self.backend.precision}" if self.backend else ""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{held}"
+        loaded = getattr(self, "backend", None)
+        form = f", backend={loaded.name}, precision={loaded.precision}" if loaded else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{form}"
 
     def _hold(self, **tensors: torch.Tensor | None) -> None:
         for name, tensor in tensors.items():
@@ -165,9 +176,9 @@ class SVDQLinear(nn.Module):
 
 
 def smoothing(linear: nn.Module) -> torch.Tensor | None:
-    """What the kernel in front of a linear may divide its result (..., K) by, to hand it over `Quantized`; else None.
+    """Smoothing vector (K,) for quantizing inside the preceding kernel, or None.
 
-    None for dense linears and 16-bit arithmetic, and with an adapter beside the linear, which may change x first."""
+    None for dense linears, 16-bit activations, and linears with an adapter beside them, which needs x itself."""
     if not isinstance(linear, SVDQLinear) or linear.adapter is not None:
         return None
-    return linear.backend.smoothing(linear._buffers)
+    return linear.backend.smoothing(linear._held)

@@ -279,8 +279,9 @@ class _Source:
         linear = Linear(tensor.shape[1], tensor.shape[0], bias=False, device=self.device)
         linear.weight = torch.nn.Parameter(tensor, requires_grad=False)
         terms = compose([change for change in changes if change not in shifts], linear, module, torch.float32)
-        if terms.low_rank_only and not (terms.dense or terms.krons):
-            return torch.addmm(tensor, terms.up, terms.down)
+        if terms.pair and not (terms.dense or terms.krons):
+            down, up = terms.pair
+            return torch.addmm(tensor, up, down)
         linear.set_adapter(terms)  # what it makes of each input channel alone is the weight
         return torch.cat([linear(rows) for rows in torch.eye(tensor.shape[1], device=self.device).split(1024)]).T
 

@@ -1,25 +1,22 @@
-"""The ways to run an SVDQ linear, and the choice between them.
+"""The backends that run an SVDQ linear, and the choice between them.
 
-Each backend is a module with PRECISIONS and four functions:
+Each backend is a module with PRECISIONS and five functions:
 
-    unavailable(device, dtype) -> str | None      the reason it cannot run there
-    prepare(weights, precision) -> dict           the form it runs from, which replaces the stored one
-    restore(prepared) -> dict                     back to the fields of SVDQWeights, exactly
+    unavailable(device, dtype) -> str | None      why it cannot run there, or None
+    prepare(weights, precision) -> dict           the tensors that `linear` takes, which replace the stored ones
+    restore(prepared) -> dict                     the inverse of `prepare`, exact
+    join(prepared, rank, pair) -> dict | None     the low-rank branch cut to its first `rank`, and an adapter's pair of
+                                                  down (r, K) and up (N, r) appended if there is one; None if the
+                                                  pair has to run beside the linear
     linear(x, prepared, precision) -> tensor      (M, K) -> (M, N)
 
-and may have a fifth, so that users' low-rank adapters cost it next to nothing:
+A backend with 8-bit activations also has:
 
-    join(prepared, rank, down, up, precision)     the tensors that change when down (r, K) and up (N, r) follow the
-                                                  first `rank` of the low-rank branch, or when both are None and it
-                                                  ends there; None where a branch of their own is better
+    smoothing(prepared, precision)                the smoothing vector (K,) for quantizing inside the preceding kernel,
+                                                  whose result `linear` takes as `Quantized`; None for other precisions
 
-or a sixth, so that the kernel in front of a linear brings its activations to 8 bits in the same pass:
-
-    smoothing(prepared, precision)                the vector (K,) that they are divided by for that: `linear` then takes
-                                                  them `Quantized`, too; None where it does not
-
-`reference` is plain torch and defines correctness. Precisions: w4a16 leaves the activations alone and is the
-closest to the file; w4a4 is the arithmetic these files were calibrated for; w4a8 lies between the two.
+`reference` is plain torch and defines correctness. Precisions: w4a16 keeps activations in 16 bits and is closest to
+the file; w4a4 is the arithmetic that the files were calibrated for; w4a8 lies between the two.
 """
 
 from __future__ import annotations
@@ -31,16 +28,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-# What is tried, in this order; a backend's `unavailable` knows the compute capabilities it takes. First what is
-# fastest among those whose error is no larger than w4a4's: nunchaku (sm_75 to sm_89; its authors' figures), 8-bit
-# activations where they are fp8 (its bare GEMM took 0.60 of bf16's on sm_90), dense 16-bit. As nothing is unavailable
-# to the reference's w4a16, what follows it is taken only when it is asked for: int8 activations have not been measured
-# to beat w4a16; kitchen is unmeasured where there are INT4 tensor cores and 18 times slower than bf16 where there are
-# none (sm_90).
+if TYPE_CHECKING:
+    from ..svdq import SVDQWeights
+
+# `auto` takes the first that is available: fastest first, as far as measured (benchmarks/README.md). The reference's
+# w4a16 always is, so the entries after it are taken only by name. int8 activations, too (`select`).
 ORDER = (
     ("nunchaku", "w4a4"),
     ("triton", "w4a8"),
@@ -57,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class Quantized(NamedTuple):
-    """Activations and what 8-bit arithmetic reads of them, both made by the kernel in front of a linear."""
+    """Activations in 16 and in 8 bits, both written by the kernel in front of a linear."""
 
     x: torch.Tensor  # (..., K) in 16 bits, for the low-rank branch
     codes: torch.Tensor  # (M, K) fp8 or int8 of x / smooth
@@ -81,21 +77,22 @@ class Backend:
     module: ModuleType
     reason: str
 
-    def prepare(self, weights) -> dict[str, torch.Tensor]:
-        """SVDQWeights -> the tensors `linear` runs from."""
+    def prepare(self, weights: SVDQWeights) -> dict[str, torch.Tensor]:
+        """The tensors that `linear` takes."""
         return self.module.prepare(weights, self.precision)
 
     def restore(self, prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What `prepare` made -> the fields of SVDQWeights."""
+        """The fields of SVDQWeights, from what `prepare` made."""
         return self.module.restore(prepared)
 
-    def join(self, prepared: Mapping[str, torch.Tensor], rank: int, down, up) -> dict[str, torch.Tensor] | None:
-        """The tensors of the low-rank branch with an adapter behind its first `rank`; None if it takes no adapter."""
-        function = getattr(self.module, "join", None)
-        return function and function(prepared, rank, down, up, self.precision)
+    def join(
+        self, prepared: Mapping[str, torch.Tensor], rank: int, pair: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor] | None:
+        """proj_down and proj_up of the first `rank` and a pair behind them, if given; None if it cannot join."""
+        return self.module.join(prepared, rank, pair)
 
     def smoothing(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """What to divide the activations by, where `linear` takes them `Quantized`."""
+        """Smoothing vector (K,) for quantizing inside the preceding kernel, or None."""
         function = getattr(self.module, "smoothing", None)
         return function and function(prepared, self.precision)
 
@@ -105,9 +102,9 @@ class Backend:
 
 
 def select(backend: str = "auto", precision: str = "auto", *, device, dtype: torch.dtype) -> Backend:
-    """Choose what runs the SVDQ linears on a device; a named backend never falls back to another.
+    """The backend and precision for a device; a named backend never falls back to another.
 
-    ValueError for an unknown name, or with the reason of every backend if none can do what is asked."""
+    ValueError for an unknown name, or with every backend's reason if none can run what is asked for."""
     name = "reference" if backend == "torch" else backend
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected auto, torch or one of {', '.join(BACKENDS)}, found {backend!r}")
@@ -136,7 +133,7 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
 
 
 def report(device, dtype: torch.dtype) -> list[tuple[str, str | None, tuple[str, ...]]]:
-    """(name, the reason it cannot run there or None, its precisions) of every backend, for `zimage doctor`."""
+    """(name, why it cannot run there or None, its precisions) of every backend, for `zimage doctor`."""
     device, modules = torch.device(device), {name: load(name) for name in BACKENDS}
     return [(name, module.unavailable(device, dtype), module.PRECISIONS) for name, module in modules.items()]
 
@@ -146,7 +143,7 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f".{name}", __name__)
 
 
-@cache  # torch asks the driver every time, and kernels are chosen by it in every step
+@cache  # torch queries the driver every time, and every linear of a step asks
 def capability(device: torch.device) -> int | None:
     """Compute capability of an NVIDIA GPU as 10 * major + minor; None for any other device."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
@@ -156,14 +153,14 @@ def capability(device: torch.device) -> int | None:
 
 
 def guard(device: torch.device) -> AbstractContextManager:
-    """Make a GPU the current one, as kernels that are not torch's own need it."""
+    """Makes a GPU current, which kernels outside torch require."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 def describe(device: torch.device) -> str:
-    """A device in words."""
+    """A device's name, with the compute capability of an NVIDIA GPU."""
     sm = capability(device)
     return f"{device.type}" if sm is None else f"{torch.cuda.get_device_name(device)} (sm_{sm})"
 

@@ -1,11 +1,10 @@
-"""The functions of `ops` as Triton kernels, each one pass over memory. Inference only; needs triton to import.
+"""The functions of `models.ops` as Triton kernels, each one pass over memory. For inference; importing needs triton.
 
-Eager torch reads and writes the residual stream and the feed-forward activations ten to fifteen times per block;
-these four kernels move the least: 0.72 GB per block at 4224 tokens, 0.2 ms of an H200's 4 TB/s. Everything is fp32
-inside and rounded once, so results differ from `ops` by its intermediate roundings.
+Eager torch reads and writes the residual stream and the feed-forward activations ten to fifteen times per block.
+Inside, everything is fp32 and rounded once, so results differ from `ops` by its intermediate roundings.
 
-What goes into a w4a8 linear of the `triton` backend comes with its codes, bit for bit those that `quantize_rows` gives
-for the rounded result, which need not be read again for them: 0.15 GB per block.
+With a smoothing vector a kernel also writes the 8-bit codes for the w4a8 linear behind it, bit for bit those that
+`triton.quantize_rows` computes from the rounded result, without reading it again.
 
 Legend: that of `ops`; M = B * L rows.
 """
@@ -28,14 +27,16 @@ def norm_scale(
     """See `ops.norm_scale`."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    codes, row_scale, limit = _codes(out, smooth)
+    quantized = None if smooth is None else _empty_codes(out)
+    codes, row_scale = (None, None) if quantized is None else quantized[1:]
+    limit = None if codes is None else LIMITS[codes.dtype]
     width = x.shape[-1]
     with guard(x.device):
         _norm_scale[x.numel() // width,](
             x, weight, weight if scale is None else scale, out, smooth, codes, row_scale, x.shape[1], _stride(scale),
             width, eps, scale is not None, limit, **_row(width),
         )  # fmt: skip
-    return out if smooth is None else Quantized(out, codes, row_scale)
+    return out if quantized is None else quantized
 
 
 def norm_gate_add(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor | None) -> Tensor:
@@ -73,21 +74,21 @@ def swiglu(x: Tensor, smooth: Tensor | None = None) -> Tensor | Quantized:
         if smooth is None:
             _swiglu[rows, triton.cdiv(width, 2048)](x, out, width, saturate, 2048, num_warps=4)
             return out
-        codes, row_scale, limit = _codes(out, smooth)
-        _swiglu_codes[rows,](x, out, smooth, codes, row_scale, width, saturate, limit, **_head_and_tail(width))
-    return Quantized(out, codes, row_scale)
+        _, codes, row_scale = quantized = _empty_codes(out)
+        _swiglu_codes[rows,](
+            x, out, smooth, codes, row_scale, width, saturate, LIMITS[codes.dtype], **_head_and_tail(width)
+        )  # fmt: skip
+    return quantized
 
 
-def _codes(out: Tensor, smooth: Tensor | None) -> tuple[Tensor | None, Tensor | None, float | None]:
-    """Room for codes (M, K) and scales (M,), and the largest code; None where nobody asks for them."""
-    if smooth is None:
-        return None, None, None
+def _empty_codes(out: Tensor) -> Quantized:
+    """`out` (..., K) with uninitialized codes (M, K) and scales (M,)."""
     codes = torch.empty_like(out, dtype=eight_bit(out.device)).flatten(0, -2)
-    return codes, torch.empty(len(codes), dtype=torch.float32, device=out.device), LIMITS[codes.dtype]
+    return Quantized(out, codes, torch.empty(len(codes), dtype=torch.float32, device=out.device))
 
 
 def _stride(scale: Tensor | None) -> int:
-    """Elements from one picture's modulation to the next: 0 where all share it."""
+    """Elements from one picture's modulation to the next: 0 if all share it."""
     return 0 if scale is None or scale.shape[0] == 1 else scale.stride(0)
 
 
@@ -97,7 +98,7 @@ def _row(width: int) -> dict[str, int]:
 
 
 def _head_and_tail(width: int) -> dict[str, int]:
-    """A row as two powers of two: in one block of 16384 for 10240 columns three eighths would idle."""
+    """A row as two powers of two: of one block of 16384 for 10240 columns, three eighths would be idle."""
     head = triton.next_power_of_2(width) // 2
     return {"HEAD": head, "TAIL": triton.next_power_of_2(width - head), "num_warps": min(16, max(1, head // 512))}
 
@@ -107,9 +108,9 @@ def _norm_scale(
     x, weight, scale, out, smooth, codes, row_scale, tokens, scale_stride, width, eps,
     SCALED: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """LIMIT is the largest code, None where no codes are asked for."""
+    """LIMIT is the largest code, or None without codes."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.max_contiguous(tl.arange(0, BLOCK), 8)  # to a thread; 16, for the codes' sake, would change the sum
+    columns = tl.max_contiguous(tl.arange(0, BLOCK), 8)  # per thread; 16 would suit codes, but change the sum
     inside = columns < width
     y = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     y *= tl.rsqrt(tl.sum(y * y, 0) / width + eps)
@@ -195,7 +196,7 @@ def _swiglu_codes(
 ):  # fmt: skip
     """Grid (M,): the scale needs the whole row, which is HEAD columns and at most TAIL more."""
     row = tl.program_id(0).to(tl.int64)
-    head = tl.max_contiguous(tl.arange(0, HEAD), 8)  # to a thread; 16, for the codes' sake, would shuffle `out`
+    head = tl.max_contiguous(tl.arange(0, HEAD), 8)  # per thread; 16 would suit codes, but shuffle `out`
     tail = tl.max_contiguous(HEAD + tl.arange(0, TAIL), 8)
     first = _gated_smoothed(x, out, smooth, row, width, head, SATURATE)
     second = _gated_smoothed(x, out, smooth, row, width, tail, SATURATE)

@@ -1,7 +1,7 @@
-"""comfy-kitchen's SVDQuant W4A4 operators, where the GPU has INT4 tensor cores; on the CPU their eager form.
+"""comfy-kitchen's SVDQuant W4A4 operators, on GPUs with INT4 tensor cores; on the CPU their eager form.
 
-It rounds activations to -7..7 with the scale divided by 7, and accumulates in fp32, where nunchaku multiplies by
-the reciprocal and accumulates in 16 bits: equal to `reference` w4a4 up to that rounding.
+They divide by a group's scale and accumulate in fp32, where nunchaku multiplies by the reciprocal and accumulates in
+16 bits: equal to `reference` w4a4 up to that rounding.
 
 Legend: M rows, N out, K in, R rank, G = K / 64 groups.
 Source: comfy_kitchen/backends/{cuda/__init__.py,eager/svdquant.py}, version 0.2.40.
@@ -10,11 +10,16 @@ Source: comfy_kitchen/backends/{cuda/__init__.py,eager/svdquant.py}, version 0.2
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import layout
 from . import capability
+from .reference import FIELDS
+
+if TYPE_CHECKING:
+    from ..svdq import SVDQWeights
 
 PRECISIONS = ("w4a4",)
 INT4_TENSOR_CORES = (80, 86, 87, 89, 120, 121)
@@ -39,8 +44,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if kernels["available"] else f"its CUDA kernels are unavailable: {kernels['unavailable_reason']}"
 
 
-def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
-    """SVDQWeights -> qweight (N, K/2) int8 in pairs of channels, wscales (G, N), proj_down (K, R), the rest as is."""
+def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
+    """qweight (N, K/2) int8 in pairs of channels, wscales (G, N), proj_down (K, R), the other tensors unchanged."""
     pairs = layout.unpack_nibbles(weights.qweight).view(weights.out_features, -1, 2)
     return weights.tensors() | {
         "qweight": layout.pack_pairs(pairs),
@@ -51,23 +56,21 @@ def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
 
 def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The fields of SVDQWeights."""
-    return {
+    return {name: prepared[name] for name in FIELDS if name in prepared} | {
         "qweight": layout.pack_nibbles(layout.unpack_pairs(prepared["qweight"]).flatten(1)),
         "wscales": prepared["wscales"].t().contiguous(),
-        "smooth_factor": prepared["smooth_factor"],
         "proj_down": prepared["proj_down"].t().contiguous(),
-        "proj_up": prepared["proj_up"],
-        "bias": prepared.get("bias"),
     }
 
 
 def join(
-    prepared: Mapping[str, torch.Tensor], rank: int, down: torch.Tensor | None, up: torch.Tensor | None, precision: str
+    prepared: Mapping[str, torch.Tensor], rank: int, pair: tuple[torch.Tensor, torch.Tensor] | None
 ) -> dict[str, torch.Tensor]:
-    """The low-rank branch with an adapter behind its first `rank`, or with none."""
+    """The low-rank branch with a pair behind its first `rank`, or without."""
     own_down, own_up = prepared["proj_down"][:, :rank], prepared["proj_up"][:, :rank]
-    if down is None:
+    if pair is None:
         return {"proj_down": own_down.contiguous(), "proj_up": own_up.contiguous()}
+    down, up = pair
     return {"proj_down": torch.cat((own_down, down.T), 1), "proj_up": torch.cat((own_up, up), 1)}
 
 

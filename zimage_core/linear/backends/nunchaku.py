@@ -1,6 +1,6 @@
-"""nunchaku's INT4 kernels, which run the stored layout as it is, on the GPUs that they take.
+"""nunchaku's INT4 kernels, which take the stored layout unchanged, on sm_75 to sm_89.
 
-The engine is no package of PyPI: what `pip install nunchaku` fetches is a statistics library.
+Its engine is not on PyPI: `pip install nunchaku` installs a statistics library.
 
 Legend: M rows, N out, K in, R rank, G = K / 64 groups.
 Source: nunchaku/ops/{quantize.py,gemm.py} and nunchaku/models/linear.py@92e4695.
@@ -11,11 +11,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import layout
 from . import capability, guard
+from .reference import FIELDS
+
+if TYPE_CHECKING:
+    from ..svdq import SVDQWeights
 
 PRECISIONS = ("w4a4",)
 INT4_KERNELS = (75, 80, 86, 87, 89)
@@ -48,26 +53,25 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
-    """SVDQWeights -> the tensors as stored in a file."""
+def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
+    """The tensors as a file stores them."""
     return weights.to_packed()
 
 
 def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The fields of SVDQWeights."""
-    names = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "bias")
-    return layout.unpack_linear({name: prepared[name] for name in names if prepared.get(name) is not None})
+    return layout.unpack_linear({name: prepared[name] for name in FIELDS if name in prepared})
 
 
 def join(
-    prepared: Mapping[str, torch.Tensor], rank: int, down: torch.Tensor | None, up: torch.Tensor | None, precision: str
+    prepared: Mapping[str, torch.Tensor], rank: int, pair: tuple[torch.Tensor, torch.Tensor] | None
 ) -> dict[str, torch.Tensor]:
-    """The low-rank branch with an adapter behind its first `rank`, or with none."""
-    own_down = layout.unpack_proj_down(prepared["proj_down"])[:rank]
-    own_up = layout.unpack_proj_up(prepared["proj_up"])[:, :rank]
-    if down is not None:
-        own_down, own_up = torch.cat((own_down, down)), torch.cat((own_up, up), 1)
-    return {"proj_down": layout.pack_proj_down(own_down), "proj_up": layout.pack_proj_up(own_up)}
+    """The low-rank branch with a pair behind its first `rank`, or without."""
+    down = layout.unpack_proj_down(prepared["proj_down"])[:rank]
+    up = layout.unpack_proj_up(prepared["proj_up"])[:, :rank]
+    if pair is not None:
+        down, up = torch.cat((down, pair[0])), torch.cat((up, pair[1]), 1)
+    return {"proj_down": layout.pack_proj_down(down), "proj_up": layout.pack_proj_up(up)}
 
 
 def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:

@@ -1,9 +1,7 @@
 """Plain torch on any device, which defines correctness: w4a16, and w4a4 in the order of nunchaku's kernels.
 
-w4a16 dequantizes the codes at every call in a few whole-tensor operations, a bounded number of rows at a time, and
-then multiplies once: 1.4 times a dense bf16 linear on a CPU (3840 x 3840, 512 rows), where torch's own int4 kernel
-(`_weight_int4pack_mm_for_cpu`) takes 2.8. Weights as small as the demo's cost more to dequantize than to multiply, so
-their dense form is kept beside the codes.
+w4a16 dequantizes a bounded number of rows at a time in a few whole-tensor operations, then multiplies once. Small
+weights, such as the demo's, take longer to dequantize than to multiply, so their dense form is kept beside the codes.
 
 Legend: M rows, N out, K in, R rank, G = K / 64 groups. H is the 16-bit dtype of x (or fp32: no rounding).
 Source of the w4a4 order: nunchaku/src/kernels/zgemm/{gemm_w4a4.cuh,lora.cuh}@92e4695.
@@ -12,11 +10,15 @@ Source of the w4a4 order: nunchaku/src/kernels/zgemm/{gemm_w4a4.cuh,lora.cuh}@92
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from .. import layout
+
+if TYPE_CHECKING:
+    from ..svdq import SVDQWeights
 
 PRECISIONS = ("w4a16", "w4a4")
 FIELDS = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "bias")
@@ -29,8 +31,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
-    """SVDQWeights -> the same tensors, by name; a small one's `dense` form (N, K) beside them for w4a16."""
+def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
+    """The weights' tensors by name; with w4a16 a small weight's `dense` form (N, K) beside them."""
     prepared = weights.tensors()
     if precision == "w4a16" and 2 * weights.qweight.numel() <= DENSE:
         prepared["dense"] = weights.dequantize().to(weights.wscales.dtype)
@@ -39,7 +41,7 @@ def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
 
 def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The fields of SVDQWeights."""
-    return {name: prepared[name] for name in FIELDS if prepared.get(name) is not None}
+    return {name: prepared[name] for name in FIELDS if name in prepared}
 
 
 def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
@@ -48,14 +50,15 @@ def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str
 
 
 def join(
-    prepared: Mapping[str, torch.Tensor], rank: int, down: torch.Tensor | None, up: torch.Tensor | None, precision: str
+    prepared: Mapping[str, torch.Tensor], rank: int, pair: tuple[torch.Tensor, torch.Tensor] | None
 ) -> dict[str, torch.Tensor] | None:
-    """The low-rank branch with an adapter behind its first `rank`; None where it is part of a kept dense weight."""
+    """The low-rank branch with a pair behind its first `rank`; None if the branch is part of a dense weight."""
     own = {"proj_down": prepared["proj_down"][:rank], "proj_up": prepared["proj_up"][:, :rank].contiguous()}
-    if down is None:
+    if pair is None:
         return own
     if "dense" in prepared:
         return None
+    down, up = pair
     return {"proj_down": torch.cat((own["proj_down"], down)), "proj_up": torch.cat((own["proj_up"], up), 1)}
 
 

@@ -1,22 +1,13 @@
-"""The Triton backend: weights dequantized at every call into a buffer that the allocator reuses, then one GEMM.
+"""The Triton backend: every call dequantizes the weight into a temporary buffer, then runs one GEMM.
 
-w4a16: up to FEW_ROWS rows one kernel writes q * s / smooth, and the low-rank branch rides in the GEMM as R more
-channels of x and of the weight, which costs M * (N + K) * R products; for more rows a kernel adds up @ down to the
-weight, which costs N * K * R whatever M is.
+w4a16: up to FEW_ROWS rows one kernel writes q * s / smooth, and the GEMM takes the low-rank branch as R more channels
+of x and of the weight, which costs M * (N + K) * R products. For more rows a kernel adds up @ down to the weight,
+which costs N * K * R for any M.
 
 w4a8: activations x / smooth in 8 bits with a scale per row, weights in 8 bits with a scale per output channel, fp8
-(e4m3) from sm_89 on and int8 before. The low-rank branch stays in 16 bits: inside the fp8 weight it would be
-rounded too, and the error would grow from 0.34 to 0.52 of w4a4's (random layers, equal norms of both branches).
-
-Times on an H200 (4.26 TB/s, bf16 795 TFLOP/s) for the linears of a block at 4224 rows, rank 256, and their floors:
-    bf16 GEMMs   1495 GFLOP                                                      1.86 ms    1.88
-    fp8 GEMMs                                                                    0.99       0.75
-    dequantize   94 MB read, 354 MB written                                      0.14       0.11
-                 with up @ down, 91 GFLOP                                        0.42       0.12 to 0.22
-    requantize   94 MB read, 177 MB written                                      0.09       0.06
-    rows to fp8  184 MB read, 92 MB written                                      0.11       0.06
-    low rank     133 GFLOP; y read and written again, 670 MB                     0.28       0.17 to 0.33
-In a block only the attention's result is left to `quantize_rows`: `fused` makes the codes of the other three linears.
+(e4m3) from sm_89 on and int8 before. The low-rank branch stays in 16 bits, as rounding it to fp8 inside the weight
+would raise the error by half. In a block `quantize_rows` is left for the attention's result only: `fused` writes the
+codes for the other three linears. Times of each part and their lower bounds: benchmarks/README.md.
 
 Legend: M rows, N out, K in, R rank.
 """
@@ -26,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +26,17 @@ from .. import layout
 from . import Quantized, capability, guard
 from .reference import join, restore
 
+if TYPE_CHECKING:
+    from ..svdq import SVDQWeights
+
 __all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
 PRECISIONS = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
-FEW_ROWS = 2048  # up to which w4a16 multiplies activations, not the weight, by the low-rank branch
+FEW_ROWS = 2048  # w4a16 multiplies up to so many rows by the low-rank branch, instead of adding it to the weight
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why it cannot run there: no triton, no NVIDIA GPU of sm_75 or later, a dtype that tensor cores do not take."""
+    """Why it cannot run there: no triton, no NVIDIA GPU of sm_75 or later, or a dtype without tensor cores."""
     sm = capability(device)
     if sm is None:
         return f"needs an NVIDIA GPU, the device is {device.type}"
@@ -56,14 +51,14 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(weights, precision: str) -> dict[str, torch.Tensor]:
-    """SVDQWeights -> the same tensors; for w4a8 also `channel_scale` (N,) fp32, a row's largest weight / 448."""
+def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
+    """The weights' tensors; for w4a8 also `channel_scale` (N,) fp32, a row's largest weight / 448."""
     prepared = weights.tensors()
     if precision == "w4a8":
         codes = layout.unpack_nibbles(weights.qweight).view(len(weights.qweight), -1, layout.GROUP)
         largest = (codes.abs_().amax(2) * weights.wscales.float().abs()).amax(1)
-        # Not a division: torch makes one of a constant on CUDA, rounded otherwise than on the CPU, and a model that
-        # was prepared there to be streamed must be the same.
+        # Multiplied, not divided: CUDA rounds a division by a constant differently from the CPU, and a model prepared
+        # on the CPU for streaming must be equal.
         prepared["channel_scale"] = largest.clamp_(min=1e-12) * (1 / LIMITS[torch.float8_e4m3fn])
     return prepared
 
@@ -74,9 +69,9 @@ def smoothing(prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Ten
 
 
 def linear(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
-    """x (M, K), for w4a8 `Quantized` if the kernel in front did that -> (M, N)."""
+    """x (M, K), with w4a8 also `Quantized` by the preceding kernel -> (M, N)."""
     with guard(prepared["qweight"].device):
-        return (_w4a8 if precision == "w4a8" else _w4a16)(x, prepared)
+        return _w4a8(x, prepared) if precision == "w4a8" else _w4a16(cast(torch.Tensor, x), prepared)
 
 
 def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -91,7 +86,7 @@ def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
-    """Tile sizes for K, the rank (0: no product) and the compute capability, within its shared memory."""
+    """Tile sizes for K, the rank (0: no product) and a compute capability, within its shared memory."""
     if r == 0:
         return {"BLOCK_N": 32, "BLOCK_C": 128 if k % 256 == 0 else 64, "BLOCK_R": 0, "num_warps": 4, "num_stages": 1}
     large = sm in (90, 100)
@@ -100,7 +95,7 @@ def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
 
 
 def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: int) -> None:
-    """Write q * s / smooth, with up @ down of rank r or without (0), into weight (N, K), which may be strided."""
+    """Write q * s / smooth into weight (N, K), which may be strided; plus up @ down unless r is 0."""
     from . import triton_kernels
 
     n, k = weight.shape
@@ -112,7 +107,7 @@ def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: i
 
 
 def eight_bit(device: torch.device) -> torch.dtype:
-    """fp8 where the tensor cores have it, else int8."""
+    """fp8 on GPUs whose tensor cores have it, else int8."""
     return torch.float8_e4m3fn if (capability(device) or 0) >= 89 else torch.int8
 
 
@@ -191,9 +186,9 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
 
 @contextmanager
 def _aside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Inside a CUDA graph, work that runs beside what comes after it, until the function that is given is called.
+    """Runs its body on a side stream inside a CUDA graph; yields a function that joins the streams again.
 
-    Elsewhere it runs in its turn: two streams take the host longer to serve than they save.
+    Outside a graph the body runs in order: launching on two streams takes the host longer than it saves.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         yield lambda: None
@@ -206,7 +201,7 @@ def _aside(device: torch.device) -> Iterator[Callable[[], None]]:
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Always the same one, as torch keeps memory apart for each."""
+    """One side stream per device, as torch's allocator keeps separate memory for each stream."""
     return torch.cuda.Stream(device)
 
 

@@ -33,8 +33,8 @@ def dequantize(
 ):  # fmt: skip
     """weight (N, K), its rows `stride` apart, = q * s / smooth + up @ down, rounded once.
 
-    BLOCK_R = 0 leaves up @ down out. r is no constant: a LoRA in the branch changes it, and that must not compile
-    again. Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
+    BLOCK_R = 0 leaves up @ down out. r is not a constexpr, so that a LoRA in the branch needs no new compilation.
+    Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channels = columns // 32 * 64 + columns % 32
@@ -87,14 +87,14 @@ def quantize_rows(
 
 @triton.jit
 def smoothed(x, smooth_factor, columns, inside):
-    """x / smooth in fp32 of 16-bit x at some columns of a row."""
+    """x / smooth in fp32 for 16-bit x at some columns of a row."""
     smooth = tl.load(smooth_factor + columns, mask=inside, other=1.0)
     return x.to(tl.float32) / smooth.to(tl.float32)
 
 
 @triton.jit
 def store_scale(place, largest, LIMIT: tl.constexpr):
-    """Store the scale of a row from its largest smoothed value; what turns its smoothed values into codes."""
+    """Store a row's scale, from its largest smoothed value, and return its reciprocal."""
     scale = tl.maximum(largest, 1e-12) / LIMIT
     tl.store(place, scale)
     return 1 / scale
