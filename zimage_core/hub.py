@@ -3,21 +3,33 @@
 Requests, tokens, progress bars, retries and the environment (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE) are
 huggingface_hub's. What it lacks is done here: a stopped download goes on where it stopped (2.x deletes the part),
 and nothing gets its final name before its size, its hash as the hub reports it, and its header are right. In the
-cache the finished file is put where the hub keeps a blob, and hf_hub_download then only links it.
+cache the finished file is put where the hub keeps a blob, and hf_hub_download then only links it. Releases before 2.0
+append a whole file to the part where a server ignores the range; the hash finds that, and the part is deleted.
 
 Source: huggingface_hub/file_download.py@v2.4.0; the names of the files: the repositories themselves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+from huggingface_hub import constants, file_download, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers
 
 from .formats.safetensors import read_header, tensor_bytes
 
@@ -44,13 +56,17 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Item:
-    """A file to fetch, as the hub reports it, and where it goes. digest: sha256, or git's sha1 of a small file."""
+    """A file to fetch, as the hub reports it, and where it goes.
+
+    digest: sha256, or git's sha1 of a small file. folder: where the user wants it, None for the hub's cache.
+    """
 
     file: HubFile
     size: int
     digest: str
     commit: str
     target: Path
+    folder: Path | None
 
     @property
     def part(self) -> Path:
@@ -114,53 +130,52 @@ def _named(name: str, table: Mapping[str, HubFile], what: str) -> HubFile:
 def fetch_all(files: Iterable[HubFile], models: Path | None, endpoint: str | None = None) -> list[Path]:
     """Fetch files into ComfyUI's `models` folder, or into the hub's cache; what is there already is only checked.
 
-    Every file is looked up, and the disks' space compared, before the first byte is fetched. Without a network,
+    Every file is looked up, and the disks' free space compared, before the first byte is fetched. Without a network,
     files that are there are taken as they are. Raises ValueError where a file cannot be had, with the remedy.
     """
-    items = [look_up(file, models, endpoint) for file in files]
-    check_space([item for item in items if isinstance(item, Item)])
-    return [fetch(item, models, endpoint) if isinstance(item, Item) else item for item in items]
+    endpoint = endpoint or constants.ENDPOINT
+    found = [look_up(file, models / file.folder if models else None, endpoint) for file in files]
+    check_space([item for item in found if isinstance(item, Item) and not item.target.is_file()])
+    return [fetch(item, endpoint) if isinstance(item, Item) else item for item in found]
 
 
-def look_up(file: HubFile, models: Path | None, endpoint: str | None) -> Item | Path:
-    """What the hub reports of a file; the path of the local one if the hub cannot be reached."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-    from huggingface_hub.file_download import repo_folder_name
-
+def look_up(file: HubFile, folder: Path | None, endpoint: str) -> Item | Path:
+    """What the hub reports of a file for a folder or (None) its cache; the local file if the hub is out of reach."""
     try:
-        found = get_hf_file_metadata(hf_hub_url(file.repo, file.path, endpoint=endpoint))
+        found = file_download.get_hf_file_metadata(hf_hub_url(file.repo, file.path, endpoint=endpoint))
     except (HTTPError, OSError) as error:
-        local = try_to_load_from_cache(file.repo, file.path) if models is None else models / file.folder / file.name
+        local = folder / file.name if folder else try_to_load_from_cache(file.repo, file.path)
         if isinstance(error, HfHubHTTPError) or not isinstance(local, (str, Path)) or not Path(local).is_file():
-            raise _unreachable(file, models, endpoint, error) from None
+            raise refusal(file, folder, endpoint, error) from None
         check_format(Path(local), file)
         return Path(local)
     digest, size, commit = found.etag or "", found.size, found.commit_hash
     if size is None or not commit or len(digest) not in (40, 64) or set(digest) - set("0123456789abcdef"):
         raise ValueError(
-            f"{file}: the server at {_host(endpoint)} does not report commit, size and hash as the hub does, so the "
+            f"{file}: the server at {endpoint} does not report commit, size and hash as the hub does, so the "
             "file could not be checked; set HF_ENDPOINT to another server, or unset it"
         )
-    if models is not None:
-        target = models / file.folder / file.name
+    if folder:
+        target = folder / file.name
     elif isinstance(cached := try_to_load_from_cache(file.repo, file.path, revision=commit), str):
         target = Path(cached).resolve()
     else:
-        target = Path(HF_HUB_CACHE, repo_folder_name(repo_id=file.repo, repo_type="model"), "blobs", digest)
-    return Item(file, size, digest, commit, target)
+        target = Path(
+            constants.HF_HUB_CACHE,
+            file_download.repo_folder_name(repo_id=file.repo, repo_type="model"),
+            "blobs",
+            digest,
+        )
+    return Item(file, size, digest, commit, target, folder)
 
 
 def check_space(items: Iterable[Item]) -> None:
-    """ValueError unless every disk has room for what is still to come."""
-    needed: dict[int, int] = {}
+    """ValueError unless every disk has space for what is still to come."""
+    needed: Counter[int] = Counter()  # bytes by disk
     for item in items:
-        if item.target.is_file():
-            continue
         folder = next(parent for parent in item.target.parents if parent.is_dir())
         disk = folder.stat().st_dev
-        needed[disk] = needed.get(disk, 0) + item.size - (item.part.stat().st_size if item.part.is_file() else 0)
+        needed[disk] += item.size - (item.part.stat().st_size if item.part.is_file() else 0)
         if needed[disk] > (free := shutil.disk_usage(folder).free):
             raise ValueError(
                 f"{folder}: expected {needed[disk] / GIB:.2f} GiB of free space, found {free / GIB:.2f}; free some, or "
@@ -168,47 +183,37 @@ def check_space(items: Iterable[Item]) -> None:
             )
 
 
-def fetch(item: Item, models: Path | None, endpoint: str | None) -> Path:
-    """Receive, check and place one file, one process at a time. Raises ValueError where that fails."""
-    from filelock import FileLock, Timeout
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    item.target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(item.target.with_name(f".{item.target.name}.lock"), timeout=0)
+def fetch(item: Item, endpoint: str) -> Path:
+    """Receive, check and place one file, one process at a time; returns its path. ValueError where that fails."""
+    lock = Path(constants.HF_HUB_CACHE, ".locks", f"{item.digest}.lock")
+    for folder in (item.target.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        with lock:
-            try:
-                _fetch_locked(item, models, endpoint)
-            finally:
-                with contextlib.suppress(OSError):  # Windows deletes it itself
-                    os.unlink(lock.lock_file)
+        with FileLock(lock, timeout=0):
+            fetch_locked(item, endpoint)
     except Timeout:
         raise ValueError(f"{item.target}: another process is downloading it; wait for that one to end") from None
-    if models is not None:
+    if item.folder:
         return item.target
     try:
-        linked = Path(hf_hub_download(item.file.repo, item.file.path, endpoint=endpoint))
+        linked = Path(hf_hub_download(item.file.repo, item.file.path, endpoint=endpoint))  # the blob is there already
     except (HTTPError, OSError) as error:
-        raise _unreachable(item.file, models, endpoint, error) from None
+        raise refusal(item.file, None, endpoint, error) from None
     if not linked.is_symlink() and not item.target.samefile(linked):
         item.target.unlink()  # where links are not allowed the hub has made a copy
     return linked
 
 
-def _fetch_locked(item: Item, models: Path | None, endpoint: str | None) -> None:
+def fetch_locked(item: Item, endpoint: str) -> None:
+    """Have the whole file under its final name; another file of that name is replaced in the hub's cache only."""
     if item.target.is_file():
         try:
-            check_file(item.target, item)
-            return
+            return check_file(item.target, item)
         except ValueError as error:
-            if models is not None:
+            if item.folder:
                 raise ValueError(f"{error}; it is not replaced: move it away first") from None
-            item.target.unlink()  # the hub's cache is ours to repair
-    for stale in item.part.parent.glob(f".{item.target.name}.*.part"):
-        if stale != item.part:
-            stale.unlink()
-    receive(item, models, endpoint)
+            item.target.unlink()
+    receive(item, endpoint)
     try:
         check_file(item.part, item)
     except ValueError as error:
@@ -217,37 +222,33 @@ def _fetch_locked(item: Item, models: Path | None, endpoint: str | None) -> None
     item.part.replace(item.target)
 
 
-def receive(item: Item, models: Path | None, endpoint: str | None) -> None:
-    """Append to the part of a file until it is whole; the part stays where this fails."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
+def receive(item: Item, endpoint: str) -> None:
+    """Append to the part of a file until it is whole; the part stays where this fails, an older version's goes."""
+    for stale in set(item.part.parent.glob(f".{item.target.name}.*.part")) - {item.part}:
+        stale.unlink()
     url = hf_hub_url(item.file.repo, item.file.path, revision=item.commit, endpoint=endpoint)
-    with item.part.open("ab") as file:
-        if file.tell() > item.size:
-            file.truncate(0)
-            file.seek(0)
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    too_long = item.part.is_file() and item.part.stat().st_size > item.size
+    with item.part.open("wb" if too_long else "ab") as file:
         while (start := file.tell()) < item.size:
             try:
-                http_get(
+                file_download.http_get(
                     url,
                     file,
                     resume_size=start,
-                    headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+                    headers=headers,
                     expected_size=item.size,
                     displayed_filename=item.file.name,
                 )
+            except HfHubHTTPError as error:
+                raise refusal(item.file, item.folder, endpoint, error) from None
             except (HTTPError, OSError) as error:
-                if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
+                if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
                     words = "the disk is full" if error.errno == errno.ENOSPC else str(error)
                     raise ValueError(f"{item.target}: {words}; run it again when that is solved, it goes on") from None
-                if isinstance(error, HfHubHTTPError):
-                    raise _unreachable(item.file, models, endpoint, error) from None
                 if file.tell() <= start:  # a connection that brings nothing at all, after http_get's own retries
                     raise ValueError(
-                        f"{item.file}: the connection to {_host(endpoint)} broke after {start} of {item.size} bytes "
+                        f"{item.file}: the connection to {endpoint} broke after {start} of {item.size} bytes "
                         f"({type(error).__name__}); they are kept, run it again to go on"
                     ) from None
         file.flush()
@@ -285,36 +286,21 @@ def check_format(path: Path, file: HubFile) -> None:
                 raise ValueError(f"{path}: expected a GGUF file, found one that begins with {start!r}")
 
 
-def _host(endpoint: str | None) -> str:
-    from huggingface_hub.constants import ENDPOINT
-
-    return endpoint or ENDPOINT
-
-
-def _unreachable(file: HubFile, models: Path | None, endpoint: str | None, error: Exception) -> ValueError:
-    """One sentence for what went wrong between us and the hub."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    host = _host(endpoint)
-    by_hand = "" if models is None else f", or put the file into {models / file.folder} yourself"
+def refusal(file: HubFile, folder: Path | None, endpoint: str, error: Exception) -> ValueError:
+    """One sentence for what went wrong between us and the hub, with the remedy."""
+    by_hand = f", or put the file into {folder} yourself" if folder else ""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, OfflineModeIsEnabled):
         problem = f"it is not on this machine and HF_HUB_OFFLINE forbids the network; unset that{by_hand}"
     elif isinstance(error, GatedRepoError) or status == 403:
-        problem = f"{host} gives it only to some; accept its terms at {host}/{file.repo} and set HF_TOKEN"
+        problem = f"{endpoint} gives it only to some; accept its terms at {endpoint}/{file.repo} and set HF_TOKEN"
     elif isinstance(error, RepositoryNotFoundError) or status == 401:
-        problem = f"{host} has no such repository, or hides it; check HF_ENDPOINT and HF_TOKEN"
-    elif isinstance(error, EntryNotFoundError):
-        problem = f"{host} has no such file (404); it may have moved, look at {host}/{file.repo}{by_hand}"
+        problem = f"{endpoint} has no such repository, or hides it; check HF_ENDPOINT and HF_TOKEN"
+    elif status == 404:
+        problem = f"{endpoint} has no such file (404); it may have moved, look at {endpoint}/{file.repo}{by_hand}"
     elif status is not None:
-        problem = f"{host} answered with error {status}; try again later"
+        problem = f"{endpoint} answered with error {status}; try again later"
     else:
         words = " ".join(str(error).split()) or type(error).__name__
-        problem = f"the connection to {host} failed ({words}); check the network and proxy{by_hand}"
+        problem = f"the connection to {endpoint} failed ({words}); check the network and proxy{by_hand}"
     return ValueError(f"{file}: {problem}")

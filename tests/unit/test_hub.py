@@ -412,11 +412,10 @@ def test_a_disk_that_fills_up_on_the_way(server, fetch, comfyui, monkeypatch):
     assert size == 7
 
 
-def test_one_process_at_a_time(server, fetch, comfyui):
-    folder = comfyui / "models" / "diffusion_models"
-    folder.mkdir()
+def test_one_process_at_a_time(server, fetch, cache):
+    (cache / ".locks").mkdir(parents=True)
     with (
-        FileLock(folder / ".svdq-int4.safetensors.lock"),
+        FileLock(cache / ".locks" / f"{server.etags[str(FILES['model'])]}.lock"),
         pytest.raises(ValueError, match="another process is downloading it"),
     ):
         fetch()
