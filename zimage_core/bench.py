@@ -40,11 +40,11 @@ from .models.config import ZImageConfig
 from .models.transformer import ZImageTransformer
 from .pipeline import choose_device, choose_dtype
 from .sampler import draw_noise
+from .sizes import GIB
 
 Call = Callable[[], Tensor]
 Step = Callable[[int, int], Call]  # (pixels, batch) -> one step
 
-GIB = 2**30
 DEMO = ZImageConfig(384, 4, 1, 6, cap_feat_dim=128, axes_dims=(16, 24, 24))
 DEMO_RANK, RANK = 16, 256
 CAPTION_TOKENS = 128

@@ -32,8 +32,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers
 
 from .formats.safetensors import read_header, tensor_bytes
+from .sizes import GIB
 
-GIB = 2**30
 CHUNK = 2**24
 
 

@@ -46,7 +46,6 @@ from .models.vae import decode_image, out_of_memory
 if TYPE_CHECKING:
     from PIL import Image
 
-GIB = 2**30
 PIXELS_MULTIPLE = 16
 REAL_SIZE, DEMO_SIZE = 1024, 128  # pixels, where no size is asked for
 CACHED_PROMPTS = 32

@@ -16,13 +16,13 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...zimage_core.sizes import GIB
 from . import messages
 from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
 from .forward import Caption, DiffusionModel
 from .patcher import StreamingPatcher, predict, refuse_saving
 
 PROMPT_TOKENS = 512
-GIB = 2**30
 logger = logging.getLogger(__name__)
 ENCODER_REMEDY = "to apply them, put ComfyUI's Load LoRA with strength_model 0 between text encoder and prompt"
 

@@ -11,11 +11,11 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...zimage_core.sizes import GIB
 from . import messages
 from .clip import release
 from .files import EXTENSIONS, NO_LORA, choices, find
 
-GIB = 2**30
 QUANTIZER_BYTES = 6 * GIB  # that calibrating takes of the device for a full-size model
 
 

@@ -10,8 +10,9 @@ import platform
 from pathlib import Path
 
 from .. import __version__
+from ..sizes import GIB
 from .options import Commands, Parser
-from .output import GIB, print_facts
+from .output import print_facts
 
 PACKAGES = ("safetensors", "transformers", "huggingface_hub", "diffusers", "triton", "comfy-kitchen", "nunchaku")
 

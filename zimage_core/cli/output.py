@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..sizes import GIB
 
 if TYPE_CHECKING:
     from PIL import Image
     from tqdm import tqdm
-
-GIB = 2**30
 
 
 class Progress:

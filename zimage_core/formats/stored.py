@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear.adapters import Adapter, Terms
+from ..sizes import round_up
 from .safetensors import open_tensors
 
 ENCODER_REMEDY = "get Qwen3-4B in bf16 (the text_encoder folder of Z-Image-Turbo, or qwen_3_4b.safetensors)"
@@ -380,7 +381,7 @@ class SafetensorsEncoder:
             raise self._refuse(keys["weight_scale_2"], expected, "neither")
         if (plain or comfy == "nvfp4") and dtype == "U8" and shape[1] % 8 == 0:
             n, blocks = shape[0], shape[1] // 8
-            tiled = (-(-n // 128) * 128, -(-blocks // 4) * 4)  # padded, see `_unblocked`
+            tiled = (round_up(n, 128), round_up(blocks, 4))  # padded, see `_unblocked`
             parts = {
                 "codes": key,
                 "block_scale": part("weight_scale", ((n, blocks) if plain else tiled,), ("F8_E4M3", "U8")),

@@ -25,6 +25,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..sizes import round_up
+
 ALIGNMENT = 256
 BUFFERS = 2
 CPU = torch.device("cpu")
@@ -113,7 +115,7 @@ def fit(sizes: Sequence[int], buffer: int, allowance: float) -> set[int]:
 
 
 def _aligned(n: int) -> int:
-    return -(-n // ALIGNMENT) * ALIGNMENT
+    return round_up(n, ALIGNMENT)
 
 
 def share_buffers(sizes: Sequence[int]) -> list[list[int]]:

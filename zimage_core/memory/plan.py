@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from ..models.config import ZImageConfig
 from ..models.text_encoder import TextEncoderConfig
 from ..models.vae import AUTO_PIXELS, TILES, VAEConfig
+from ..sizes import GIB, readable, round_up
 from .offload import Weights
 
-GIB = 2**30
 CHUNK = 2**24  # elements that backends.reference unpacks at once
 FEW_ROWS = 2048  # up to which backends.triton has w4a16's low-rank branch ride in the GEMM
 KEPT_DENSE = 2**20  # elements up to which backends.reference keeps a weight's dense form
@@ -141,11 +141,6 @@ def parse_budget(text: str | int | float | None) -> int | str | None:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def readable(count: int) -> str:
-    """Bytes as GiB, or MiB where that tells more."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 4 else f"{count / 2**20:.0f} MiB"
-
-
 def reserve(budget: int) -> int:
     """What of a budget the plan leaves free, for the allocator's rounding and the libraries' small workspaces."""
     return budget // 32 + 32 * 2**20
@@ -181,7 +176,7 @@ def libraries(device) -> int:
 
 
 def aligned(count: float) -> int:
-    return -(-int(count) // 256) * 256
+    return round_up(int(count), 256)
 
 
 def transformer_weights(config, rank: int, quantized_refiners: bool, e: int, arithmetic: str) -> Weights:
@@ -337,7 +332,7 @@ def latents_bytes(height: int, width: int, pictures: int) -> int:
 
 def padded(tokens: int) -> int:
     """Tokens with their padding."""
-    return -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+    return round_up(tokens, TOKENS_MULTIPLE)
 
 
 def encoder_need(config, tokens: int, forms: Sequence[str], e: int) -> Need:

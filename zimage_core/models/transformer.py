@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..linear.adapters import Linear
 from ..linear.svdq import smoothing
+from ..sizes import round_up
 from . import ops
 from .config import ZImageConfig
 
@@ -48,10 +49,6 @@ class Conditioning:
     mask: Tensor | None
     grid: tuple[int, int]
     image_tokens: int
-
-
-def _multiple(n: int) -> int:
-    return -(-n // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
 
 
 def rope_angles(positions: Tensor, config: ZImageConfig) -> tuple[Tensor, Tensor]:
@@ -275,8 +272,8 @@ class ZImageTransformer(nn.Module):
                     "use the text encoder that this model was made for"
                 )
         grid = (height // cell, width // cell)
-        image_tokens = _multiple(grid[0] * grid[1])
-        lengths = [_multiple(len(feats)) for feats in cap_feats]
+        image_tokens = round_up(grid[0] * grid[1], TOKENS_MULTIPLE)
+        lengths = [round_up(len(feats), TOKENS_MULTIPLE) for feats in cap_feats]
         longest = max(lengths)
 
         positions = self._positions(lengths, longest, grid, image_tokens, hooks.rope)

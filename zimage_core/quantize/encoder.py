@@ -23,6 +23,7 @@ from torch import Tensor
 from ..formats.encoder import check_model, check_weights, read_config
 from ..formats.stored import ENCODER_REMEDY, GGUFEncoder, SafetensorsEncoder, blocked, open_encoder
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from ..sizes import round_up
 from .writer import DTYPES, StreamedFile
 
 _LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
@@ -148,7 +149,7 @@ def _planned(name: str, shape: tuple[int, ...], bits: int) -> dict[str, tuple[st
         raise ValueError(f"{name}: expected multiples of 16 for 4 bits, found {n} x {k}; use 8 bits")
     return {
         name: ("U8", (n, k // 2)),
-        f"{layer}.weight_scale": ("F8_E4M3", (-(-n // 128) * 128, -(-k // 64) * 4)),
+        f"{layer}.weight_scale": ("F8_E4M3", (round_up(n, 128), round_up(k // 16, 4))),
         f"{layer}.weight_scale_2": ("F32", ()),
         f"{layer}.comfy_quant": ("U8", (len(_COMFY_QUANT),)),
     }

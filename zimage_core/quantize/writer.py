@@ -26,6 +26,7 @@ import torch
 from ..linear.layout import GROUP
 from ..models.config import ZImageConfig
 from ..models.transformer import ADALN_WIDTH, T_EMBED_HIDDEN
+from ..sizes import readable
 
 try:
     import fcntl
@@ -318,7 +319,7 @@ class StreamedFile:
                 Path(self._record.name).unlink(missing_ok=True)
 
     def _no_space(self, error: OSError) -> ValueError:
-        needed = f"{self._full_size / 2**30:.1f} GiB"
+        needed = readable(self._full_size)
         return ValueError(f"{self.path}: {error.strerror}; free {needed} there or choose another folder")
 
 

@@ -1,0 +1,15 @@
+"""Byte counts and multiples: GiB, sizes in words, rounding up. Without torch."""
+
+from __future__ import annotations
+
+GIB = 2**30
+
+
+def readable(count: float) -> str:
+    """Bytes as "1.25 GiB", below a quarter of that as "200 MiB"."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 4 else f"{count / 2**20:.0f} MiB"
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The smallest multiple that is not below `count`."""
+    return -(-count // multiple) * multiple
