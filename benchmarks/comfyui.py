@@ -34,7 +34,7 @@ from memory import free
 from safetensors.torch import load_file, save_file
 
 from zimage_core import bench
-from zimage_core.formats.load import identify
+from zimage_core.formats.identify import model_info
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoderConfig
 from zimage_core.pipeline import choose_device, choose_dtype
@@ -248,7 +248,7 @@ def model_files(folder: Path, tiny: bool, device: torch.device) -> dict[str, Pat
     sizes |= {"num_attention_heads": encoder.num_heads, "num_key_value_heads": encoder.num_kv_heads}
     config.write_text(json.dumps(sizes))
     if not lora.exists():
-        save_file(random_lora(identify(files["model"]).config), lora)
+        save_file(random_lora(model_info(files["model"]).config), lora)
     models = {
         "diffusion_models/model.safetensors": files["model"],
         "text_encoders/encoder.safetensors": files["text-encoder"],

@@ -24,7 +24,7 @@ import make_synthetic
 import torch
 
 from zimage_core import bench
-from zimage_core.formats.load import identify
+from zimage_core.formats.identify import model_info
 from zimage_core.models.config import ZImageConfig
 from zimage_core.pipeline import choose_device, host_peak, reset_host_peak
 from zimage_core.quantize.run import quantize_checkpoint
@@ -82,7 +82,7 @@ class Watch:
 
 def whole_model(source: Path, target: Path, rank: int, prompts: int, size: int, device: torch.device) -> dict:
     """Seconds and memory of one run."""
-    captions = list(torch.randn(prompts, CAPTION_TOKENS, identify(source).config.cap_feat_dim))
+    captions = list(torch.randn(prompts, CAPTION_TOKENS, model_info(source).config.cap_feat_dim))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

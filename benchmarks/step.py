@@ -26,7 +26,8 @@ import torch
 
 from zimage_core import bench
 from zimage_core.bench import CAPTION_TOKENS, Call, Step
-from zimage_core.formats.load import identify, load_transformer
+from zimage_core.formats.identify import model_info
+from zimage_core.formats.load import load_transformer
 from zimage_core.models.config import ZImageConfig
 from zimage_core.pipeline import choose_device, choose_dtype
 
@@ -137,7 +138,7 @@ def main() -> None:
     config, rank = (TINY, TINY_RANK) if args.tiny else (ZImageConfig(), bench.RANK)
     facts: dict[str, object] = {"weights": args.model.name if args.model else "random"}
     if args.model:
-        info = identify(args.model)
+        info = model_info(args.model)
         config, rank = info.config, info.rank
         facts["load"] = measure_load(args.model, device, dtype)
     sides = bench.own_sides(config, rank, device, dtype, args.model) | peers(config, device, dtype)

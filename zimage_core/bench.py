@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import __version__
-from .formats.load import identify, load_transformer
+from .formats.identify import model_info
+from .formats.load import load_transformer
 from .linear import backends, layout
 from .linear.adapters import Linear
 from .linear.backends import Backend
@@ -443,7 +444,7 @@ def bench(model: str | None = None, device: str | None = None, size: int | None 
     a CPU the same of the demo's size at 256 x 256. With `model`, a transformer file, its sizes and its steps.
     ValueError for another kind of file, a device that is not there or a size that is no multiple of 16.
     """
-    info = identify(model) if model else None
+    info = model_info(model) if model else None
     where = choose_device(device)
     dtype, on_gpu = choose_dtype(None, where), where.type == "cuda"
     config = info.config if info else ZImageConfig() if on_gpu else DEMO

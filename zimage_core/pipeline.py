@@ -29,6 +29,7 @@ from torch import Tensor
 from . import sampler
 from .formats import load as checkpoint
 from .formats.encoder import check_text_encoder, load_text_encoder
+from .formats.identify import model_info
 from .formats.vae import load_vae, read_vae_config
 from .linear import backends
 from .lora import apply as lora
@@ -101,7 +102,7 @@ def find_files(model=None, text_encoder=None, vae=None, tokenizer=None) -> Model
         whole = (root / "transformer").is_dir()
         parts = {name: root / name for name in ("text_encoder", "tokenizer", "vae")} if whole else {}
         parts["model"] = root / "transformer" if whole else root
-    checkpoint.identify(parts["model"])
+    model_info(parts["model"])
     if text_encoder is not None:
         parts["text_encoder"] = Path(text_encoder)
         parts.pop("tokenizer", None)
@@ -473,7 +474,7 @@ class Pipeline:
     ) -> planning.Plan:
         """What this call will take; ValueError where the budget cannot hold it. Reads headers, no weights."""
         e, fp16 = self.dtype.itemsize, self.dtype is torch.float16
-        info = checkpoint.identify(self.files.model)
+        info = model_info(self.files.model)
         config = info.config
         arithmetic = "dense"
         if info.rank:

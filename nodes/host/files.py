@@ -59,11 +59,11 @@ def find(folder: str, name: str, demo: str) -> Path:
 
 def check_model(name: str) -> None:
     """ValueError unless a file of `diffusion_models` is a model that can be loaded, from its header."""
-    from ...zimage_core.formats.load import identify
+    from ...zimage_core.formats.identify import model_info
 
     path = find("diffusion_models", name, "model")
     if name != DEMO:
-        identify(path)
+        model_info(path)
 
 
 def check_encoder(name: str) -> None:
@@ -81,21 +81,11 @@ def check_encoder(name: str) -> None:
 
 def check_vae(name: str) -> None:
     """ValueError unless a file of `vae` is a 16-channel autoencoder."""
-    from ...zimage_core.formats.load import describe
-    from ...zimage_core.formats.safetensors import read_header
+    from ...zimage_core.formats.identify import identify
 
     path = find("vae", name, "vae")
-    if name == DEMO or path.is_dir():
-        return
-    header = read_header(path)
-    first = header.tensors.get("decoder.conv_in.weight")
-    if first is None:
-        kind = describe(header.tensors, header.metadata)
-        raise ValueError(f"{path}: expected a VAE, found {kind}; get ae.safetensors and put it into models/vae")
-    if first[1][1] != LATENT_CHANNELS:
-        raise ValueError(
-            f"{path}: this VAE has {first[1][1]} latent channels, Z-Image's has {LATENT_CHANNELS}; get ae.safetensors"
-        )
+    if name != DEMO:
+        identify(path).require("vae")
 
 
 def check_lora(name: str) -> None:

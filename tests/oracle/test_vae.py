@@ -301,12 +301,12 @@ CONV = torch.zeros(4, 4, 3, 3)
 WRONG_FILES = {
     "taef1_decoder": ({"0.weight": CONV, "2.conv.0.weight": CONV}, "a tiny autoencoder (taef1, TAESD)"),
     "taef1_diffusers": ({"decoder.layers.0.weight": CONV, "encoder.layers.0.weight": CONV}, "a tiny autoencoder"),
-    "transformer": ({"layers.0.attention.to_q.weight": ONE, "x_embedder.weight": ONE}, "a diffusion model"),
+    "transformer": ({"layers.0.attention.to_q.weight": ONE, "x_embedder.weight": ONE}, "a Z-Image transformer"),
     "text_encoder": ({"model.embed_tokens.weight": ONE}, "a text encoder"),
     "lora": ({"diffusion_model.layers.0.attention.to_q.lora_A.weight": ONE}, "a LoRA"),
     "sd": ({"decoder.conv_in.weight": CONV, "quant_conv.weight": CONV}, "an autoencoder with quant_conv"),
-    "other": ({"weight": ONE}, "another kind of file (keys such as ['weight'])"),
-    "empty": ({}, "another kind of file (keys such as [])"),
+    "other": ({"weight": ONE}, "another kind of file (keys such as 'weight')"),
+    "empty": ({}, "a file without tensors"),
 }
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_core.formats.load import identify, load_transformer
+from zimage_core.formats.identify import model_info
+from zimage_core.formats.load import load_transformer
 from zimage_core.formats.names import canonical_module, canonical_tensor
 from zimage_core.formats.safetensors import read_header
 from zimage_core.linear.svdq import SVDQLinear
@@ -93,7 +94,7 @@ def expected(dense, tiny, tmp_path_factory):
 def test_dense_styles(dense, expected, tmp_path, prefix, style):
     tensors = dense if style == "diffusers" else comfy_dense(dense) | {"norm_final.weight": torch.ones(384)}
     save_file({prefix + k: v for k, v in tensors.items()}, tmp_path / "z.safetensors")
-    info = identify(tmp_path / "z.safetensors")
+    info = model_info(tmp_path / "z.safetensors")
     assert (info.format, info.rank, info.config.n_layers, info.config.n_heads) == ("dense", 0, 1, 3)
     assert torch.equal(draw(load_transformer(tmp_path / "z.safetensors", dtype=torch.float32)), expected)
 
@@ -138,7 +139,7 @@ def test_svdq_in_comfy_names(tiny, tmp_path, prefix, metadata):
         tmp_path / "z.safetensors",
         metadata=meta if metadata else None,
     )
-    info = identify(tmp_path / "z.safetensors")
+    info = model_info(tmp_path / "z.safetensors")
     assert (info.format, info.rank, info.quantized_refiners) == ("svdq-int4", 32, True)
     assert info.config.axes_dims == (32, 48, 48)
     plain = load_transformer(TINY, dtype=torch.float32, precision="w4a16")
@@ -247,7 +248,7 @@ def test_a_broken_file_gets_a_sentence(tiny, tmp_path, case):
 OTHERS = {
     "a LoRA": {"diffusion_model.layers.0.attention.to_q.lora_A.weight": torch.ones(4, 4)},
     "a text encoder": {"model.layers.0.self_attn.q_proj.weight": torch.ones(4, 4)},
-    "a VAE": {"decoder.conv_in.weight": torch.ones(4, 4), "decoder.conv_out.weight": torch.ones(4, 4)},
+    "a VAE": {f"{half}.conv_in.weight": torch.ones(4, 16, 3, 3) for half in ("encoder", "decoder")},
     "Stable Diffusion": {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4)},
     "Flux": {"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)},
     "keys such as 'something'": {"something": torch.ones(4)},
@@ -260,7 +261,7 @@ OTHERS = {
 def test_another_kind_of_file_is_named(tmp_path, what):
     save_file(OTHERS[what], tmp_path / "z.safetensors")
     with pytest.raises(ValueError, match=what):
-        identify(tmp_path / "z.safetensors")
+        model_info(tmp_path / "z.safetensors")
 
 
 def test_files_that_are_not_whole(tmp_path):

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_iter
 from zimage_core import cli, load_pipeline, pipeline
 from zimage_core.formats import stored as encoder_formats
 from zimage_core.formats.encoder import check_text_encoder, load_text_encoder
-from zimage_core.formats.load import identify, load_transformer
+from zimage_core.formats.identify import model_info
+from zimage_core.formats.load import load_transformer
 from zimage_core.formats.stored import FORMS, StoredLinear
 from zimage_core.formats.vae import load_vae, read_vae_config
 from zimage_core.linear import backends
@@ -260,7 +261,7 @@ def test_finished_pictures_and_tiles(flash, config, pictures, tile):
 
 
 def test_weights_from_the_header_are_those_of_the_model(tiny_files):
-    info = identify(tiny_files["model"])
+    info = model_info(tiny_files["model"])
     for dtype, precision in ((BF16, "w4a16"), (FP32, "w4a4")):
         model = load_transformer(tiny_files["model"], dtype=dtype, backend="reference", precision=precision)
         arithmetic = plan.arithmetic(model.backend, torch.device("cpu"))

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def pipelines(args: argparse.Namespace) -> dict[str, Callable[[], Pipeline]]:
     """Label -> what loads its pipeline. ValueError, before any picture, for what one of them would refuse."""
-    from ..formats.load import identify
+    from ..formats.identify import model_info
     from ..linear.backends import select
     from ..pipeline import load_pipeline
 
@@ -95,7 +95,7 @@ def pipelines(args: argparse.Namespace) -> dict[str, Callable[[], Pipeline]]:
             precision=precision,
         )
         pipeline = load()  # reads headers only
-        quantized = identify(pipeline.files.model).rank
+        quantized = model_info(pipeline.files.model).rank
         if quantized:
             select(args.backend, precision, device=pipeline.device, dtype=pipeline.dtype)
         label = f"{model} {precision}" if quantized and len(args.precision) > 1 else model

@@ -40,23 +40,23 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect_file(path: Path) -> dict:
     """What a safetensors file or folder is: kind, sizes, metadata and, for a transformer, what would run it here."""
-    from ..formats.load import describe, identify
+    from ..formats.identify import identify, model_info
     from ..formats.safetensors import open_tensors, tensor_bytes
 
     files = open_tensors(path)
-    kind = describe(files.tensors, files.metadata)
+    found = identify(files)
     dtypes: dict[str, int] = {}
     for dtype, shape in files.tensors.values():
         dtypes[dtype] = dtypes.get(dtype, 0) + tensor_bytes(dtype, shape)
     facts = {
         "file": str(path),
-        "format": kind,
+        "format": found.what,
         "tensors": len(files.tensors),
         "gib": gib(sum(dtypes.values())),
         "gib_by_dtype": {name: gib(count) for name, count in dtypes.items()},
         "metadata": {name: " ".join(value.split()) for name, value in files.metadata.items()},
     }
-    if kind == "a LoRA":
+    if found.role == "lora":
         from ..lora.apply import inspect as inspect_lora
 
         report = inspect_lora(path)
@@ -70,9 +70,9 @@ def inspect_file(path: Path) -> dict:
             "costs": list(report.costs),
             "warnings": list(report.warnings),
         }
-    if kind not in ("svdq-int4", "dense"):
+    if found.role != "model" or found.format not in ("svdq-int4", "dense"):
         return facts
-    info = identify(files)
+    info = model_info(files)
     config = info.config
     facts |= {
         "format": "SVDQuant INT4, group 64" if info.rank else f"dense {info.dtype}",

@@ -15,6 +15,12 @@ from collections.abc import Iterable
 
 PREFIX = re.compile(r"^(?:model\.diffusion_model\.|diffusion_model\.|transformer\.)")
 
+_WRAPPER = re.compile(r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Left in names by torch.compile, DDP, FSDP and activation checkpointing."""
+
+_LEAF = re.compile(r"(.+?)\.(weight\..+|[^.]+)")
+"""A tensor's name -> module and leaf, where a quantized weight's parts are one leaf (`weight._data`)."""
+
 FUSED_PARTS = {"attention.to_qkv": ("q", "k", "v"), "feed_forward.w3_w1": ("w3", "w1")}
 """Row order of the fused linears; w3 (values) comes before w1 (gates)."""
 
@@ -98,7 +104,7 @@ _LORA_REFUSED = tuple(
 
 def canonical_module(name: str) -> tuple[str, str | None] | None:
     """A module's name in any style -> (the model's module, part or None); None where nothing matches."""
-    name = PREFIX.sub("", name)
+    name = PREFIX.sub("", _WRAPPER.sub("", name))
     for pattern, replacement, part in _MODULES:
         if pattern.match(name):
             return pattern.sub(replacement, name), part
@@ -107,12 +113,11 @@ def canonical_module(name: str) -> tuple[str, str | None] | None:
 
 def canonical_tensor(key: str) -> tuple[str, str | None] | None:
     """A tensor's key in any style -> (the model's tensor, part or None); None where nothing matches."""
-    key = PREFIX.sub("", key)
-    if key in _TOKENS:
-        return key, None
-    module, _, leaf = key.rpartition(".")
-    found = canonical_module(module)
-    return found and (f"{found[0]}.{leaf}", found[1])
+    if (token := PREFIX.sub("", _WRAPPER.sub("", key))) in _TOKENS:
+        return token, None
+    match = _LEAF.fullmatch(key)
+    found = match and canonical_module(match[1])
+    return (f"{found[0]}.{match[2]}", found[1]) if match and found else None
 
 
 def diffusers_svdq_module(name: str) -> str:
@@ -136,7 +141,7 @@ def lora_target(name: str) -> tuple[str, str, str | None] | None:
 
     Dots and underscores are the same here, as kohya's and other trainers' files write the one for the other.
     """
-    flat = re.sub(r"[.-]", "_", _LORA_PREFIX.sub("", name))
+    flat = re.sub(r"[.-]", "_", _LORA_PREFIX.sub("", _WRAPPER.sub("", name)))
     if flat in _TOKENS:
         return "transformer", flat, None
     dotted = _FLAT_OTHERS.get(flat)

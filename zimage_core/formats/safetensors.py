@@ -1,43 +1,42 @@
 """Reading safetensors: headers without torch, tensors memory-mapped, one file or a folder of shards.
 
+The `safetensors` package itself reads every header, so what it refuses is refused here, and nothing else is.
 File format: huggingface/safetensors `README.md#format`.
 """
 
 from __future__ import annotations
 
 import json
+import stat
 import struct
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_HEADER_BYTES = 100_000_000
+Shape = tuple[int, ...]
+Tensors = dict[str, tuple[str, Shape]]
 
-_DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "U16": 2,
-}
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16}
+_BITS |= {"I16": 16, "U16": 16, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # every other type has 8
+_PICKLE = "a pickled PyTorch file, which is never opened because it can run code"
 _MAGIC = (
     (b"GGUF", "a GGUF file"),
-    (b"PK\x03\x04", "a pickled PyTorch file, which is never opened because it can run code"),
-    (b"\x80\x02", "a pickled PyTorch file, which is never opened because it can run code"),
+    (b"PK\x03\x04", _PICKLE),
+    (b"\x80\x02", _PICKLE),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
     (b"<!DOCTYPE", "a web page, not a checkpoint"),
     (b"<html", "a web page, not a checkpoint"),
 )
+
+
+class MissingFile(FileNotFoundError, ValueError):
+    """No file at a path. A ValueError too, so that one `except ValueError` covers every unusable file."""
 
 
 @dataclass(frozen=True)
@@ -45,75 +44,128 @@ class Header:
     """One safetensors header: name -> (dtype, shape), and the metadata strings."""
 
     path: Path
-    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    tensors: Tensors
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count * _DTYPE_BYTES.get(dtype, 1)
+def tensor_bytes(dtype: str, shape: Shape) -> int:
+    """Bytes of a stored tensor."""
+    return prod(shape) * _BITS.get(dtype, 8) // 8
+
+
+def check_file(path: str | Path) -> Path:
+    """The path of a regular file; ValueError for a folder, a pipe or a device, MissingFile where nothing is."""
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise MissingFile(f"{path}: {found}; check the path, or download the file first") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: expected a file, found {'a folder' if stat.S_ISDIR(mode) else 'a pipe or device'}")
+    return path
 
 
 def read_header(path: str | Path) -> Header:
     """Read and check a safetensors header without torch.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated or not safetensors.
+    Raises MissingFile, or ValueError for a file that is truncated, not safetensors or cannot be read.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path, or download the file first")
+    from safetensors import SafetensorError, safe_open
+
+    path = check_file(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+            return Header(path, tensors, file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {_fault(path, str(error))}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); check its permissions") from None
+
+
+def _fault(path: Path, reason: str) -> str:
+    """What is wrong with a file that `safetensors` refuses for a reason."""
     size = path.stat().st_size
-    with path.open("rb") as f:
-        start = f.read(64)
+    with path.open("rb") as file:
+        start = file.read(64)
         for magic, what in _MAGIC:
             if start.startswith(magic):
-                raise ValueError(f"{path}: expected a safetensors file, found {what}; get the .safetensors version")
+                return f"expected a safetensors file, found {what}; get the .safetensors version"
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-        if not 2 <= length <= MAX_HEADER_BYTES or start[8:9] != b"{":
-            raise ValueError(f"{path}: not a safetensors file ({size} bytes); download it again")
-        f.seek(8)
-        raw = f.read(length)
-    if len(raw) < length:
-        raise ValueError(
-            f"{path}: truncated inside its header, expected {length} header bytes, found {len(raw)}; download it again"
-        )
-    try:
-        entries: dict[str, Any] = json.loads(raw)
-        metadata = entries.pop("__metadata__", None) or {}
-        tensors = {name: (e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
-        end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"{path}: its safetensors header is damaged ({e}); download it again") from e
-    if size != 8 + length + end:
-        raise ValueError(
-            f"{path}: {'truncated' if size < 8 + length + end else 'too long'}, expected {8 + length + end} bytes, "
-            f"found {size}; download it again"
-        )
-    return Header(path, tensors, metadata)
+        if start[8:9] != b"{":
+            return f"not a safetensors file ({size} bytes); download it again"
+        if size < 8 + length:
+            found = f"expected {length} header bytes, found {size - 8}"
+            return f"truncated inside its header, {found}; download it again"
+        try:
+            file.seek(8)
+            entries = json.loads(file.read(length))
+            end = 8 + length + max(e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            end = size
+    if size != end:
+        what = "truncated" if size < end else "too long"
+        return f"{what}, expected {end} bytes, found {size}; download it again"
+    return f"its safetensors header is damaged ({' '.join(reason.split())}); download it again"
 
 
 class TensorFiles:
-    """The tensors of one safetensors file, or of a folder's shards, memory-mapped; a context manager."""
+    """The tensors of one safetensors file, or of a folder's shards, memory-mapped; a context manager.
+
+    tensors: name -> (dtype, shape). A folder's config.json is metadata "config". ValueError as `read_header`, and for
+    an index that does not say where each tensor is.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.headers = [read_header(p) for p in _shards(self.path)]
-        self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.headers: list[Header] = []
+        self.tensors: Tensors = {}
         self.metadata: dict[str, str] = {}
         self._file: dict[str, Path] = {}
-        for header in self.headers:
-            self.tensors |= header.tensors
-            self.metadata |= header.metadata
-            self._file |= dict.fromkeys(header.tensors, header.path)
-        config = self.path / "config.json"
-        if self.path.is_dir() and config.is_file():
-            try:
-                text = config.read_text(encoding="utf-8")
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{config}: expected UTF-8 text, found other bytes ({e}); download it again") from e
-            self.metadata.setdefault("config", text)
+        folder = self.path if self.path.is_dir() else None
+        if folder and not list(folder.glob("*.safetensors*")) and (folder / "transformer").is_dir():
+            folder = folder / "transformer"
+        index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None) if folder else None
+        if index:
+            self._read_shards(index)
+        else:
+            self._add(read_header(_only_file(folder) if folder else self.path))
+        config = folder / "config.json" if folder else None
+        if config and config.is_file():
+            self.metadata.setdefault("config", _text(config))
+
+    def _add(self, header: Header) -> None:
+        self.headers.append(header)
+        self.tensors |= header.tensors
+        self.metadata |= header.metadata
+        self._file |= dict.fromkeys(header.tensors, header.path)
+
+    def _read_shards(self, index: Path) -> None:
+        """Take each tensor from the shard that the index names for it."""
+        try:
+            weight_map = json.loads(_text(index))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise ValueError(
+                f"{index}: expected an index of shards with weight_map, found otherwise ({e}); download it again"
+            ) from None
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{index}: names a file outside its folder, {name!r}; download it again")
+        shards = {name: read_header(index.parent / name) for name in names}
+        for header in shards.values():
+            if extra := next((key for key in header.tensors if key not in weight_map), None):
+                raise ValueError(f"{header.path}: tensor {extra!r} is not in {index.name}; download both again")
+            self._add(header)
+        for key, name in weight_map.items():
+            if key not in shards[name].tensors:
+                raise ValueError(
+                    f"{shards[name].path}: expected tensor {key!r}, as {index.name} says, found none; "
+                    "download both again"
+                )
+            self.tensors[key], self._file[key] = shards[name].tensors[key], shards[name].path
 
     def __enter__(self) -> TensorFiles:
         from safetensors import safe_open
@@ -138,27 +190,19 @@ def open_tensors(path: str | Path) -> TensorFiles:
     return TensorFiles(path)
 
 
-def _shards(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        try:
-            names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(
-                f"{indices[0]}: expected an index of shards with weight_map, found otherwise ({e}); download it again"
-            ) from e
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{indices[0]}: names a file outside its folder, {name!r}; download it again")
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
+def _only_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        sub = path / "transformer"
-        if not files and sub.is_dir():
-            return _shards(sub)
         raise ValueError(
-            f"{path}: expected one .safetensors file or an index, found {len(files)}; name the file itself"
+            f"{folder}: expected one .safetensors file or an index, found {len(files)}; name the file itself"
         )
-    return files
+    return files[0]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: expected UTF-8 text, found other bytes ({e}); download it again") from None
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror}); check its permissions") from None

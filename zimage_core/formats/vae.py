@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..models.vae import VAE, VAEConfig, check_dtype
+from .identify import EXPECTED, identify
 from .safetensors import TensorFiles, open_tensors
 
 BFL_ROWS = (
@@ -50,22 +51,7 @@ def rename_bfl(key: str, rows: tuple[tuple[str, str], ...]) -> str:
     return key
 
 
-_REMEDY = "get ae.safetensors, or the folder vae of Tongyi-MAI/Z-Image-Turbo"
-
-WRONG_KINDS = (
-    (
-        r"(^|\.)(x_embedder|noise_refiner|cap_embedder|t_embedder|double_blocks|transformer_blocks)\b",
-        "a diffusion model",
-    ),
-    (r"\.(lora_[AB]|lora_down|lora_up|lokr_w1|hada_w1_a)\b", "a LoRA"),
-    (r"(^|\.)(embed_tokens|token_embd|lm_head)\b", "a text encoder"),
-    (
-        r"^(taesd_|)((encoder|decoder)\.layers\.|(encoder\.|decoder\.)?\d+\.)",
-        "a tiny autoencoder (taef1, TAESD) for live previews",
-    ),
-    (r"(^|\.)(post_)?quant_conv\.", "an autoencoder with quant_conv (Stable Diffusion, FLUX.2)"),
-)
-"""What a file is whose keys show that it is something else; the first row that matches decides."""
+_REMEDY = EXPECTED["vae"][1]
 
 FIXED_FIELDS = {
     "_class_name": "AutoencoderKL",
@@ -126,14 +112,7 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
 
 
 def _names(keys: list[str]) -> dict[str, str]:
-    """Our name -> key in the file, for either style; ValueError for a wrong kind of file or a doubled tensor."""
-    kind = next((kind for pattern, kind in WRONG_KINDS if any(re.search(pattern, key) for key in keys)), None)
-    halves = [half for half in ("encoder", "decoder") if any(key.startswith(f"{half}.conv_in.") for key in keys)]
-    if kind is None and len(halves) < 2:
-        other = f"another kind of file (keys such as {keys[:1]})"
-        kind = f"the {halves[0]} of an autoencoder only" if halves else other
-    if kind:
-        raise ValueError(f"expected the 16-channel autoencoder of Z-Image, found {kind}; {_REMEDY}")
+    """Our name -> key in the file, for either style; ValueError for a doubled tensor."""
     levels = 1 + max((int(m[1]) for key in keys if (m := re.match(r"decoder\.up\.(\d+)\.", key))), default=-1)
     rows = bfl_rows(levels) if levels else ()
     names: dict[str, str] = {}
@@ -172,6 +151,7 @@ def read_vae_config(path: str | Path) -> VAEConfig:
 
 def _identify(files: TensorFiles) -> tuple[VAE, dict[str, str]]:
     """The VAE of a checked file, without its weights, and our name -> key of each tensor."""
+    identify(files).require("vae")
     try:
         names = _names(list(files.keys()))
         shapes = {name: files.tensors[key][1] for name, key in names.items()}

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..formats.load import CheckpointInfo, expected_tensors, identify, match_tensors
+from ..formats.identify import ModelInfo, model_info
+from ..formats.load import expected_tensors, match_tensors
 from ..formats.names import diffusers_svdq_module
 from ..formats.safetensors import TensorFiles, open_tensors
 from ..linear.adapters import Linear
@@ -225,8 +226,8 @@ def _open_dense(path: Path) -> TensorFiles:
     return _Fp8Files(path)
 
 
-def _dense_info(files: TensorFiles) -> CheckpointInfo:
-    info = identify(files)
+def _dense_info(files: TensorFiles) -> ModelInfo:
+    info = model_info(files)
     if info.format != "dense":
         raise ValueError(f"{files.path}: expected a BF16 model, found {info.format}; quantize its BF16 original")
     return info

@@ -1,0 +1,298 @@
+"""What a file or folder is, from its header alone and without torch: by the names, types and shapes of its tensors.
+
+A new kind of file gets a row here: a stored form in `FORMATS`, a kind in `KINDS` or `OTHER_MODELS` (both before the
+rows that it would match by accident), and what to do with it in `PLACES`. Whether a file holds every tensor that its
+model needs is for the strict loader (`load`).
+
+Sources of names: huggingface/diffusers `loaders/single_file_utils.py@v0.42.1`, ComfyUI
+`comfy/model_detection.py@v0.33.0` and QUANTIZATION.md, nunchaku `models/linear.py@92e4695`, Disty0/sdnq
+`sdnq/detection.py`, optimum-quanto 0.2.7.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..models.config import ZImageConfig
+from .names import UNUSED, canonical_tensor, is_lora
+from .safetensors import Shape, TensorFiles, Tensors, open_tensors
+
+FLOATS = ("BF16", "F16", "F32")
+LATENT_CHANNELS = 16
+GROUP_SIZE = 64
+
+# A stored form by the name of a tensor that only it has: id, in words, pattern. `dense` and `FP8` have none.
+FORMATS = (
+    ("quanto-int4", "quanto INT4 or INT2", r"\.weight\._data\._data$"),
+    ("quanto-int8", "quanto INT8", r"\.weight\._data$"),
+    ("fp8-blocks", "FP8 scaled in blocks", r"\.weight_scale_inv$"),
+    ("compressed-tensors", "compressed-tensors", r"\.(weight_packed|weight_global_scale)$"),
+    ("bitsandbytes", "bitsandbytes", r"\.(SCB|absmax|quant_map|weight\.quant_state.*)$"),
+    ("hqq", "HQQ", r"\.W_q$"),
+    ("gptq", "GPTQ or AWQ", r"\.(qzeros|g_idx)$"),
+    ("svdq-fp4", "SVDQuant NVFP4", r"\.(wtscale|wcscales)$"),
+    ("svdq-int4", "SVDQuant INT4", r"\.qweight$"),
+    ("sdnq", "SDNQ", r"\.(zero_point|svd_up)$"),
+    ("comfy-svdq", "ComfyUI SVDQuant W4A4", r"\.(weight_)?(proj_down|smooth_factor)$"),
+    ("comfy-w4a8", "ComfyUI 4-bit W4A8", r"\.weight_s_(rel|channel)$"),
+    ("nvfp4", "NVFP4", r"\.weight_scale_2$"),
+)
+# A kind by the names of tensors that only it has, all of the patterns: role, in words, patterns.
+KINDS = (
+    ("controlnet", "a Z-Image ControlNet", (r"^control_layers\.0\.", r"^control_(all_)?x_embedder\b")),
+    ("other", "a ControlNet for another model", (r"^(control_model|controlnet_\w+)\.",)),
+    ("other", "another model (Z-Image Omni or Edit, which read pictures through SigLIP)", (r"(^|\.)siglip_\w+\b",)),
+    ("other", "another model (Z-Image L2P, which works on pixels)", (r"(^|\.)dec_net\.", r"(^|\.)cap_embedder\.")),
+    ("other", "another model (TwinFlow, with two time embeddings)", (r"(^|\.)t_embedder_2\.",)),
+    ("other", "another model (Lumina 2)", (r"(^|\.)layers\.0\.adaLN_modulation\.1\.", r"(^|\.)cap_embedder\.")),
+    ("other", "a T5 text encoder", (r"(^|\.)encoder\.block\.\d+\.layer\.",)),
+    ("other", "a CLIP text encoder", (r"(^|\.)text_model\.encoder\.layers\.|^transformer\.resblocks\.",)),
+    ("other", "a vision-language model", (r"(^|\.)(visual|vision_tower|vision_model)\.",)),
+    ("other", "a mixture-of-experts language model", (r"\.mlp\.experts\.",)),
+    ("other", "a Gemma text encoder", (r"(pre|post)_feedforward_layernorm",)),
+    ("text encoder", "a text encoder", (r"\.self_attn\.q_proj\.weight|(^|\.)(embed_tokens|token_embd)\.",)),
+    ("other", "a video autoencoder (Wan, Qwen-Image)", (r"(^|\.)decoder\.(middle|upsamples)\.\d+\.residual\.",)),
+    (
+        "other",
+        "a tiny autoencoder (taef1, TAESD) for live previews",
+        (r"^(taesd_)?((encoder|decoder)\.layers\.|(encoder\.|decoder\.)?\d+\.)",),
+    ),
+    ("other", "an autoencoder with quant_conv (Stable Diffusion, FLUX.2)", (r"^(post_)?quant_conv\.",)),
+    ("vae", "a VAE", (r"^encoder\.conv_in\.", r"^decoder\.conv_in\.")),
+    ("other", "the encoder of an autoencoder only", (r"^encoder\.conv_in\.",)),
+    ("other", "the decoder of an autoencoder only", (r"^decoder\.conv_in\.",)),
+)
+# Other models and LoRAs for them, where "_" may stand for ".": name, pattern.
+OTHER_MODELS = (
+    ("HunyuanVideo", r"individual_token_refiner"),
+    ("HiDream", r"double_stream_blocks"),
+    ("Flux", r"(^|[._])(double_blocks|single_blocks|single_transformer_blocks)[._]"),
+    ("SDXL", r"(^|\.)label_emb\.0\.0\.|^add_embedding\.linear_1\."),
+    ("Stable Diffusion", r"(^|[._])((down|up|input|output)_blocks|mid_block|middle_block)[._]"),
+    ("Wan", r"(^|[._])blocks[._]\d+[._](self|cross)_attn"),
+    ("SD3", r"(^|[._])joint_blocks[._]"),
+    ("Qwen-Image", r"(^|[._])transformer_blocks[._]\d+[._](img|txt)_(mod|mlp)"),
+    ("Qwen-Image, Flux or SD3", r"(^|[._])transformer_blocks[._]"),
+)
+PARTS = (r"^model\.diffusion_model\.", r"^(text_encoders|cond_stage_model|conditioner|vae|first_stage_model)\.")
+"""Names of a whole checkpoint: the diffusion model, and another part beside it."""
+
+PLACES = {
+    "model": "it goes into models/diffusion_models and is loaded with the model loader or --model",
+    "controlnet": "ControlNets are not read yet",
+    "text encoder": "put it into models/text_encoders and load it with the text encoder loader or --text-encoder",
+    "vae": "put it into models/vae and load it with the VAE loader or --vae",
+    "lora": "put it into models/loras and load it with a LoRA loader or --lora",
+    "checkpoint": "save its transformer, text encoder and VAE as files of their own, as ComfyUI's ModelSave, CLIPSave "
+    "and VAESave do",
+}
+EXPECTED = {
+    "model": (
+        "a Z-Image transformer in SVDQuant INT4, BF16 or FP16",
+        "get svdq-int4_r256-z-image-turbo.safetensors or a BF16 file of Z-Image",
+    ),
+    "text encoder": (
+        "Qwen3",
+        "get Qwen3-4B in bf16 (the text_encoder folder of Z-Image-Turbo, or qwen_3_4b.safetensors)",
+    ),
+    "vae": (
+        "the 16-channel autoencoder of Z-Image",
+        "get ae.safetensors, or the folder vae of Tongyi-MAI/Z-Image-Turbo",
+    ),
+    "lora": ("a LoRA for Z-Image", "get a LoRA that was trained for Z-Image"),
+}
+"""Role -> what a loader asks for, and where a user gets one."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file is. role: a key of `PLACES`, or "other". format: how its weights are stored, see `stored_form`."""
+
+    path: Path
+    role: str
+    what: str  # in words, with an article
+    format: str = "dense"
+
+    def require(self, role: str) -> None:
+        """ValueError, with what to do, unless the file has a role."""
+        if self.role != role:
+            expected, remedy = EXPECTED[role]
+            todo = "; ".join(filter(None, (PLACES.get(self.role), remedy)))
+            raise ValueError(f"{self.path}: expected {expected}, found {self.what}; {todo}")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A Z-Image transformer that can be loaded. format: "svdq-int4" or "dense"; rank 0 and no refiners where dense."""
+
+    path: Path
+    format: str
+    rank: int
+    quantized_refiners: bool
+    config: ZImageConfig
+    dtype: str
+    metadata: Mapping[str, str]
+
+
+def identify(source: str | Path | TensorFiles) -> Identity:
+    """What any file or folder is. ValueError only where it cannot be read."""
+    files = source if isinstance(source, TensorFiles) else open_tensors(source)
+    return Identity(files.path, *_kind(files.tensors, files.metadata))
+
+
+def _kind(tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """(role, words) or (role, words, format) of a file with these tensors."""
+    if not tensors:
+        return "other", "a file without tensors"
+    if all(_first(pattern, tensors) for pattern in PARTS):
+        inner = {re.sub(PARTS[0], "", key): entry for key, entry in tensors.items() if re.match(PARTS[0], key)}
+        role, what = _kind(inner, {})[:2]
+        whole = "Z-Image checkpoint" if role == "model" else f"checkpoint of {what.removeprefix('another model ')}"
+        return "checkpoint", f"a whole {whole} (diffusion model, text encoder and VAE in one file)"
+    if is_lora(tensors):
+        return "lora", "a LoRA"
+    for role, what, patterns in KINDS:
+        if all(_first(pattern, tensors) for pattern in patterns):
+            shape = tensors.get("decoder.conv_in.weight", ("", ()))[1]
+            if "conv_in" in patterns[-1] and len(shape) == 4 and shape[1] != LATENT_CHANNELS:
+                return "other", f"an autoencoder of {shape[1]} latent channels"
+            return role, what, stored_form(tensors, metadata)[0]
+    if any(canonical_tensor(key) for key in tensors):
+        form, words = stored_form(tensors, metadata)
+        return "model", "a Z-Image transformer" if form == "dense" else f"{_article(words)} {words} model", form
+    if other := other_model(tensors):
+        return "other", f"another model ({other})"
+    return "other", f"another kind of file (keys such as {next(iter(tensors))!r})"
+
+
+def other_model(keys: Iterable[str]) -> str | None:
+    """The name of another diffusion model that these names, or a LoRA's, belong to."""
+    return next((name for name, pattern in OTHER_MODELS if _first(pattern, keys)), None)
+
+
+def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """How a file's weights are stored: an id ("dense", "fp8", "int8", one of `FORMATS`, "other"), and in words."""
+    dtypes = {dtype for dtype, _ in tensors.values()}
+    for form, words, pattern in FORMATS:
+        if _first(pattern, tensors):
+            weight = _json(metadata.get("quantization_config")).get("weight") or {}
+            kind, group = weight.get("dtype", "int4"), weight.get("group_size", GROUP_SIZE)
+            if form == "svdq-int4" and (any(d.startswith("F8_") for d in dtypes) or "fp4" in str(kind)):
+                return "svdq-fp4", "SVDQuant NVFP4"
+            if form == "svdq-int4" and (kind, group) != ("int4", GROUP_SIZE):
+                return "svdq-other", f"SVDQuant (weights {kind} in groups of {group})"
+            return form, words
+    if any(d.startswith("F8_") for d in dtypes):
+        return "fp8", "FP8"
+    if "I8" in dtypes:
+        return "int8", "INT8"
+    if _first(r"\.(weight_scale|scale_weight)$", tensors):
+        return "fp8", "FP8"
+    if not dtypes <= set(FLOATS):
+        return "other", ", ".join(sorted(dtypes - set(FLOATS)))
+    return "dense", "/".join(sorted(dtypes))
+
+
+def model_info(source: str | Path | TensorFiles) -> ModelInfo:
+    """Format, rank and sizes of a transformer that `load_transformer` reads. ValueError names what the file is."""
+    files = source if isinstance(source, TensorFiles) else open_tensors(source)
+    found = identify(files)
+    found.require("model")
+    if found.format not in ("svdq-int4", "dense"):
+        expected, remedy = EXPECTED["model"]
+        raise ValueError(f"{files.path}: expected {expected}, found {found.what}; this format is not read, {remedy}")
+    shapes: dict[str, Shape] = {}
+    for key, (_, shape) in files.tensors.items():
+        if target := canonical_tensor(key):
+            shapes[target[0]] = shape
+        elif not key.endswith(UNUSED):
+            raise unexpected(files.path, key)
+    downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
+    if found.format == "svdq-int4" and not downs:
+        raise ValueError(f"{files.path}: expected proj_down tensors beside qweight, found none; download it again")
+    return ModelInfo(
+        files.path,
+        found.format,
+        rank=next(iter(downs.values()))[-1] if downs else 0,
+        quantized_refiners=any("refiner" in name for name in downs),
+        config=ZImageConfig(**_config_fields(files, shapes)),
+        dtype="/".join(sorted({dtype for dtype, _ in files.tensors.values() if dtype in FLOATS})),
+        metadata=files.metadata,
+    )
+
+
+def unexpected(path: Path, key: str) -> ValueError:
+    """The refusal of a tensor that a model does not have."""
+    return ValueError(
+        f"{path}: unexpected tensor {key!r}, which a Z-Image transformer does not have; "
+        "this is another model or a damaged conversion"
+    )
+
+
+def _config_fields(files: TensorFiles, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Sizes from the shapes; the numbers that no shape shows from the metadata's diffusers config, where given."""
+
+    def shape(name: str, axes: int) -> Shape:
+        if len(shapes.get(name, ())) != axes or 0 in shapes[name]:
+            found = shapes.get(name, "none")
+            raise ValueError(f"{files.path}: expected tensor {name!r} of {axes} axes, found {found}; download it again")
+        return shapes[name]
+
+    def count(prefix: str) -> int:
+        return 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith(prefix)), default=-1)
+
+    dim = shape("x_embedder.weight", 2)[0]
+    head_dim = shape("layers.0.attention.norm_q.weight", 1)[0]
+    quarter = head_dim // 4
+    found: dict[str, Any] = {
+        "dim": dim,
+        "n_heads": dim // head_dim,
+        "n_layers": count("layers."),
+        "n_refiner_layers": count("noise_refiner."),
+        "cap_feat_dim": shape("cap_embedder.1.weight", 2)[1],
+        "axes_dims": (quarter, (head_dim - quarter) // 2, (head_dim - quarter) // 2),
+    }
+    raw = files.metadata.get("config")
+    if not raw:
+        return found
+    try:
+        config = json.loads(raw)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{files.path}: its metadata 'config' is not JSON ({e}); download the file again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{files.path}: its metadata 'config' is no JSON object; download the file again")
+    for name in (f.name for f in fields(ZImageConfig)):
+        if name in config:
+            value = tuple(config[name]) if isinstance(config[name], list) else config[name]
+            if name in found and name != "axes_dims" and found[name] != value:
+                raise ValueError(
+                    f"{files.path}: metadata says {name} = {value}, the tensors {found[name]}; download the file again"
+                )
+            found[name] = value
+    for name, value in (("all_patch_size", [2]), ("all_f_patch_size", [1]), ("qk_norm", True)):
+        if config.get(name, value) != value:
+            raise ValueError(f"{files.path}: metadata {name}: expected {value}, found {config[name]}; another model")
+    return found
+
+
+def _first(pattern: str, keys: Iterable[str]) -> str | None:
+    """The first name that a pattern is found in."""
+    return next(filter(re.compile(pattern).search, keys), None)
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    """A JSON object, empty for anything else."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _article(words: str) -> str:
+    return "an" if words[0] in "AEFHILMNORSX" else "a"
