@@ -55,6 +55,7 @@ SEEDS = 2**64
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Seeds = torch.Generator | int | Sequence[int] | None
 OnStage = Callable[[str, int], None]
 OnStep = Callable[[int, int, Tensor], "bool | None"]
 
@@ -238,6 +239,7 @@ class Pipeline:
         self.loras: list[tuple[lora.Lora, float]] = []
         self._tokenizer = None
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
+        self._remembered = 0
         self._on_stage: OnStage | None = None
         self._streamer: BlockStreamer | None = None
         self._graphs: Graphs | None = None
@@ -253,7 +255,7 @@ class Pipeline:
         num_inference_steps: int = 8,
         guidance_scale: float = 0.0,
         negative_prompt: str | None = None,
-        generator: torch.Generator | int | None = None,
+        generator: Seeds = None,
         num_images_per_prompt: int = 1,
         image: Image.Image | None = None,
         strength: float = 1.0,
@@ -263,8 +265,9 @@ class Pipeline:
         """Pictures (PIL) of one prompt or several, `num_images_per_prompt` in a row for each.
 
         height, width: pixels, divisible by 16; left out, the image's own, else 1024 (128 for the bundled demo).
-        generator: an int seed, with which picture i starts from the noise of seed + i, or a CPU torch.Generator;
-        left out, a random seed. `seeds` holds what was used. guidance_scale g > 0 draws pos + g (pos - neg).
+        generator: an int seed, with which picture i starts from the noise of seed + i, a seed for each picture, or a
+        CPU torch.Generator; left out, a random seed. `seeds` holds what was used.
+        guidance_scale g > 0 draws pos + g (pos - neg).
         image, strength: start from that picture, at 1 from noise alone; it is cropped to the size.
         on_stage(name, steps) before each stage; on_step(done, total, predicted latents), which stops the run early
         by returning False. Raises ValueError for sizes, counts and ranges that cannot be drawn.
@@ -361,6 +364,19 @@ class Pipeline:
             self._prompts.clear()  # they were encoded under other weights
         self.loras = chosen
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def encode(self, prompts: Iterable[str]) -> None:
+        """Encode many prompts with one reading of the text encoder; calls with them do not need it again.
+
+        They are remembered, a megabyte each, until the next `encode` or a change of LoRAs for the text encoder.
+        """
+        texts = list(dict.fromkeys(prompts))
+        self._remembered = len(texts)
+        plan = functools.partial(self._make_plan, texts, 1, False, PIXELS_MULTIPLE, PIXELS_MULTIPLE, 1)
+        self.plan, self.stages, self._on_stage = plan(), [], None
+        self._with_less("text encoder", 0, plan, functools.partial(self._encode, texts))
+
     def _size(self, height: int | None, width: int | None, image: Image.Image | None) -> tuple[int, int]:
         """The size to draw, in pixels."""
         if image is not None:
@@ -378,18 +394,25 @@ class Pipeline:
                 )
         return height, width
 
-    def _noise(self, generator: torch.Generator | int | None, batch: int, height: int, width: int) -> Tensor:
+    def _noise(self, generator: Seeds, batch: int, height: int, width: int) -> Tensor:
         """Starting noise (B, 16, H/8, W/8) fp32 on the host; sets `seeds`."""
         if isinstance(generator, torch.Generator):
             if generator.device.type != "cpu":
                 raise ValueError(f"generator: expected one on the cpu, found {generator.device}; give a seed instead")
             self.seeds = None
             return sampler.draw_noise(generator, batch, height, width)
-        first = secrets.randbelow(2**32) if generator is None else operator.index(generator)
-        if not 0 <= first < SEEDS:
-            raise ValueError(f"seed: expected 0 to 2^64 - 1, found {first}")
-        self.seeds = [(first + i) % SEEDS for i in range(batch)]
-        return torch.cat([sampler.draw_noise(seed, 1, height, width) for seed in self.seeds])
+        if isinstance(generator, Sequence):
+            if len(generator) != batch:
+                raise ValueError(f"seeds: expected {batch}, one for each picture, found {len(generator)}")
+            seeds = [operator.index(seed) for seed in generator]
+        else:
+            first = secrets.randbelow(2**32) if generator is None else operator.index(generator)
+            seeds = [first, *((first + i) % SEEDS for i in range(1, batch))]
+        for seed in seeds:
+            if not 0 <= seed < SEEDS:
+                raise ValueError(f"seed: expected 0 to 2^64 - 1, found {seed}")
+        self.seeds = seeds
+        return torch.cat([sampler.draw_noise(seed, 1, height, width) for seed in seeds])
 
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         """cap_feats (L, C) of each prompt; reads the encoder only for prompts that are not remembered."""
@@ -412,7 +435,7 @@ class Pipeline:
         for text, caption in known.items():
             self._prompts[text] = caption
             self._prompts.move_to_end(text)
-        while len(self._prompts) > CACHED_PROMPTS:
+        while len(self._prompts) > max(CACHED_PROMPTS, self._remembered):
             self._prompts.popitem(last=False)
         return [known[text] for text in prompts]
 

@@ -84,6 +84,26 @@ def test_the_prompt_memory_is_bounded(draw, monkeypatch):
     assert list(draw._prompts) == ["two", "three"]
 
 
+def test_many_prompts_are_encoded_with_one_reading_of_the_encoder(draw):
+    prompts = [f"cat {i}" for i in range(pipeline.CACHED_PROMPTS + 3)]
+    draw.encode(prompts)
+    assert names(draw) == ["load text encoder", "encode prompt"]
+    for prompt in (prompts[0], prompts[-1]):
+        draw(prompt, **SIZE)
+        assert "encode prompt" not in names(draw)
+
+
+def test_each_picture_of_a_batch_may_have_a_seed_of_its_own(draw):
+    batch = pixels(draw(["a cat", "a dog"], **SIZE, generator=[9, 4]))
+    assert draw.seeds == [9, 4]
+    for picture, prompt, seed in zip(batch, ("a cat", "a dog"), (9, 4)):
+        assert abs(pixels(draw(prompt, **SIZE, generator=seed))[0] - picture).max() <= 1
+    with pytest.raises(ValueError, match="expected 2, one for each picture, found 1"):
+        draw(["a cat", "a dog"], **SIZE, generator=[9])
+    with pytest.raises(ValueError, match="found -1"):
+        draw("a cat", **SIZE, generator=[-1])
+
+
 def test_it_composes_the_parts_and_nothing_else(draw, tiny_files):
     """The same picture by hand from the public functions."""
     (picture,) = draw("a cat", **SIZE, guidance_scale=2.0, negative_prompt="a dog", generator=5)
