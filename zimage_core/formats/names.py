@@ -21,6 +21,8 @@ _WRAPPER = re.compile(r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_w
 _LEAF = re.compile(r"(.+?)\.(weight\..+|[^.]+)")
 """A tensor's name -> module and leaf, where a quantized weight's parts are one leaf (`weight._data`)."""
 
+CONTROL = "control_"  # begins every key of a ControlNet, whose blocks are named as the base's
+
 FUSED_PARTS = {"attention.to_qkv": ("q", "k", "v"), "feed_forward.w3_w1": ("w3", "w1")}
 """Row order of the fused linears; w3 (values) comes before w1 (gates)."""
 
@@ -44,7 +46,7 @@ _MODULES: tuple[tuple[re.Pattern[str], str, str | None], ...] = tuple(
         (_BLOCK + r"feed_forward\.w3", r"\1.feed_forward.w3_w1", "w3"),
         (_BLOCK + r"feed_forward\.w1", r"\1.feed_forward.w3_w1", "w1"),
         (_BLOCK + r"feed_forward\.(?:net\.2|w2)", r"\1.feed_forward.w2", None),
-        (_BLOCK + r"(attention_norm[12]|ffn_norm[12]|adaLN_modulation\.0)", r"\1.\2", None),
+        (_BLOCK + r"(attention_norm[12]|ffn_norm[12]|adaLN_modulation\.0|before_proj|after_proj)", r"\1.\2", None),
         (r"(?:all_x_embedder\.2-1|x_embedder)", "x_embedder", None),
         (r"(?:all_final_layer\.2-1|final_layer)\.(linear|adaLN_modulation\.1)", r"final_layer.\1", None),
         (r"(cap_embedder\.[01]|t_embedder\.mlp\.[02])", r"\1", None),
@@ -118,6 +120,12 @@ def canonical_tensor(key: str) -> tuple[str, str | None] | None:
     match = _LEAF.fullmatch(key)
     found = match and canonical_module(match[1])
     return (f"{found[0]}.{match[2]}", found[1]) if match and found else None
+
+
+def control_tensor(key: str) -> tuple[str, str | None] | None:
+    """A ControlNet's key in any style -> (the tensor in `ControlNet`, part or None); None where nothing matches."""
+    key = PREFIX.sub("", key)
+    return canonical_tensor(key.removeprefix(CONTROL)) if key.startswith(CONTROL) else None
 
 
 def diffusers_svdq_module(name: str) -> str:

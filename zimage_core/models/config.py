@@ -44,3 +44,30 @@ class ZImageConfig:
     @property
     def patch_dim(self) -> int:
         return self.patch_size**2 * self.in_channels
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """Sizes of a Fun ControlNet: those of the `base` that it was made for, and its own.
+
+    places: the base's layers whose results take a hint, one for each layer of the ControlNet. channels: of the
+    control context, 16 or 33. refiner, what happens beside the base's noise refiner: "alone" (v1: plain blocks, no
+    hints), "layers" (2.0: the ControlNet's layers give hints there too) or "hints" (2.1: control blocks of its own).
+    """
+
+    base: ZImageConfig = ZImageConfig()
+    places: tuple[int, ...] = tuple(range(0, 30, 2))
+    channels: int = 33
+    refiner: str = "hints"
+
+    def __post_init__(self) -> None:
+        if not self.places or list(self.places) != sorted(set(self.places)) or self.places[-1] >= self.base.n_layers:
+            raise ValueError(f"config: places {self.places} must be ascending layers of the {self.base.n_layers}")
+        if self.refiner not in ("alone", "layers", "hints"):
+            raise ValueError(f"config: refiner {self.refiner!r} must be alone, layers or hints")
+        if self.refiner == "layers" and len(self.places) < self.base.n_refiner_layers:
+            raise ValueError(f"config: {len(self.places)} layers are fewer than {self.base.n_refiner_layers} refiners")
+
+    @property
+    def patch_dim(self) -> int:
+        return self.base.patch_size**2 * self.channels

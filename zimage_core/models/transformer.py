@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,16 @@ from ..sizes import round_up
 from . import ops
 from .config import ZImageConfig
 
+if TYPE_CHECKING:
+    from .controlnet import PreparedControl
+
 TOKENS_MULTIPLE = 32
 ADALN_WIDTH = 256
 T_EMBED_HIDDEN = 1024
 PIXELS_PER_CELL = 8
 
 LinearFactory = Callable[[int, int, bool], nn.Module]
+RunBlock = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Conditioning:
 
     context (Bc, Lc, D): refined caption tokens, Bc is 1 or the batch. cos, sin (Bc, L, 1, K/2) fp32: rotary
     angles of [image, caption] tokens, L = image_tokens + Lc. mask (Bc, 1, 1, L) bool or None where all
-    captions have the same padded length. grid: (h, w).
+    captions have the same padded length. grid: (h, w). controls: the ControlNets that add to each step.
     """
 
     context: Tensor
@@ -49,6 +54,13 @@ class Conditioning:
     mask: Tensor | None
     grid: tuple[int, int]
     image_tokens: int
+    controls: tuple[PreparedControl, ...] = ()
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """(B, C, h, w) -> (B, tokens, patch * patch * C), row by row; within a token rows, columns, channels."""
+    cells = pixels.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # (B, C, h, p, w, p)
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def rope_angles(positions: Tensor, config: ZImageConfig) -> tuple[Tensor, Tensor]:
@@ -68,7 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def run_block(stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
-    """Run one block; stage is "context_refiner", "noise_refiner" or "layers"."""
+    """Run one block; stage is "context_refiner", "noise_refiner" or "layers", a ControlNet's begin with "control_"."""
     return block(x, *args)
 
 
@@ -202,6 +214,13 @@ class FinalLayer(nn.Module):
         return self.linear(normed * scale)
 
 
+def use_ops(model: nn.Module, chosen: ops.Ops) -> None:
+    """Have every block of a model run these functions between its linears."""
+    for module in model.modules():
+        if isinstance(module, Attention | FeedForward | Block):
+            module.ops = chosen
+
+
 class ZImageTransformer(nn.Module):
     """The model. `linear(in, out, bias)` builds the blocks' linears, `refiner_linear` the refiners' if given."""
 
@@ -231,9 +250,7 @@ class ZImageTransformer(nn.Module):
 
     def use(self, chosen: ops.Ops) -> None:
         """Have every block run these functions between its linears."""
-        for module in self.modules():
-            if isinstance(module, Attention | FeedForward | Block):
-                module.ops = chosen
+        use_ops(self, chosen)
 
     @property
     def blocks(self) -> list[Block]:
@@ -333,21 +350,29 @@ class ZImageTransformer(nn.Module):
             raise ValueError(f"conditioning is for {cond.context.shape[0]} pictures, latents hold {batch}")
 
         t_emb = self.t_embedder(t.to(self.device).expand(batch) * self.config.t_scale)
-        x = latents.to(self.dtype).unflatten(-1, (w, p)).unflatten(-3, (h, p))  # (B, C, h, p, w, p)
-        x = self.x_embedder(x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))  # (B, h*w, D)
+        x = self.x_embedder(patchify(latents.to(self.dtype), p))  # (B, h*w, D)
         pads = cond.image_tokens - h * w
         if pads:
             x = torch.cat((x, self.x_pad_token.to(x.dtype).expand(batch, pads, -1)), dim=1)
         x = self._stream(x)
 
         image_cos, image_sin = cond.cos[:, : cond.image_tokens], cond.sin[:, : cond.image_tokens]
-        args = (image_cos, image_sin, None, t_emb, hooks.attention)
+        args: tuple[object, ...] = (image_cos, image_sin, None, t_emb, hooks.attention)
+        runs = [control.begin(hooks.run_block) for control in cond.controls]
+        for run in runs:
+            run.enter_refiner(x, args)
         for i, block in enumerate(self.noise_refiner):
             x = hooks.run_block("noise_refiner", i, block, x, *args)
+            for run in runs:
+                x = run.add_hint(i, x)
         x = torch.cat((x, cond.context.expand(batch, -1, -1).to(x.dtype)), dim=1)
         args = (cond.cos, cond.sin, cond.mask, t_emb, hooks.attention)
+        for run in runs:
+            run.enter_layers(x, args)
         for i, block in enumerate(self.layers):
             x = hooks.run_block("layers", i, block, x, *args)
+            for run in runs:
+                x = run.add_hint(i, x)
 
         x = self.final_layer(x[:, : h * w], t_emb)
         x = x.unflatten(-1, (p, p, -1)).unflatten(1, (h, w))  # (B, h, w, p, p, C)
