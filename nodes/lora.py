@@ -69,7 +69,9 @@ class ZImageLoraStack:
     @classmethod
     def INPUT_TYPES(cls):
         names = [NO_LORA, *choices("loras", "lora")]
-        inputs = {"model": ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."})}
+        inputs: dict[str, tuple] = {
+            "model": ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."})
+        }
         for i in SLOTS:
             inputs[f"lora_{i}"] = (
                 names,

@@ -47,7 +47,9 @@ def draw_noise(generator: torch.Generator | int, batch: int, height: int, width:
     return torch.randn((batch, channels, *cells), generator=generator, device="cpu", dtype=torch.float32)
 
 
-def predict_flow(model: ZImageTransformer, latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+def predict_flow(
+    model: Callable[[Tensor, Tensor, Conditioning], Tensor], latents: Tensor, sigma: Tensor, cond: Conditioning
+) -> Tensor:
     """d x / d sigma at latents (B, 16, H/8, W/8), sigma (B,) or scalar in 0..1; latents' shape and dtype.
 
     The only place that turns sigma into the model's time and flips its sign.

@@ -1,25 +1,30 @@
-"""CLIP: ComfyUI's own for the files it reads, else the core's text encoder in its shape."""
+"""CLIP: ComfyUI's own for the files that it reads, else the core's text encoder with the same interface."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NoReturn
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import folder_paths
 import torch
-from torch import Tensor
+from torch import nn
 
+from ...zimage_core.formats.encoder import load_text_encoder
+from ...zimage_core.memory import plan
+from ...zimage_core.models.text_encoder import TextEncoder
+from ...zimage_core.models.tokenizer import MAX_TOKENS, Tokenizer, load_tokenizer
+from ...zimage_core.sizes import readable
 from .files import DEMO, find, reads_encoder
-from .patcher import Adapted, StreamingPatcher, predict, refuse_saving
+from .patcher import Adapted, StreamingPatcher, describe_need, refuse_saving
 
-PROMPT_TOKENS = 512
-ENCODER_NAMES = "qwen3_4b.transformer.model."  # how the names of ComfyUI's own Z-Image encoder begin
+ENCODER_PREFIX = "qwen3_4b.transformer.model."  # of weight names in ComfyUI's own Z-Image encoder
 
 
 def load_clip(name: str) -> comfy.sd.CLIP:
-    """A CLIP: ComfyUI's own for the files it reads, else one around the core's encoder."""
+    """Load a file or folder of `text_encoders` as CLIP: ComfyUI's own where it reads the file, else `core_clip`."""
     path = find("text_encoders", name, "text_encoder")
     if name != DEMO and reads_encoder(path):
         return comfy.sd.load_clip(
@@ -31,9 +36,7 @@ def load_clip(name: str) -> comfy.sd.CLIP:
 
 
 def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
-    """A CLIP around the core's text encoder and tokenizer."""
-    from ...zimage_core.formats.encoder import load_text_encoder
-    from ...zimage_core.models.tokenizer import load_tokenizer
+    """A CLIP of the core's text encoder and tokenizer."""
     from ...zimage_core.pipeline import get_tokenizer
 
     root = Path(comfy.sd.__file__).parents[1]
@@ -42,7 +45,7 @@ def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     offload = comfy.model_management.text_encoder_offload_device()
     dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
     encoder = CoreEncoder(load_text_encoder(path, device=offload, dtype=dtype))
-    clip = comfy.sd.CLIP(no_init=True)  # its constructor would load a patcher of its own; these are what clone() copies
+    clip = comfy.sd.CLIP(no_init=True)  # its constructor loads a patcher of its own; below is what clone() copies
     clip.cond_stage_model = encoder
     clip.tokenizer = CoreTokenizer(tokenizer)
     clip.tokenizer_options = {}
@@ -61,24 +64,22 @@ class EncoderPatcher(StreamingPatcher):
     def get_key_patches(self, filter_prefix=None):
         raise ValueError("this text encoder cannot be merged with others: merge files of Qwen3-4B that ComfyUI reads")
 
-    def model_state_dict_for_saving(self, *args, **kwargs):
+    def model_state_dict_for_saving(self, *args, **kwargs) -> NoReturn:
         refuse_saving("a text encoder")
 
 
 def describe_encoder(clip: comfy.sd.CLIP) -> str:
-    """One line on what a text encoder will take of the device."""
-    from ...zimage_core.memory.plan import readable
-
+    """One line: the device memory of a text encoder."""
     if isinstance(clip.patcher, EncoderPatcher):
-        need = clip.cond_stage_model.need(PROMPT_TOKENS)
-        return f"text encoder: {predict(clip.patcher, need, f'for a prompt of {PROMPT_TOKENS} tokens')}"
+        need = clip.cond_stage_model.need(MAX_TOKENS)
+        return f"text encoder: {describe_need(clip.patcher, need, f'for a prompt of {MAX_TOKENS} tokens')}"
     return f"text encoder: {readable(clip.patcher.model_size())} weights, run by ComfyUI itself"
 
 
 class CoreTokenizer:
-    """The core's tokenizer in the shape of ComfyUI's; prompt weights mean nothing to Z-Image."""
+    """The core's tokenizer with the interface of ComfyUI's. There are no prompt weights in Z-Image."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict:
@@ -88,49 +89,49 @@ class CoreTokenizer:
     def untokenize(self, token_weight_pair):
         return [(pair, "") for pair in token_weight_pair]
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> NoReturn:
         refuse_saving("a text encoder")
 
 
 class CoreEncoder(Adapted):
-    """The core's text encoder in the shape of ComfyUI's."""
+    """The core's text encoder with the interface of ComfyUI's."""
 
-    def __init__(self, encoder):
+    core: TextEncoder
+
+    def __init__(self, encoder: TextEncoder):
         linears = [(name, m) for name, m in encoder.named_modules() if hasattr(m, "in_features")]
-        sizes = {f"{ENCODER_NAMES}{name}.weight": (m.out_features, m.in_features) for name, m in linears}
+        sizes = {f"{ENCODER_PREFIX}{name}.weight": (m.out_features, m.in_features) for name, m in linears}
         shapes = {name: torch.empty(size, device="meta", dtype=encoder.dtype) for name, size in sizes.items()}
-        super().__init__(encoder, encoder.layers, shapes)
+        super().__init__(encoder, list(encoder.layers), shapes)
         self.manual_cast_dtype = None
         self.dtypes = {encoder.dtype}
 
     @property
-    def encoder(self):
+    def encoder(self) -> TextEncoder:
         return self.core
 
     @property
-    def body(self) -> torch.nn.Module:
-        """Its layers; the token table stays on the host."""
+    def body(self) -> nn.Module:
+        """The layers; the token table stays on the host."""
         return self.core.layers
 
     def need(self, tokens: int) -> int:
-        """Bytes of activations for a prompt of so many tokens, and of a weight while it is dequantized."""
-        from ...zimage_core.memory import plan
-
+        """Bytes of activations for a prompt of this length, and of a weight while it is dequantized."""
         encoder = self.encoder
-        forms = {module.form for module in encoder.layers.modules() if hasattr(module, "form")}
+        forms = {str(module.form) for module in encoder.layers.modules() if hasattr(module, "form")}
         need = plan.encoder_need(encoder.config, tokens, sorted(forms), encoder.dtype.itemsize)
         return need.total + plan.libraries(comfy.model_management.text_encoder_device())
 
     def memory_estimation_function(self, tokens: dict, device=None) -> int:
-        """What ComfyUI asks for before it places the layers."""
+        """`need` of the longest row; ComfyUI calls this before it places the layers."""
         return self.need(max(map(len, tokens.get("zimage", ())), default=0))
 
-    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        """Names and shapes of the linears as ComfyUI's own encoder has them, without data: for key maps."""
+    def state_dict(self, *args, **kwargs) -> Any:
+        """{name: empty tensor} of the linears as in ComfyUI's own encoder: for key maps, not for saving."""
         return dict(self.shapes)
 
     def encode_token_weights(self, tokens: dict):
-        """-> (1, L, C) fp32, no pooled vector, the mask: what ComfyUI's Z-Image encoder gives."""
+        """Features (1, L, C) fp32, None for the pooled vector, the mask: as from ComfyUI's Z-Image encoder."""
         outputs = []
         for row in tokens["zimage"]:
             ids, words = [pair[0] for pair in row], self.encoder.config.vocab_size
@@ -154,8 +155,8 @@ class CoreEncoder(Adapted):
         return [], []
 
 
-def encode_prompt(clip: comfy.sd.CLIP, prompt: str):
-    """CONDITIONING of a prompt; the encoder leaves the device afterwards, so that sampling has it all."""
+def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
+    """CONDITIONING of a prompt. The encoder leaves the device afterwards, to make it free for sampling."""
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     release(clip.patcher)
     return conditioning

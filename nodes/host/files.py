@@ -1,10 +1,18 @@
-"""The names that the loaders list, the files behind them, and whether a file is what its loader takes."""
+"""The names in the loaders' lists, the files behind them, and checks that a file is what its loader takes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import folder_paths
+
+from ...zimage_core.demo import demo_files, demo_loras
+from ...zimage_core.formats.encoder import check_model as check_names
+from ...zimage_core.formats.encoder import read_config
+from ...zimage_core.formats.identify import identify, model_info
+from ...zimage_core.formats.safetensors import read_header
+from ...zimage_core.formats.stored import open_encoder
+from ...zimage_core.lora import apply as lora
 
 DEMO = "bundled demo"
 DEMO_BF16 = Path(__file__).parents[2] / "demo_training" / "z-image-demo-bf16.safetensors"
@@ -14,9 +22,9 @@ NO_LORA = "none"
 
 
 def choices(folder: str, demo: str, folders_too: bool = False) -> list[str]:
-    """Names for a loader's list: the files (and model folders) of a models folder, and the bundled file `demo`.
+    """A loader's list: the files of a models folder, its model folders and GGUF files if asked for, the bundled demo.
 
-    The demo comes first where there is nothing else.
+    demo: the kind of the bundled file, as for `demo_paths`.
     """
     names = []
     if folder in folder_paths.folder_names_and_paths:
@@ -29,9 +37,7 @@ def choices(folder: str, demo: str, folders_too: bool = False) -> list[str]:
 
 
 def demo_paths(kind: str) -> dict[str, Path]:
-    """The bundled files of a kind by the names that the lists show."""
-    from ...zimage_core.demo import demo_files, demo_loras
-
+    """{name in the lists: path} of the bundled files of a kind, which is one of `demo_files`, "lora" or "dense"."""
     if kind == "lora":
         return {f"{DEMO}: {name}": path for name, path in demo_loras().items() if path.is_file()}
     if kind == "dense":
@@ -40,7 +46,7 @@ def demo_paths(kind: str) -> dict[str, Path]:
 
 
 def find(folder: str, name: str, demo: str) -> Path:
-    """The path behind a name of `choices`; demo is the kind of the bundled file. ValueError where it is missing."""
+    """The path of a name in `choices(folder, demo)`; ValueError where the file is missing."""
     bundled = demo_paths(demo)
     if name in bundled:
         return bundled[name]
@@ -58,9 +64,7 @@ def find(folder: str, name: str, demo: str) -> Path:
 
 
 def check_model(name: str) -> None:
-    """ValueError unless a file of `diffusion_models` is a model that can be loaded, from its header."""
-    from ...zimage_core.formats.identify import model_info
-
+    """ValueError unless a file of `diffusion_models` is, by its header, a model that can be loaded."""
     path = find("diffusion_models", name, "model")
     if name != DEMO:
         model_info(path)
@@ -68,10 +72,6 @@ def check_model(name: str) -> None:
 
 def check_encoder(name: str) -> None:
     """ValueError unless a file or folder of `text_encoders` is a text encoder that can be loaded."""
-    from ...zimage_core.formats.encoder import check_model as check_names
-    from ...zimage_core.formats.encoder import read_config
-    from ...zimage_core.formats.stored import open_encoder
-
     path = find("text_encoders", name, "text_encoder")
     if name != DEMO and not reads_encoder(path):
         with open_encoder(path) as file:
@@ -81,24 +81,18 @@ def check_encoder(name: str) -> None:
 
 def check_vae(name: str) -> None:
     """ValueError unless a file of `vae` is a 16-channel autoencoder."""
-    from ...zimage_core.formats.identify import identify
-
     path = find("vae", name, "vae")
     if name != DEMO:
         identify(path).require("vae")
 
 
 def check_lora(name: str) -> None:
-    """ValueError unless a file of `loras` is a LoRA for Z-Image, from its header."""
-    from ...zimage_core.lora import apply as lora
-
+    """ValueError unless a file of `loras` is, by its header, a LoRA for Z-Image."""
     lora.inspect(find("loras", name, "lora"))
 
 
 def reads_encoder(path: Path) -> bool:
-    """Whether ComfyUI's own loader reads an encoder file: Qwen3-4B, weights under their usual names."""
-    from ...zimage_core.formats.safetensors import read_header
-
+    """Whether ComfyUI's own loader reads an encoder file: Qwen3-4B with plain weights under their usual names."""
     if path.is_dir() or not path.name.lower().endswith(EXTENSIONS):
         return False
     tensors = read_header(path).tensors

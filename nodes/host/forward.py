@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any
 
 import comfy.conds
 import comfy.ldm.common_dit
@@ -15,25 +18,29 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...zimage_core.memory.graphs import Graphs
+from ...zimage_core.models.transformer import Conditioning, Hooks, ZImageTransformer
+from ...zimage_core.sampler import predict_flow
+from .lora import stock_state
 from .patcher import Adapted
 
 HONOURED_PATCHES = ("double_block", "noise_refiner")
 KEPT_PROMPTS = 4  # conditionings kept between steps: positive, negative, areas
-KEPT_CAPTIONS = 16  # and the tensors they come from: repeated for a batch, joined for one forward
+KEPT_CAPTIONS = 16  # captions kept between steps: repeated for a batch, joined for one forward
 
 
 class Kept:
-    """Results by the identity of the tensors they come from, to know a prompt again without comparing its values.
+    """A cache of results by the identity of the tensors that they were computed from.
 
-    Comparing would make the host wait for the GPU at every step. A tensor that is another object, or that was written
-    into since, counts as new; so does every inference tensor, as PyTorch does not say when one is written into.
+    Comparing values instead would make the host wait for the GPU at every step. A tensor that was written into since
+    counts as new; so does every inference tensor, as PyTorch does not count writes into those.
     """
 
     def __init__(self, size: int):
         self.entries: deque[tuple] = deque(maxlen=size)
 
-    def get(self, tensors: tuple[Tensor, ...], key, make):
-        """What make() gave for these tensors and this key, or gives now. A tensor that was written into is remade."""
+    def get(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], Any]) -> Any:
+        """The result of make() for these tensors and this key, from the cache unless one of them was written into."""
         if any(tensor.is_inference() for tensor in tensors):
             return make()
         for asked, sources, versions, result in tuple(self.entries):
@@ -49,9 +56,9 @@ class Kept:
 
 
 class Caption(comfy.conds.CONDRegular):
-    """A prompt's features (1 or B, L, C) that reach the model as the same tensor at every step of a run.
+    """A prompt's features (1 or B, L, C), which reach the model as the same tensor at every step of a run.
 
-    ComfyUI repeats and joins conditionings anew at each step; here the result is kept, unless somebody wrote into it.
+    ComfyUI repeats and joins conditionings anew at each step; here the results are cached.
     """
 
     def __init__(self, cond: Tensor, kept: Kept):
@@ -59,8 +66,8 @@ class Caption(comfy.conds.CONDRegular):
         self.kept = kept
 
     @classmethod
-    def of(cls, features: Tensor, device, dtype: torch.dtype) -> Caption:
-        """A copy of its own, which PyTorch counts writes into."""
+    def of(cls, features: Tensor, device: torch.device | None, dtype: torch.dtype) -> Caption:
+        """A Caption with its own copy of the features, made outside inference mode so that writes are counted."""
         with torch.inference_mode(False):
             return cls(features.to(device, dtype, copy=True), Kept(KEPT_CAPTIONS))
 
@@ -75,7 +82,7 @@ class Caption(comfy.conds.CONDRegular):
         tensors = (self.cond, *(other.cond for other in others))
         return self._keep(tensors, "joined", functools.partial(torch.cat, tensors))
 
-    def _keep(self, tensors: tuple[Tensor, ...], key, make) -> Tensor:
+    def _keep(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         with torch.inference_mode(False):
             return self.kept.get(tensors, key, make)
 
@@ -83,18 +90,18 @@ class Caption(comfy.conds.CONDRegular):
 class DiffusionModel(Adapted):
     """The module that ComfyUI calls: honours transformer_options, refuses by name what it cannot honour."""
 
-    def __init__(self, transformer):
-        from ...zimage_core.memory.graphs import Graphs
+    core: ZImageTransformer
 
+    def __init__(self, transformer: ZImageTransformer):
         super().__init__(transformer, transformer.blocks, stock_state(transformer))
-        self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes ask for them
+        self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes read these
         self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
         self.graphs = Graphs(transformer, self.streamer)
-        self.budgeted = False  # graphs keep memory that no budget knows of
+        self.budgeted = False  # whether the clone that is loaded has a budget, which does not count graphs' memory
         self.prepared = Kept(KEPT_PROMPTS)
 
     @property
-    def transformer(self):
+    def transformer(self) -> ZImageTransformer:
         return self.core
 
     @property
@@ -116,30 +123,32 @@ class DiffusionModel(Adapted):
         ).execute(x, timesteps, context, transformer_options=options, **conds)
 
     def _forward(self, x, timesteps, context, transformer_options=None, **conds) -> Tensor:
-        from ...zimage_core.models.transformer import Hooks
-        from ...zimage_core.sampler import predict_flow
-
         options = {} if transformer_options is None else transformer_options
         height, width = x.shape[-2:]
         patch = self.transformer.config.patch_size
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
-        run = BlockRunner(self, options, x)
-        hooks = Hooks(run_block=run, attention=functools.partial(attend, options), rope=rope(options))
-        run.cond = self.prepare(context, x.shape[-2] * 8, x.shape[-1] * 8, hooks, options)
-        model = functools.partial(self.transformer, hooks=hooks)
+        hooks = Hooks(run_block=self.run_block, attention=functools.partial(attend, options), rope=rope(options))
+        cond = self.prepare(context, x.shape[-2] * 8, x.shape[-1] * 8, hooks, options)
+        hooks = replace(hooks, run_block=PatchedRunner(self, options, x, cond))
+        model: Callable[..., Tensor] = functools.partial(self.transformer, hooks=hooks)
         if self.replays(options):
-            comfy.model_management.throw_exception_if_processing_interrupted()  # a replay runs no block that would
+            comfy.model_management.throw_exception_if_processing_interrupted()  # a replay does not call `run_block`
             model = functools.partial(self.graphs.run, model)
-        return predict_flow(model, x, timesteps, run.cond)[:, :, :height, :width]
+        return predict_flow(model, x, timesteps, cond)[:, :, :height, :width]
+
+    def run_block(self, stage: str, index: int, block, x: Tensor, *args) -> Tensor:
+        """Run one block, from the device or streamed; raises where the user has interrupted."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self.streamer.run_block(stage, index, block, x, *args)
 
     def replays(self, options: dict) -> bool:
-        """Whether steps may come from CUDA graphs: all that runs in them is known, and no budget counts on it."""
+        """Whether steps may be replayed as CUDA graphs: no node changes what runs in them, and there is no budget."""
         attention = comfy.ldm.modules.attention
         plain = attention.optimized_attention_masked is attention.attention_pytorch and not custom(options)
         return plain and not self.budgeted and self.graphs.possible
 
-    def prepare(self, context: Tensor, height: int, width: int, hooks, options: dict):
-        """The core's `Conditioning`, made once for all steps of a prompt unless a node changes what is computed."""
+    def prepare(self, context: Tensor, height: int, width: int, hooks: Hooks, options: dict) -> Conditioning:
+        """The core's `Conditioning`, cached for all steps of a prompt unless a node changes what is computed."""
         make = functools.partial(self.transformer.prepare, list(context), height, width, hooks)
         if custom(options):
             return make()
@@ -152,23 +161,22 @@ def custom(options: dict) -> bool:
     return "optimized_attention_override" in options or any(options.get("patches", {}).values())
 
 
-class BlockRunner:
-    """Runs the blocks of one forward: interrupts, streaming, and the patches that stock nodes hang on blocks."""
+class PatchedRunner:
+    """Runs the blocks of one forward, with the patches that stock nodes attach to blocks; a `Hooks.run_block`."""
 
-    def __init__(self, module: DiffusionModel, options: dict, x: Tensor):
-        self.module, self.options, self.x = module, options, x
+    first: Tensor  # the input of the stage's first block
+
+    def __init__(self, module: DiffusionModel, options: dict, x: Tensor, cond: Conditioning):
+        self.module, self.options, self.x, self.cond = module, options, x, cond
         self.patches = options.get("patches", {})
-        self.cond = None
-        self.first: Tensor | None = None  # what the stage began with
 
     def __call__(self, stage: str, index: int, block, x: Tensor, *args) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
         if index == 0:
             self.first = x
         if stage == "layers":
             total = len(self.module.transformer.layers)
             self.options.update(total_blocks=total, block_type="double", block_index=index)
-        out = self.module.streamer.run_block(stage, index, block, x, *args)
+        out = self.module.run_block(stage, index, block, x, *args)
         if stage == "noise_refiner":
             for patch in self.patches.get("noise_refiner", ()):
                 given = self._given(index, out, self.first, self.cond.context, *args)
@@ -187,7 +195,7 @@ class BlockRunner:
         return out
 
     def _given(self, index, img, img_input, txt, cos, sin, _mask, t_emb, *_attention) -> dict:
-        """What ComfyUI's Lumina 2 hands to a patch."""
+        """The arguments that ComfyUI's Lumina 2 passes to a patch."""
         pe = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
         return {
             "img": img,
@@ -202,23 +210,24 @@ class BlockRunner:
 
 
 def attend(options: dict, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The attention that the user chose for ComfyUI, or that a node put into transformer_options."""
+    """Attention as ComfyUI is set to compute it, or as a node overrides it; a `Hooks.attention`."""
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     function = comfy.ldm.modules.attention.optimized_attention_masked
     return function(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
 
 
 def rope(options: dict) -> tuple[float, float, float, float] | None:
-    """ComfyUI's rope options (the RoPE scaling node) in the core's terms."""
+    """ComfyUI's rope options (the RoPE scaling node) as `Hooks.rope`."""
     asked = options.get("rope_options")
     if asked is None:
         return None
-    names = (("scale_y", 1.0), ("shift_y", 0.0), ("scale_x", 1.0), ("shift_x", 0.0))
-    return tuple(float(asked.get(name, default)) for name, default in names)
+    scale_y, shift_y = asked.get("scale_y", 1.0), asked.get("shift_y", 0.0)
+    scale_x, shift_x = asked.get("scale_x", 1.0), asked.get("shift_x", 0.0)
+    return float(scale_y), float(shift_y), float(scale_x), float(shift_x)
 
 
 def refuse(options: dict, control) -> None:
-    """ValueError naming what a node asks for that Z-Image cannot honour; silence would give a wrong picture."""
+    """ValueError that names what a node asks for and Z-Image cannot do; ignoring it would give a wrong picture."""
     patches = options.get("patches", {})
     asked = [f"the patch {name!r}" for name, found in patches.items() if found and name not in HONOURED_PATCHES]
     asked += [f"the replaced block {name!r}" for name, found in options.get("patches_replace", {}).items() if found]
@@ -229,36 +238,3 @@ def refuse(options: dict, control) -> None:
             f"Z-Image cannot honour {', '.join(asked)}: remove the node between loader and sampler that adds it "
             f"(wrappers, attention overrides, RoPE options and the patches {', '.join(HONOURED_PATCHES)} do work)"
         )
-
-
-STOCK_NAMES = (
-    ("attention.to_qkv", "attention.qkv"),
-    ("attention.to_out", "attention.out"),
-    ("attention.norm_q", "attention.q_norm"),
-    ("attention.norm_k", "attention.k_norm"),
-)
-
-
-def stock_state(transformer) -> dict[str, Tensor]:
-    """{ComfyUI's name: empty tensor of the dense shape} for every weight of a transformer."""
-    state = {}
-
-    def add(key: str, *shape: int) -> None:
-        state[key] = torch.empty(shape, device="meta", dtype=transformer.dtype)
-
-    for name, module in transformer.named_modules():
-        for ours, theirs in STOCK_NAMES:
-            name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
-        if hasattr(module, "in_features"):
-            n, k = module.out_features, module.in_features
-            if name.endswith("feed_forward.w3_w1"):
-                for part in ("w1", "w3"):
-                    add(f"{name.removesuffix('w3_w1')}{part}.weight", n // 2, k)
-                continue
-            add(f"{name}.weight", n, k)
-            if getattr(module, "bias", None) is not None:
-                add(f"{name}.bias", n)
-        else:
-            for leaf, parameter in module.named_parameters(recurse=False):
-                add(f"{name}.{leaf}".lstrip("."), *parameter.shape)
-    return state

@@ -1,27 +1,53 @@
-"""What ComfyUI's LoRA loaders patch, as LoRAs of the core."""
+"""Weights by the names of ComfyUI's own model, and what its LoRA loaders do to them as LoRAs of the core."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ...zimage_core.lora.apply import Lora
+from ...zimage_core.models.transformer import ZImageTransformer
+
 if TYPE_CHECKING:
     from .patcher import Adapted
+
+Rows = tuple[int, int, int]
+"""The part of a weight that a patch changes: axis, start, length."""
+
+ADAPTER_LEAVES = {  # the tensors of ComfyUI's weight adapters, in their order, as files name them
+    "lora": ("lora_up.weight", "lora_down.weight", "alpha", None, "dora_scale", None),
+    "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", None, None, "dora_scale"),
+    "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", None, "dora_scale"),
+}
+
+STOCK_NAMES = (  # how modules end here -> in ComfyUI's model
+    ("attention.to_qkv", "attention.qkv"),
+    ("attention.to_out", "attention.out"),
+    ("attention.norm_q", "attention.q_norm"),
+    ("attention.norm_k", "attention.k_norm"),
+)
 
 
 class StockModule:
     """A module of ComfyUI's own model by its name, for loaders that look one up and hook into it; it holds nothing.
 
-    It takes the forward of ComfyUI's bypass LoRA, which `AdapterPatcher.set_injections` makes a LoRA, and refuses
-    every other change.
+    The forward of ComfyUI's bypass LoRA goes to `Adapted.hooked`; every other change is a ValueError.
     """
+
+    owner: Adapted
+    path: str
+    forward: None
 
     def __init__(self, owner: Adapted, path: str):
         vars(self).update(owner=owner, path=path, forward=None)
 
     def __getattr__(self, name: str) -> StockModule | Tensor:
+        return self[name]
+
+    def __getitem__(self, name: str | int) -> StockModule | Tensor:
         path, shapes = f"{self.path}{name}", self.owner.shapes
         if path in shapes:
             return shapes[path]
@@ -29,64 +55,87 @@ class StockModule:
             return StockModule(self.owner, f"{path}.")
         raise AttributeError(f"{path}: ComfyUI's own model has no such module")
 
-    def __getitem__(self, index: int) -> StockModule | Tensor:
-        return getattr(self, str(index))
-
     def __setattr__(self, name: str, value) -> None:
-        adapter = getattr(getattr(value, "__self__", None), "adapter", None)
-        if name != "forward" or self.owner.taken is None or not hasattr(adapter, "weights"):
+        hook = getattr(value, "__self__", None)
+        adapter = getattr(hook, "adapter", None)
+        if hook is None or name != "forward" or self.owner.hooked is None or not hasattr(adapter, "weights"):
             raise ValueError(
                 f"Z-Image cannot honour a change of {self.path}{name}: remove the node that makes it "
                 "(LoRA loaders do work)"
             )
-        self.owner.taken.append((f"{self.path}weight", adapter, value.__self__.multiplier))
+        self.owner.hooked.append((f"{self.path}weight", adapter, hook.multiplier))
 
 
-ADAPTER_LEAVES = {  # ComfyUI's weight adapters: the tensors they hold, in their order, as files name them
-    "lora": ("lora_up.weight", "lora_down.weight", "alpha", None, "dora_scale", None),
-    "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", None, None, "dora_scale"),
-    "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", None, "dora_scale"),
-}
-
-
-def stock_lora(key, value, strength_model: float = 1.0):
-    """One patch of a stock LoRA loader as a core `Lora`; key is a name or (name, (axis, start, length)).
+def stock_lora(key: str | tuple[str, Rows | None], value, strength_model: float = 1.0) -> Lora:
+    """One patch of a stock LoRA loader; key is ComfyUI's name of the weight, with the rows that it changes if not all.
 
     ValueError for what cannot run beside INT4 weights.
     """
-    from ...zimage_core.lora.apply import Lora
-
-    key, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
-    module, _, leaf = key.rpartition(".")
-    if rows is not None and module.endswith("attention.qkv") and rows[1] % rows[2] == 0:
-        module = f"{module.removesuffix('qkv')}to_{'qkv'[rows[1] // rows[2]]}"
-    elif rows is not None:
-        module = ""
+    name, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
+    module, _, leaf = name.rpartition(".")
     kind = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) else type(value).__name__)
-    tensors = {}
-    if kind == "diff":
-        tensors = {"diff" if leaf == "weight" else "diff_b": value[1][0]}
-    elif kind in ADAPTER_LEAVES and leaf == "weight":
-        for name, tensor in zip(ADAPTER_LEAVES[kind], value.weights, strict=True):
-            if name is None and tensor is not None:
-                module = ""
-            elif tensor is not None:
-                tensors[name] = tensor if isinstance(tensor, Tensor) else torch.tensor(float(tensor))
+    tensors = patch_tensors(kind, value, leaf)
+    if rows is not None:
+        whole = module.endswith("attention.qkv") and rows[1] % rows[2] == 0
+        module = f"{module.removesuffix('qkv')}to_{'qkv'[rows[1] // rows[2]]}" if whole else ""
     if not module or not tensors or strength_model != 1.0:
-        raise ValueError(f"{key}: a {kind} patch cannot be applied to an INT4 model: use the Z-Image LoRA Loader")
-    return Lora.from_tensors({f"{module}.{name}": tensor for name, tensor in tensors.items()}, name=key)
+        raise ValueError(f"{name}: a {kind} patch cannot be applied to an INT4 model: use the Z-Image LoRA Loader")
+    return Lora.from_tensors({f"{module}.{part}": tensor for part, tensor in tensors.items()}, name=name)
 
 
-def stock_loras(patches: dict, known: dict) -> list[tuple]:
-    """[(Lora, strength)] of what stock LoRA loaders put into `patches`; `known` keeps the conversions in use."""
-    converted, found = {}, []
+def patch_tensors(kind: str, value, leaf: str) -> dict[str, Tensor]:
+    """A patch's tensors by the names that they have in LoRA files; none for a patch of an unknown kind."""
+    if kind == "diff":
+        return {"diff" if leaf == "weight" else "diff_b": value[1][0]}
+    if kind not in ADAPTER_LEAVES or leaf != "weight":
+        return {}
+    found = {}
+    for name, tensor in zip(ADAPTER_LEAVES[kind], value.weights, strict=True):
+        if tensor is None:
+            continue
+        if name is None:  # a part without a name in files, such as LoCon's middle convolution
+            return {}
+        found[name] = tensor if isinstance(tensor, Tensor) else torch.tensor(float(tensor))
+    return found
+
+
+def stock_loras(patches: Mapping, known: dict) -> list[tuple[Lora, float]]:
+    """[(LoRA, strength)] of what stock LoRA loaders put into `patches`; `known` keeps the conversions in use."""
+    converted: dict = {}
+    found = []
     for key, entries in patches.items():
         for strength, value, strength_model, offset, _function in entries:
             name = (key, offset, id(value))
             if name not in converted:
-                kept = known.get(name) or (value, stock_lora((key, offset), value, strength_model))
-                converted[name] = kept
+                # The value is kept beside its conversion, so that its id stays its own.
+                converted[name] = known.get(name) or (value, stock_lora((key, offset), value, strength_model))
             found.append((converted[name][1], strength))
     known.clear()
     known.update(converted)
     return found
+
+
+def stock_state(transformer: ZImageTransformer) -> dict[str, Tensor]:
+    """{ComfyUI's name: empty tensor of the dense shape} for every weight of a transformer."""
+    state = {}
+    modules: Iterator[tuple[str, Any]] = transformer.named_modules()
+
+    def add(key: str, *shape: int) -> None:
+        state[key] = torch.empty(shape, device="meta", dtype=transformer.dtype)
+
+    for name, module in modules:
+        for ours, theirs in STOCK_NAMES:
+            name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
+        if hasattr(module, "in_features"):
+            n, k = module.out_features, module.in_features
+            if name.endswith("feed_forward.w3_w1"):
+                for part in ("w1", "w3"):
+                    add(f"{name.removesuffix('w3_w1')}{part}.weight", n // 2, k)
+                continue
+            add(f"{name}.weight", n, k)
+            if getattr(module, "bias", None) is not None:
+                add(f"{name}.bias", n)
+        else:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                add(f"{name}.{leaf}".lstrip("."), *parameter.shape)
+    return state

@@ -1,10 +1,12 @@
-"""What users read: lines on a node, and the sentences with which inputs are refused."""
+"""Messages to users: lines of text on a node, sentences that refuse an input."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 
-def checked(check, value) -> bool | str:
-    """True, or the sentence that `VALIDATE_INPUTS` shows; linked values (not text yet) are checked when they run."""
+
+def checked(check: Callable[[str], None], value: str | None) -> bool | str:
+    """True, or the error's sentence for `VALIDATE_INPUTS`. Linked inputs have no value yet; they are checked at run."""
     try:
         if isinstance(value, str):
             check(value)
@@ -14,7 +16,7 @@ def checked(check, value) -> bool | str:
 
 
 def say(text: str, node_id: str | None) -> None:
-    """Show a line of text on a node, where this ComfyUI can."""
+    """Show text on a node, if this ComfyUI can."""
     if node_id is not None:
         from server import PromptServer
 
@@ -24,7 +26,7 @@ def say(text: str, node_id: str | None) -> None:
 
 
 def executing_node() -> str | None:
-    """The id of the node that ComfyUI is running."""
+    """The id of the node that ComfyUI is running, or None."""
     from comfy_execution.utils import get_executing_context
 
     context = get_executing_context()

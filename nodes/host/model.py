@@ -1,10 +1,12 @@
-"""MODEL: a Z-Image transformer as ComfyUI's Lumina 2, its plan and budget, its LoRAs."""
+"""MODEL: a Z-Image transformer that ComfyUI takes for its own Lumina 2, so that samplers and model nodes apply."""
 
 from __future__ import annotations
 
 import logging
 import math
 import uuid
+from collections.abc import Sequence
+from typing import NoReturn
 
 import comfy.latent_formats
 import comfy.model_base
@@ -16,25 +18,29 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...zimage_core.sizes import GIB
+from ...zimage_core.demo import LATENT_RGB
+from ...zimage_core.formats.load import load_transformer
+from ...zimage_core.lora import apply as lora
+from ...zimage_core.memory import plan
+from ...zimage_core.models import ops
+from ...zimage_core.models.tokenizer import MAX_TOKENS
+from ...zimage_core.models.transformer import ZImageTransformer
+from ...zimage_core.models.vae import out_of_memory
+from ...zimage_core.sizes import GIB, readable
 from . import messages
 from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
 from .forward import Caption, DiffusionModel
-from .patcher import StreamingPatcher, predict, refuse_saving
+from .patcher import StreamingPatcher, describe_need, refuse_saving
 
-PROMPT_TOKENS = 512
 logger = logging.getLogger(__name__)
-ENCODER_REMEDY = "to apply them, put ComfyUI's Load LoRA with strength_model 0 between text encoder and prompt"
 
 
 def load_model(name: str, backend: str, precision: str, budget: float = 0.0) -> ZImagePatcher:
-    """A MODEL from a file of `diffusion_models`, its weights on ComfyUI's offload device.
+    """Load a file of `diffusion_models` as MODEL, its weights on ComfyUI's offload device.
 
-    budget: GiB that its weights and activations may take, 0 for what ComfyUI gives. ValueError where not even the
+    budget: GiB that its weights and activations may take, 0 for no limit but ComfyUI's. ValueError where not even the
     smallest picture fits it.
     """
-    from ...zimage_core.formats.load import load_transformer
-
     path = find("diffusion_models", name, "model")
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
@@ -53,12 +59,12 @@ def load_model(name: str, backend: str, precision: str, budget: float = 0.0) -> 
 
 
 def _reload_model(name: str, backend: str, precision: str, budget: float, disable_dynamic: bool = False):
-    """What ComfyUI calls for another copy of the model (one per GPU)."""
+    """`load_model` as ComfyUI calls it for another copy of the model (one per GPU)."""
     return load_model(name, backend, precision, budget)
 
 
-def wrap_transformer(transformer, device: torch.device, offload: torch.device) -> ZImagePatcher:
-    """A MODEL of a core transformer."""
+def wrap_transformer(transformer: ZImageTransformer, device: torch.device, offload: torch.device) -> ZImagePatcher:
+    """A core transformer as MODEL."""
     config = transformer.config
     model_config = ModelConfig(
         {
@@ -78,9 +84,7 @@ def wrap_transformer(transformer, device: torch.device, offload: torch.device) -
 
 
 def demo_latents() -> comfy.latent_formats.LatentFormat:
-    """Flux's latent format with the demo's own colours for live previews: its VAE is another one."""
-    from ...zimage_core.demo import LATENT_RGB
-
+    """Flux's latent format with the colours of the demo's own VAE, for live previews."""
     *factors, bias = LATENT_RGB
     found = comfy.latent_formats.Flux()
     found.latent_rgb_factors, found.latent_rgb_factors_bias = factors, bias
@@ -89,7 +93,7 @@ def demo_latents() -> comfy.latent_formats.LatentFormat:
 
 
 def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
-    """One line on what was loaded and what runs it."""
+    """One line: the file's format, the backend, the size of the weights."""
     transformer = patcher.model.diffusion_model.transformer
     info, backend = transformer.checkpoint, transformer.backend
     name = backend and {"reference": "torch", "kitchen": "comfy-kitchen"}.get(backend.name, backend.name)
@@ -98,15 +102,15 @@ def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
 
 
 def describe_plan(patcher: ZImagePatcher, width: int, height: int, pictures: int = 1) -> str:
-    """One line on what pictures of a size will take of the device; ValueError where the budget does not hold them."""
+    """One line: the device memory for pictures of a size, in pixels; ValueError where the budget is too small."""
     what = f"{width} x {height}" if pictures == 1 else f"{pictures} of {width} x {height}"
     need = patcher.need(width, height, pictures)
     patcher.check_budget(need, what)
-    return f"{what}: {predict(patcher, need, 'to draw')}"
+    return f"{what}: {describe_need(patcher, need, 'to generate')}"
 
 
 def try_plan(patcher: ZImagePatcher, width: int, height: int) -> str:
-    """`describe_plan`, or the sentence why a picture of this size will not go; smaller ones may."""
+    """`describe_plan`, or its error's sentence: smaller pictures may fit."""
     try:
         return describe_plan(patcher, width, height)
     except ValueError as error:
@@ -114,18 +118,19 @@ def try_plan(patcher: ZImagePatcher, width: int, height: int) -> str:
 
 
 class ModelConfig(comfy.supported_models.ZImage):
-    """ComfyUI's settings for Z-Image (shift 3, latent format), for a module that is built elsewhere."""
+    """ComfyUI's settings for Z-Image: shift 3, latent format."""
 
 
 class ZImageModel(comfy.model_base.Lumina2):
-    """What ComfyUI holds as the model; a Lumina 2 in its eyes, without Lumina's own module."""
+    """A Lumina 2 to ComfyUI, with our module in the place of Lumina's own."""
 
-    def __init__(self, model_config, transformer, device=None):
+    def __init__(self, model_config: ModelConfig, transformer: ZImageTransformer, device: torch.device | None = None):
         comfy.model_base.BaseModel.__init__(self, model_config, comfy.model_base.ModelType.FLOW, device=device)
         self.diffusion_model = DiffusionModel(transformer)
-        self.expected = 0.0  # bytes of activations that ComfyUI last asked for: those of the run it is loading for
-        self.loaded_for = 0.0  # the same when blocks were last placed
-        self.too_much = math.inf  # those with which memory ran out although blocks were on the device
+        # Bytes of activations:
+        self.expected = 0.0  # as ComfyUI last asked for them, for the run that it is loading for
+        self.loaded_for = 0.0  # of the run that blocks were last placed for
+        self.too_much = math.inf  # from here on every block is streamed: a run as large was out of memory
 
     def extra_conds(self, **kwargs) -> dict:
         for key, what in (
@@ -149,65 +154,60 @@ class ZImageModel(comfy.model_base.Lumina2):
     def extra_conds_shapes(self, **kwargs) -> dict:
         return {}
 
-    def memory_required(self, input_shape, cond_shapes=None) -> float:
+    def memory_required(self, input_shape: Sequence[int], cond_shapes=None) -> float:
         self.expected = self.activations(input_shape)
         return self.expected
 
-    def activations(self, input_shape) -> float:
-        """Bytes of activations and of the backend's buffers for latents of a shape (B, 16, H/8, W/8), as planned.
+    def activations(self, input_shape: Sequence[int]) -> float:
+        """Bytes of activations and backend buffers for latents of a shape (B, 16, H/8, W/8), as planned.
 
-        Captions are taken to be at their longest, and one per picture.
+        Each picture is assumed to have a caption of its own, of the greatest length.
         """
-        from ...zimage_core.memory import plan
-        from ...zimage_core.models import ops
-
         transformer = self.diffusion_model.transformer
         config, backend = transformer.config, transformer.backend
         device, size = comfy.model_management.get_torch_device(), transformer.dtype.itemsize
-        batch, height, width = input_shape[0], *input_shape[-2:]
+        batch, height, width = input_shape[0], input_shape[-2], input_shape[-1]
         tokens = plan.padded(-(-height // config.patch_size) * -(-width // config.patch_size))
-        rows, fp16 = batch * (tokens + PROMPT_TOKENS), transformer.dtype is torch.float16
+        rows, fp16 = batch * (tokens + MAX_TOKENS), transformer.dtype is torch.float16
         arithmetic = plan.arithmetic(backend, device) if backend else "dense"
         rank = transformer.checkpoint.rank
         fused = transformer.layers[0].ops is not ops.TORCH
         need = plan.transformer_need(config, rows, rank, arithmetic, fused, size, fp16).total
-        need += plan.conditioning_bytes(config, tokens, [PROMPT_TOKENS] * batch, size, fp16)
+        need += plan.conditioning_bytes(config, tokens, [MAX_TOKENS] * batch, size, fp16)
         need += plan.latents_bytes(8 * height, 8 * width, batch) + plan.libraries(device)
         memory = comfy.model_management
         if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
-            need += batch * (tokens + PROMPT_TOKENS) ** 2 * size * 2  # scores of one head at a time
+            need += batch * (tokens + MAX_TOKENS) ** 2 * size * 2  # scores of one head at a time
         return need
 
     def _apply_model(self, *args, **kwargs) -> Tensor:
-        """One step; where memory runs out with blocks on the device, once more with every block streamed."""
-        from ...zimage_core.models.vae import out_of_memory
-
+        """Run one step; after an out-of-memory error with blocks on the device, retry with every block streamed."""
         try:
             return super()._apply_model(*args, **kwargs)
         except RuntimeError as error:
             resident = self.diffusion_model.streamer.resident
             if not out_of_memory(error) or not resident or self.current_patcher is None:
                 raise
-        # Outside the handler: only now are the failed attempt's tensors free.
+        # Outside the handler, since the error holds the failed attempt's tensors.
         self.current_patcher.stream_all()
         return super()._apply_model(*args, **kwargs)
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        """Names and shapes as ComfyUI's own Z-Image has them, without data: for key maps, not for saving."""
+        """Names and shapes of ComfyUI's own Z-Image, without data: for key maps, not for saving."""
         return {f"diffusion_model.{key}": shape for key, shape in self.diffusion_model.shapes.items()}
 
-    def state_dict_for_saving(self, *args, **kwargs):
+    def state_dict_for_saving(self, *args, **kwargs) -> NoReturn:
         refuse_saving("an INT4 model")
 
 
 class ZImagePatcher(StreamingPatcher):
-    """The MODEL's patcher: it keeps to the budget too, and streams everything where memory ran out."""
+    """The MODEL's patcher: it also keeps to the budget, and streams every block after an out-of-memory error."""
 
-    names_begin, what = "diffusion_model.", "Z-Image"
+    prefix, what = "diffusion_model.", "Z-Image"
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.budget: int | None = None  # bytes for weights and activations, None: what ComfyUI gives
+        self.budget: int | None = None  # bytes for weights and activations, None for no limit but ComfyUI's
 
     @property
     def module(self) -> DiffusionModel:
@@ -219,23 +219,19 @@ class ZImagePatcher(StreamingPatcher):
         return n
 
     def need(self, width: int, height: int, pictures: int = 1) -> float:
-        """Bytes of activations for pictures of a size, beside the weights."""
+        """Bytes of activations for pictures of a size, in pixels."""
         return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
 
-    def room(self, need: float) -> tuple[float, str]:
-        from ...zimage_core.memory.plan import readable
-
+    def allowance(self, need: float) -> tuple[float, str]:
         if need >= self.model.too_much:
-            return 0, "memory ran out before, "
-        found = super().room(need)
+            return 0, "out of memory before, "
+        found = super().allowance(need)
         if self.budget is None or found[0] <= self.budget - need:
             return found
         return self.budget - need, f"budget {readable(self.budget)}, "
 
     def check_budget(self, need: float, what: str) -> None:
-        """ValueError where the budget does not hold the activations `need` with every block streamed."""
-        from ...zimage_core.memory.plan import readable
-
+        """ValueError where the budget is too small for `need` bytes of activations even with every block streamed."""
         if self.budget is None:
             return
         weights = self.module.weights()
@@ -244,11 +240,11 @@ class ZImagePatcher(StreamingPatcher):
             raise ValueError(
                 f"vram_budget {readable(self.budget)}: {what} needs {readable(least)} even with every block streamed; "
                 f"give the Z-Image INT4 Model Loader at least {math.ceil(least / GIB * 100) / 100:.2f} GiB, "
-                "or 0 for what ComfyUI gives, or draw smaller or fewer pictures at a time"
+                "or 0 for what ComfyUI gives, or generate smaller or fewer pictures at a time"
             )
 
-    def add_lora(self, lora, strength: float) -> None:
-        self.loras += ((lora, strength),)
+    def add_lora(self, added: lora.Lora, strength: float) -> None:
+        self.loras += ((added, strength),)
         self.patches_uuid = uuid.uuid4()
 
     def get_key_patches(self, filter_prefix=None):
@@ -272,8 +268,8 @@ class ZImagePatcher(StreamingPatcher):
         return super()._place(device, allowance)
 
     def stream_all(self) -> None:
-        """Take every block off the device in the middle of a run, and for all runs as large until it is unloaded."""
-        text = "out of memory while drawing: trying again with every block of the model streamed"
+        """Move every block off the device during a run, and for all runs as large until the model is unloaded."""
+        text = "out of memory: trying again with every block of the model streamed"
         logger.warning(text)
         messages.say(text, messages.executing_node())
         self.model.too_much = self.model.loaded_for
@@ -288,17 +284,17 @@ class ZImagePatcher(StreamingPatcher):
         super().unpatch_model(device_to, unpatch_weights)
 
 
-def add_loras(model, stack: list[tuple[str, float]], node_id: str | None):
-    """A clone of MODEL with more LoRAs, (name, strength) each; a MODEL that is not ours gets them ComfyUI's way."""
-    from ...zimage_core.lora import apply as lora
-
+def add_loras(
+    model: comfy.model_patcher.ModelPatcher, stack: Sequence[tuple[str, float]], node_id: str | None
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of MODEL with more LoRAs, (name, strength) each; to a MODEL that is not ours ComfyUI applies them."""
     paths = [(find("loras", name, "lora"), strength) for name, strength in stack if name != NO_LORA]
-    ours, lines = isinstance(model, ZImagePatcher), []
+    lines = []
     n = model.clone()
     for path, strength in paths:
-        if ours:
+        if isinstance(n, ZImagePatcher):
             loaded = lora.load_lora(path)
-            loaded.check(model.module.transformer)
+            loaded.check(n.module.transformer)
             n.add_lora(loaded, strength)
             report = loaded.report
             lines.append(report.summary().replace(str(path), path.name))
@@ -307,8 +303,10 @@ def add_loras(model, stack: list[tuple[str, float]], node_id: str | None):
             n = comfy.sd.load_lora_for_models(n, None, weights, strength, 0)[0]
             report = lora.inspect(path)
         if report.text_encoder:
-            left = f"{path.name}: its {report.text_encoder} modules of the text encoder are left out: {ENCODER_REMEDY}"
-            logger.warning(left)
-            lines.append(left)
+            lines.append(
+                f"{path.name}: its {report.text_encoder} modules of the text encoder are left out: to apply them, put "
+                "ComfyUI's Load LoRA with strength_model 0 between text encoder and prompt"
+            )
+            logger.warning(lines[-1])
     messages.say("\n".join(lines) or ("no LoRA chosen" if not paths else "applied by ComfyUI"), node_id)
     return n

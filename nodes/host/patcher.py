@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from typing import NoReturn
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...zimage_core.lora import apply as lora
+from ...zimage_core.memory.offload import BlockStreamer, Weights, weights
+from ...zimage_core.sizes import readable
 from .lora import StockModule, stock_lora, stock_loras
 
-logger = logging.getLogger(__name__)
 BYPASS = "bypass_lora"  # the key under which ComfyUI's bypass LoRA loaders inject
+logger = logging.getLogger(__name__)
 
 
-def room(device: torch.device, need: float) -> tuple[float, str]:
-    """Bytes of weights that a model will have on a device beside `need` of activations, and what limits them in words.
+def weight_allowance(device: torch.device, need: float) -> tuple[float, str]:
+    """Bytes of weights that a model may have on a device beside `need` bytes of activations, and the limit in words.
 
-    As ComfyUI's `load_models_gpu` reckons when it places one: other models give way, so what they take counts as free.
+    The arithmetic is that of ComfyUI's `load_models_gpu`: other models are unloaded for this one, so their bytes count
+    as free.
     """
-    from ...zimage_core.memory.plan import readable
-
     memory, state = comfy.model_management, comfy.model_management.VRAMState
     if memory.vram_state is state.NO_VRAM and not memory.is_device_cpu(device):
         return 0, "--novram, "
@@ -37,49 +41,47 @@ def room(device: torch.device, need: float) -> tuple[float, str]:
     return max(0, beside, min(free * memory.MIN_WEIGHT_MEMORY_RATIO, free - least)), f"{readable(free)} free, "
 
 
-def predict(patcher: StreamingPatcher, need: float, purpose: str) -> str:
-    """What a model will take of the device and what of it is streamed; need: bytes of its activations."""
-    from ...zimage_core.memory.plan import readable
-
+def describe_need(patcher: StreamingPatcher, need: float, purpose: str) -> str:
+    """A model's bytes on the device and how many blocks will be streamed, in words; need: bytes of activations."""
     weights = patcher.module.weights()
-    allowance, limit = patcher.room(need)
+    allowance, limit = patcher.allowance(need)
     resident, held = weights.within(allowance)
     streamed = len(weights.blocks) - resident
     how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
     return f"{readable(held)} weights + {readable(need)} {purpose}; {limit}{how}"
 
 
-class Adapted(torch.nn.Module):
-    """A module of the core whose blocks are streamed where they must, and that shows LoRA loaders the names of
-    ComfyUI's own model of the kind.
+def refuse_saving(what: str) -> NoReturn:
+    """ValueError for nodes that save: ComfyUI sees only names and shapes of these weights."""
+    raise ValueError(f"{what} cannot be saved from here: the file it was loaded from is what there is to keep")
+
+
+class Adapted(nn.Module):
+    """A module of the core whose blocks can be streamed, and that shows LoRA loaders the names of ComfyUI's own model.
 
     blocks: the parts of `body` that can be streamed, in the order in which they run. shapes: {ComfyUI's name below
     this module: empty tensor of the dense shape}.
     """
 
-    def __init__(self, core: torch.nn.Module, blocks, shapes: dict[str, Tensor]):
-        from ...zimage_core.memory.offload import BlockStreamer
-
+    def __init__(self, core: nn.Module, blocks: Sequence[nn.Module], shapes: dict[str, Tensor]):
         super().__init__()
         self.core = core
         self.streamer = BlockStreamer(blocks, self.body)
         self.shapes = shapes
         self.stock_loras: dict = {}  # conversions of what stock loaders patched
-        self.taken: list | None = None  # what a bypass loader hooks into, while that is asked
+        self.hooked: list[tuple] | None = None  # (weight, adapter, strength) while a bypass LoRA loader injects
 
     @property
-    def body(self) -> torch.nn.Module:
-        """What of the core goes to the device."""
+    def body(self) -> nn.Module:
+        """The part of the core that goes to the device."""
         return self.core
 
-    def weights(self):
-        """The bytes of the body as it is now, an `offload.Weights`."""
-        from ...zimage_core.memory.offload import weights
-
+    def weights(self) -> Weights:
+        """The bytes of the body as it is now, LoRAs included."""
         return weights(self.streamer.blocks, self.body)
 
     def leave(self) -> None:
-        """Go back to the host."""
+        """Move everything back to the host."""
         self.streamer.leave()
 
     def __getattr__(self, name: str):
@@ -91,22 +93,17 @@ class Adapted(torch.nn.Module):
         return StockModule(self, f"{name}.")
 
 
-def refuse_saving(what: str) -> None:
-    """ValueError for nodes that save: what ComfyUI sees of these weights are their names and shapes."""
-    raise ValueError(f"{what} cannot be saved from here: the file it was loaded from is what there is to keep")
-
-
 class AdapterPatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher that keeps adapters (LoRA) per clone instead of patching weights.
+    """A patcher that keeps LoRAs per clone instead of patching weights.
 
-    Clones share the module: whichever clone ComfyUI loads for a run sets its own adapters first.
+    Clones share the module: the clone that ComfyUI loads for a run applies its own LoRAs first.
     """
 
-    names_begin = ""  # of the patched weights, before the names below `module`
+    prefix = ""  # of ComfyUI's weight names, before the names below `module`
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.loras: tuple = ()  # (Lora, strength) of our LoRA nodes; stock loaders' are in self.patches
+        self.loras: tuple[tuple[lora.Lora, float], ...] = ()  # of our LoRA nodes; stock loaders' are in self.patches
 
     @property
     def module(self) -> Adapted:
@@ -125,25 +122,24 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
         return super().add_patches(patches, strength_patch, strength_model)
 
     def set_injections(self, key, injections):
-        """The forwards that ComfyUI's bypass LoRA loaders inject become LoRAs; other injections stay what they are."""
+        """Apply what ComfyUI's bypass LoRA loaders inject as LoRAs; other injections stay what they are."""
         if key != BYPASS:
             return super().set_injections(key, injections)
-        self.module.taken = []
+        hooked: list[tuple] = []
+        self.module.hooked = hooked
         try:
             for injection in injections:
                 injection.inject(self)
-            for name, adapter, strength in self.module.taken:
-                self.add_patches({f"{self.names_begin}{name}": adapter}, strength)
         finally:
-            self.module.taken = None
+            self.module.hooked = None
+        for name, adapter, strength in hooked:
+            self.add_patches({f"{self.prefix}{name}": adapter}, strength)
 
     def add_weight_wrapper(self, name, function):
         raise ValueError(f"these weights cannot be wrapped ({name}): remove the node that does it")
 
     def set_adapters(self, patches: dict) -> None:
-        """Make the shared module's adapters this clone's: its own LoRAs and what stock loaders patched."""
-        from ...zimage_core.lora import apply as lora
-
+        """Apply this clone's LoRAs, and those that stock loaders put into `patches`, to the shared module."""
         lora.apply(self.module.core, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
 
     def patch_hooks(self, hooks):
@@ -166,9 +162,9 @@ class StreamingPatcher(AdapterPatcher):
     def model_size(self) -> int:
         return self.module.weights().total
 
-    def room(self, need: float) -> tuple[float, str]:
-        """What `room` says for the device that the model runs on."""
-        return room(self.load_device, need)
+    def allowance(self, need: float) -> tuple[float, str]:
+        """`weight_allowance` of the device that the model runs on."""
+        return weight_allowance(self.load_device, need)
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
         with self.use_ejected():
@@ -181,7 +177,7 @@ class StreamingPatcher(AdapterPatcher):
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def _place(self, device, allowance: float) -> int:
-        """Move blocks to fit an allowance; returns how many bytes more than before are on the device."""
+        """Move blocks to fit an allowance (bytes) and return how many bytes more than before are on the device."""
         streamer, before = self.module.streamer, self.model.model_loaded_weight_memory
         self.model.model_loaded_weight_memory = size = streamer.place(device, allowance)
         self.model.model_lowvram = bool(streamer.host)

@@ -1,4 +1,4 @@
-"""The work of the quantizing nodes: INT4 files made, pictures of several models side by side."""
+"""The work of the quantizing nodes: writing INT4 files, comparing pictures of several models."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...zimage_core.compare import side_by_side
+from ...zimage_core.quantize import run as core
 from ...zimage_core.sizes import GIB
 from . import messages
 from .clip import release
 from .files import EXTENSIONS, NO_LORA, choices, find
 
-QUANTIZER_BYTES = 6 * GIB  # that calibrating takes of the device for a full-size model
+QUANTIZER_BYTES = 6 * GIB  # of device memory to calibrate a full-size model
 
 
 def sources() -> list[str]:
-    """Names of what may be quantized: files and model folders of `diffusion_models`, and the demo's BF16 file."""
+    """Names of models to quantize: files and model folders of `diffusion_models`, the demo's BF16 file."""
     return [n for n in choices("diffusion_models", "dense", folders_too=True) if not n.lower().endswith(".gguf")]
 
 
 def check_source(name: str) -> None:
-    """ValueError unless a name of `sources` is a dense Z-Image transformer, from its header."""
-    from ...zimage_core.quantize.run import check_source as check
-
-    check(find("diffusion_models", name, "dense"))
+    """ValueError unless a name of `sources` is, by its header, a dense Z-Image transformer."""
+    core.check_source(find("diffusion_models", name, "dense"))
 
 
 def check_new_name(name: str) -> None:
-    """ValueError unless a name is one for a file in `diffusion_models`; none is right too."""
+    """ValueError unless a name is empty or a file name without folders."""
     if name and (Path(name).name != name or "\\" in name or name.startswith(".")):
         raise ValueError(f"output_name {name!r}: expected a file name without folders; empty is one that fits")
 
@@ -49,11 +49,10 @@ def quantize(
 ) -> str:
     """Write an INT4 file into `diffusion_models` and return its name; calibrated if there is a CLIP.
 
-    prompts: one a line, and size in pixels: what to calibrate with, empty and 0 for the quantizer's own. stack: LoRAs
-    to merge. An interrupted run keeps its finished blocks, and the same call goes on from there.
+    prompts: to calibrate with, one a line, empty for the quantizer's own. size: of the calibration pictures in pixels,
+    0 for the quantizer's own. stack: LoRAs to merge, (name, strength) each. An interrupted run keeps its finished
+    blocks, and the same call resumes it.
     """
-    from ...zimage_core.quantize import run as core
-
     source, target = find("diffusion_models", model_name, "dense"), new_file(model_name, output_name, rank)
     if target.exists():
         raise ValueError(f"{target}: is there already; choose another output_name, or remove that file")
@@ -79,7 +78,7 @@ def quantize(
 
 
 def new_file(model_name: str, output_name: str, rank: int) -> Path:
-    """The path of the file to be made, named as the official ones unless there is a name."""
+    """The path of the file to write; an empty name becomes one in the style of the official files."""
     check_new_name(output_name)
     if not output_name:
         stem = find("diffusion_models", model_name, "dense").stem
@@ -101,16 +100,16 @@ def encode_features(clip: comfy.sd.CLIP, prompt: str) -> Tensor:
 
 
 def compare(labels: list[str], batches: list[Tensor], node_id: str | None) -> tuple[Tensor, str]:
-    """The labelled sheet of IMAGE batches as an IMAGE, and the scores against the first batch as text."""
+    """IMAGE batches side by side as one labelled IMAGE, and their scores against the first batch as text."""
     import numpy as np
     from PIL import Image
-
-    from ...zimage_core.compare import side_by_side
 
     for label, batch in zip(labels, batches, strict=True):
         if batch.shape[:3] != batches[0].shape[:3]:
             found, wanted = ("{0} of {2} x {1}".format(*shown.shape) for shown in (batch, batches[0]))
-            raise ValueError(f"{label}: expected {wanted} pictures as in {labels[0]}, found {found}; draw them alike")
+            raise ValueError(
+                f"{label}: expected {wanted} pictures as in {labels[0]}, found {found}; generate them alike"
+            )
     columns = [
         [Image.fromarray((255 * picture[..., :3].clamp(0, 1)).round().byte().cpu().numpy()) for picture in batch]
         for batch in batches

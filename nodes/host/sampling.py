@@ -1,4 +1,4 @@
-"""The sampler node's work: the core's schedule through ComfyUI's guider."""
+"""Sampling: the core's schedule through ComfyUI's guider, as the sampler node does it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...zimage_core.sampler import SHIFT, get_sigmas
 from . import messages
 from .files import LATENT_CHANNELS
 from .model import ZImagePatcher, describe_plan
 
 
 def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float) -> Tensor:
-    """(steps + 1,) sigmas: the core's, or those of a model whose sampling is not Z-Image's own (or patched)."""
-    from ...zimage_core.sampler import SHIFT, get_sigmas
-
+    """(steps + 1,) sigmas: the core's, or ComfyUI's "simple" where the model's sampling is patched or another's."""
     total = steps if denoise >= 1 else max(steps, int(steps / denoise))
     sampling = model.get_model_object("model_sampling")
     if "model_sampling" not in model.object_patches and getattr(sampling, "shift", None) == SHIFT:
@@ -27,11 +26,20 @@ def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float
 
 
 def sample(
-    model, positive, seed: int, steps: int, width: int, height: int, batch: int, latent: dict | None, denoise, node_id
-):
-    """Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple, cfg 1) does; returns a LATENT.
+    model: comfy.model_patcher.ModelPatcher,
+    positive: list,
+    seed: int,
+    steps: int,
+    width: int,
+    height: int,
+    batch: int,
+    latent: dict | None,
+    denoise: float,
+    node_id: str | None,
+) -> dict:
+    """LATENT of Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple, cfg 1) gives it.
 
-    The node shows first what it will take of the device.
+    Without a latent it starts from noise of `batch` pictures of width x height. The node shows the plan first.
     """
     import latent_preview
 
@@ -46,7 +54,7 @@ def sample(
             "Z-Image VAE Loader's VAE"
         )
     if isinstance(model, ZImagePatcher):
-        model.set_adapters(model.patches)  # those of the run before are not in this one's plan
+        model.set_adapters(model.patches)  # before the plan, which counts their bytes
         messages.say(describe_plan(model, 8 * samples.shape[-1], 8 * samples.shape[-2], samples.shape[0]), node_id)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]

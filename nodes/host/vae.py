@@ -1,4 +1,4 @@
-"""VAE: ComfyUI's own for the files it reads, else the core's autoencoder in its shape."""
+"""VAE: ComfyUI's own for the files that it reads, else the core's autoencoder with the same interface."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...zimage_core.formats.safetensors import read_header
+from ...zimage_core.formats.vae import load_vae as load_autoencoder
+from ...zimage_core.memory import plan
+from ...zimage_core.models.vae import VAE, VAEConfig
+from ...zimage_core.sizes import readable
 from .files import DEMO, LATENT_CHANNELS, find
 
-TILE = 64  # latent cells along the edge of a tile that is decoded by itself
+TILE = 64  # edge of a decoded tile, in latent cells
 
 
 def load_vae(name: str, dtype: str) -> comfy.sd.VAE:
-    """A VAE: ComfyUI's own for files of Flux's size in either key style, else one around the core's."""
-    from ...zimage_core.formats.safetensors import read_header
-
+    """Load a file of `vae` as VAE: ComfyUI's own for Flux's sizes in either key style, else `core_vae`."""
     path = find("vae", name, "vae")
     precision = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     header = read_header(path) if path.is_file() else None
@@ -30,17 +33,15 @@ def load_vae(name: str, dtype: str) -> comfy.sd.VAE:
 
 
 def core_vae(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
-    """A VAE around the core's autoencoder."""
+    """A VAE of the core's autoencoder."""
     from comfy.ldm.models.autoencoder import AutoencoderKL
-
-    from ...zimage_core.formats.vae import load_vae as load
 
     sizes = {"ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": LATENT_CHANNELS}
     sizes |= {"double_z": True, "resolution": 8, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
     params = {"ddconfig": sizes, "embed_dim": LATENT_CHANNELS}
     vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), dtype=dtype, config={"params": params})
     offload = comfy.model_management.vae_offload_device()
-    vae.first_stage_model = CoreVAE(load(path, device=offload, dtype=vae.vae_dtype))
+    vae.first_stage_model = CoreVAE(load_autoencoder(path, device=offload, dtype=vae.vae_dtype))
     vae.patcher = WholePatcher(vae.first_stage_model, load_device=vae.device, offload_device=offload)
     vae.latent_channels = LATENT_CHANNELS
     vae.size = None
@@ -57,14 +58,14 @@ class WholePatcher(comfy.model_patcher.ModelPatcher):
         return 0
 
 
-class CoreVAE(torch.nn.Module):
-    """The core's autoencoder in the shape of ComfyUI's: images in -1..1, latents as Flux's VAE leaves them.
+class CoreVAE(nn.Module):
+    """The core's autoencoder with the interface of ComfyUI's: images in -1..1, latents neither scaled nor shifted.
 
-    ComfyUI scales and shifts latents by Flux's constants around every model of this kind; a VAE with constants of its
-    own (the demo's) is therefore called through its scaled form.
+    ComfyUI scales and shifts latents by Flux's constants outside. The core's VAE applies its own, which may be others
+    (the demo's are), so Flux's are applied here before them.
     """
 
-    def __init__(self, vae):
+    def __init__(self, vae: VAE):
         super().__init__()
         self.vae = vae
         self.latent_format = comfy.latent_formats.Flux()
@@ -77,27 +78,24 @@ class CoreVAE(torch.nn.Module):
 
 
 def describe_vae(vae: comfy.sd.VAE, width: int, height: int) -> str:
-    """One line on what decoding a picture will take of the device."""
-    from ...zimage_core.memory import plan
-    from ...zimage_core.models.vae import VAEConfig
-
+    """One line: the device memory for decoding a picture of a size, in pixels."""
     ours = isinstance(vae.first_stage_model, CoreVAE)
-    config = vae.first_stage_model.vae.config if ours else VAEConfig()  # whose size `load_vae` leaves to ComfyUI
+    config = vae.first_stage_model.vae.config if ours else VAEConfig()  # ComfyUI runs only those of Flux's sizes
     tile = TILE if tiles(vae, (1, LATENT_CHANNELS, height // 8, width // 8)) else None
     need = plan.vae_need(config, height, width, 1, vae.vae_dtype.itemsize, tile).total
     how = ", in tiles" if tile else ""
-    weights = plan.readable(vae.patcher.model_size())
-    return f"VAE: {weights} weights + up to {plan.readable(need)} to decode {width} x {height}{how}"
+    weights = readable(vae.patcher.model_size())
+    return f"VAE: {weights} weights + up to {readable(need)} to decode {width} x {height}{how}"
 
 
 def tiles(vae: comfy.sd.VAE, shape: tuple[int, ...]) -> bool:
-    """Whether latents of a shape are decoded in tiles unless that is forbidden, as the whole cannot fit the device."""
+    """Whether latents of a shape are too large for the device to decode whole."""
     need = vae.memory_used_decode(shape, vae.vae_dtype)
     return need > comfy.model_management.get_total_memory(vae.device)
 
 
 def decode(vae: comfy.sd.VAE, latent: dict, tiling: str) -> Tensor:
-    """LATENT -> IMAGE; "auto" tiles where the whole picture cannot fit the device."""
+    """LATENT -> IMAGE; tiling "auto" means tiles only where the whole picture is too large for the device."""
     samples = latent["samples"]
     if samples.shape[1] != LATENT_CHANNELS:
         raise ValueError(

@@ -423,7 +423,7 @@ def test_comfyuis_memory_manager_streams_the_encoder(
     need = module.need(len(clip.tokenize("a red circle on a blue background")["zimage"][0]))
     for share, resident in ((0.01, 0), (0.6, (1, 2, 3)), (2.0, 8)):
         small_gpu(share * size + need, clip.patcher)
-        said = host.patcher.predict(clip.patcher, need, "needed")
+        said = host.patcher.describe_need(clip.patcher, need, "needed")
         assert torch.equal(encode(clip), expected)
         assert module.streamer.resident in (resident if isinstance(resident, tuple) else (resident,))
         assert clip.patcher.loaded_size() <= max(share, 0.26) * size  # two slots are the least there is

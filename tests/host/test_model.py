@@ -638,7 +638,7 @@ def test_plan_is_what_comfyui_then_does(host, small_gpu, monkeypatch, memory):
         seen.append(len(streamer.host))
         how = f"{seen[-1]} of {count} blocks streamed" if seen[-1] else "nothing streamed"
         held = readable(model.loaded_size())
-        assert said == [f"2 of 96 x 64: {held} weights + {readable(need)} to draw; {readable(free)} free, {how}"]
+        assert said == [f"2 of 96 x 64: {held} weights + {readable(need)} to generate; {readable(free)} free, {how}"]
         said.clear()
     assert seen[0] == count > seen[1] > seen[2] == 0
 
@@ -664,7 +664,7 @@ def test_plan_is_what_comfyui_then_does(host, small_gpu, monkeypatch, memory):
     monkeypatch.setattr(memory, "vram_state", memory.VRAMState.NO_VRAM)
     assert host.model.describe_plan(model, 96, 64).endswith(f"; --novram, {none}")
     monkeypatch.setattr(memory, "vram_state", memory.VRAMState.HIGH_VRAM)
-    assert host.model.describe_plan(model, 96, 64).endswith(f" to draw; {all_of_it}")
+    assert host.model.describe_plan(model, 96, 64).endswith(f" to generate; {all_of_it}")
 
 
 @pytest.fixture
@@ -705,11 +705,11 @@ def test_out_of_memory_while_drawing_is_survived(host, ours, small_gpu, scarce, 
     with CurrentNodeContext("prompt", "17"):
         assert torch.equal(draw(), expected)
     assert scarce.raised == 1 and scarce.steps == STEPS + 1
-    message = "out of memory while drawing: trying again with every block of the model streamed"
+    message = "out of memory: trying again with every block of the model streamed"
     assert [m for m in caplog.messages if "out of memory" in m] == [message] and said[-1] == (message, "17")
     assert streamer.resident == 0 and ours.model.model_lowvram
     assert ours.loaded_size() == streamer.used == weights.rest + 2 * weights.slot
-    assert host.model.describe_plan(ours, 96, 64).endswith("; memory ran out before, 3 of 3 blocks streamed")
+    assert host.model.describe_plan(ours, 96, 64).endswith("; out of memory before, 3 of 3 blocks streamed")
     assert host.model.describe_plan(ours, 32, 32).endswith("; nothing streamed")
     assert torch.equal(draw(), expected)
     assert scarce.raised == 1 and streamer.resident == 0, "the next run does not try again what failed"
@@ -782,7 +782,7 @@ def test_loaders_say_what_their_models_will_take(host, ours, small_gpu, monkeypa
     monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.update({node_id: text}))
     ZImageINT4ModelLoader().load(TINY, "torch", "w4a16", 0.0, "model")
     weights, need = ours.model_size(), ours.model.activations([1, 16, 128, 128])
-    drawn = f"{plan.readable(weights)} weights + {plan.readable(need)} to draw"
+    drawn = f"{plan.readable(weights)} weights + {plan.readable(need)} to generate"
     assert said["model"].splitlines()[1] == f"1024 x 1024: {drawn}; nothing streamed"
     (clip,) = ZImageTextEncoderLoader().load(host.files.DEMO, "clip")
     encoder = clip.cond_stage_model.encoder
