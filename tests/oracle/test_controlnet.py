@@ -9,10 +9,12 @@ import pytest
 import torch
 from controlnet_cases import BASE, CASES, CHANNELS, FOLDER, PLACES, checksum, inputs, seeded, weights
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from zimage_core.formats.names import CONTROL, FUSED_PARTS, canonical_tensor, control_tensor
-from zimage_core.models.config import ControlNetConfig, ZImageConfig
-from zimage_core.models.controlnet import ControlNet, control_context, inpainting_picture
+from zimage_core.formats.controlnet import control_info, load_controlnet
+from zimage_core.formats.load import load_transformer
+from zimage_core.formats.names import CONTROL
+from zimage_core.models.controlnet import control_context, inpainting_picture
 from zimage_core.models.transformer import Hooks, ZImageTransformer, run_block
 
 REFINER = {"v1": "alone", "2.0": "layers", "2.1": "hints", "lite": "hints"}
@@ -30,29 +32,39 @@ def official(variant: str) -> dict[str, torch.Tensor]:
     return made
 
 
-def state(tensors: dict[str, torch.Tensor], names) -> dict[str, torch.Tensor]:
-    """Official tensors under our names, the parts of fused linears joined."""
-    found: dict[str, dict] = {}
+def comfyui_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A ControlNet's tensors as ComfyUI names them."""
+    renamed = {}
     for key, tensor in tensors.items():
-        name, part = names(key)
-        found.setdefault(name, {})[part] = tensor
-    orders = {
-        name: next((o for m, o in FUSED_PARTS.items() if name.endswith(f"{m}.weight")), (None,)) for name in found
-    }
-    return {name: torch.cat([found[name][part] for part in orders[name]]) for name in found}
+        for theirs, comfyuis in (("to_out.0", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")):
+            key = key.replace(f"attention.{theirs}", f"attention.{comfyuis}")
+        if "to_q." in key:
+            parts = [tensors[key.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
+            renamed[key.replace("to_q", "qkv")] = torch.cat(parts)
+        elif "to_k." not in key and "to_v." not in key:
+            renamed[key] = tensor
+    return renamed
 
 
 @pytest.fixture(scope="module", params=PLACES)
-def models(request):
-    """(variant, base, ControlNet) with the vectors' weights."""
+def models(request, tmp_path_factory):
+    """(variant, base, ControlNet) loaded from files of the vectors' weights under the trainer's names."""
     variant, tensors = request.param, official(request.param)
-    base, config = ZImageTransformer(ZImageConfig(**BASE)), ZImageConfig(**BASE)
-    base.load_state_dict(state({k: t for k, t in tensors.items() if not k.startswith(CONTROL)}, canonical_tensor))
-    net = ControlNet(ControlNetConfig(config, PLACES[variant], CHANNELS[variant], REFINER[variant]))
-    unread = "control_noise_refiner." if variant == "2.0" else ()
-    ours = {k: t for k, t in tensors.items() if k.startswith(CONTROL) and not k.startswith(unread)}
-    net.load_state_dict(state(ours, control_tensor))
-    return variant, base.eval(), net.eval()
+    folder = tmp_path_factory.mktemp("controlnet")
+    config = {"axes_dims": BASE["axes_dims"], "n_layers": BASE["n_layers"]}
+    base = {key: tensor for key, tensor in tensors.items() if not key.startswith(CONTROL)}
+    save_file(base, folder / "base.safetensors")
+    own = {key: tensor for key, tensor in tensors.items() if key.startswith(CONTROL)}
+    if variant == "2.0":  # as the published file has it
+        own["control_noise_refiner.0.after_proj.weight"] = torch.zeros(BASE["dim"], BASE["dim"])
+    save_file(own, folder / "net.safetensors", {"config": json.dumps(config)})
+    save_file(comfyui_names(own), folder / "comfyui.safetensors", {"config": json.dumps(config)})
+    found = control_info(folder / "net.safetensors").config
+    assert (found.refiner, found.places, found.channels) == (REFINER[variant], PLACES[variant], CHANNELS[variant])
+    net, same = (load_controlnet(folder / f"{name}.safetensors", dtype=torch.float32) for name in ("net", "comfyui"))
+    for (name, tensor), other in zip(net.state_dict().items(), same.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    return variant, load_transformer(folder / "base.safetensors", dtype=torch.float32), net
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

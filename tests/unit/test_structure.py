@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "lora": {"formats", "linear", "models"},
     "memory": {"formats", "linear", "models", "sizes"},
     "sampler": {"models"},
+    "pictures": {"models"},
     "demo": set(),
     "hub": {"formats", "models", "sizes"},
     "quantize": {"", "formats", "linear", "lora", "memory", "models", "sampler", "sizes"},

@@ -70,7 +70,22 @@ def inspect_file(path: Path) -> dict:
             "costs": list(report.costs),
             "warnings": list(report.warnings),
         }
-    if found.role != "model" or found.format not in ("svdq-int4", "dense"):
+    if found.format not in ("svdq-int4", "dense"):
+        return facts
+    if found.role == "controlnet":
+        from ..formats.controlnet import control_info
+
+        control = control_info(path)
+        return facts | {
+            "format": f"ControlNet {control.variant}, "
+            + ("SVDQuant INT4, group 64" if control.rank else control.dtype),
+            "rank": control.rank or None,
+            "places": " ".join(map(str, control.config.places)),
+            "channels": control.config.channels,
+            "width": control.config.base.dim,
+            "runs_here": what_runs(quantized=bool(control.rank)),
+        }
+    if found.role != "model":
         return facts
     info = model_info(files)
     config = info.config

@@ -84,7 +84,7 @@ PARTS = (r"^model\.diffusion_model\.", r"^(text_encoders|cond_stage_model|condit
 
 PLACES = {
     "model": "it goes into models/diffusion_models and is loaded with the model loader or --model",
-    "controlnet": "ControlNets are not read yet",
+    "controlnet": "put it into models/model_patches and load it with the ControlNet loader or --control",
     "text encoder": "put it into models/text_encoders and load it with the text encoder loader or --text-encoder",
     "vae": "put it into models/vae and load it with the VAE loader or --vae",
     "lora": "put it into models/loras and load it with a LoRA loader or --lora",
@@ -105,6 +105,10 @@ EXPECTED = {
         "get ae.safetensors, or the folder vae of Tongyi-MAI/Z-Image-Turbo",
     ),
     "lora": ("a LoRA for Z-Image", "get a LoRA that was trained for Z-Image"),
+    "controlnet": (
+        "a Fun ControlNet for Z-Image in SVDQuant INT4, BF16 or FP16",
+        "get Z-Image-Turbo-Fun-Controlnet-Union-2.1-8steps.safetensors, or what `zimage quantize` makes of it",
+    ),
 }
 """Role -> what a loader asks for, and where a user gets one."""
 
@@ -226,11 +230,10 @@ def model_info(source: str | Path | TensorFiles) -> ModelInfo:
     )
 
 
-def unexpected(path: Path, key: str) -> ValueError:
+def unexpected(path: Path, key: str, what: str = "a Z-Image transformer") -> ValueError:
     """The refusal of a tensor that a model does not have."""
     return ValueError(
-        f"{path}: unexpected tensor {key!r}, which a Z-Image transformer does not have; "
-        "this is another model or a damaged conversion"
+        f"{path}: unexpected tensor {key!r}, which {what} does not have; this is another model or a damaged conversion"
     )
 
 

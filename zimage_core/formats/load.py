@@ -7,7 +7,7 @@ holds a second copy. SVDQuant layout: `layout.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..models.controlnet import ControlNet
     from ..models.transformer import ZImageTransformer
 
 TILE = 128
@@ -45,7 +46,7 @@ def load_transformer(
 
     from ..linear.adapters import Linear
     from ..linear.backends import select
-    from ..linear.svdq import SVDQLinear, SVDQWeights
+    from ..linear.svdq import SVDQLinear
     from ..models import ops
     from ..models.transformer import ZImageTransformer
 
@@ -65,28 +66,44 @@ def load_transformer(
                 linear=svdq if quantized else Linear,
                 refiner_linear=svdq if info.quantized_refiners else Linear,
             )
-        sources = match_tensors(files, expected_tensors(model, info.rank))
         model.backend = select(backend, precision, device=compute_device, dtype=dtype) if quantized else None
         model.use(ops.select(backend, compute_device, dtype, info.config.head_dim))
-
-        def fetch(target: str) -> Tensor:
-            parts = [files.get(key).to(device) for key in sources[target]]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        for name, module in list(model.named_modules()):
-            if isinstance(module, SVDQLinear):
-                leaves = [leaf for leaf in (*SVDQ_LEAVES, "bias") if f"{name}.{leaf}" in sources]
-                packed = {leaf: fetch(f"{name}.{leaf}") for leaf in leaves if leaf != "smooth_factor_orig"}
-                packed = {k: v if k == "qweight" else v.to(dtype) for k, v in packed.items()}
-                module.load(SVDQWeights.from_packed(packed), model.backend)
-            for leaf, parameter in list(module.named_parameters(recurse=False)):
-                value = fetch(f"{name}.{leaf}".lstrip(".")).to(dtype, copy=True).reshape(parameter.shape)
-                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        read_weights(model, files, match_tensors(files, expected_tensors(model, info.rank)), device, dtype)
     model.checkpoint = info
     return model.eval()
 
 
-def expected_tensors(model: ZImageTransformer, rank: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+def read_weights(
+    model: ZImageTransformer | ControlNet,
+    files: TensorFiles,
+    sources: Mapping[str, Sequence[str]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Fill a model built on the meta device, whose `backend` is set, from the keys of `match_tensors`."""
+    import torch
+    from torch import nn
+
+    from ..linear.svdq import SVDQLinear, SVDQWeights
+
+    def fetch(target: str) -> Tensor:
+        parts = [files.get(key).to(device) for key in sources[target]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SVDQLinear):
+            leaves = [leaf for leaf in (*SVDQ_LEAVES, "bias") if f"{name}.{leaf}" in sources]
+            packed = {leaf: fetch(f"{name}.{leaf}") for leaf in leaves if leaf != "smooth_factor_orig"}
+            packed = {k: v if k == "qweight" else v.to(dtype) for k, v in packed.items()}
+            module.load(SVDQWeights.from_packed(packed), model.backend)
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            value = fetch(f"{name}.{leaf}".lstrip(".")).to(dtype, copy=True).reshape(parameter.shape)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def expected_tensors(
+    model: ZImageTransformer | ControlNet, rank: int
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Target tensor -> (shape, dtypes allowed) of everything that the model reads from its file."""
     from ..linear.svdq import SVDQLinear
 
@@ -109,20 +126,31 @@ def expected_tensors(model: ZImageTransformer, rank: int) -> dict[str, tuple[tup
                 f"{name}.proj_down": ((k, rank), half),
                 f"{name}.proj_up": ((n, rank), half),
             }
+            if module.bias is not None:
+                expected[f"{name}.bias"] = ((n,), half)
     return expected
 
 
 def match_tensors(
-    files: TensorFiles, expected: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+    files: TensorFiles,
+    expected: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]],
+    names: Callable[[str], tuple[str, str | None] | None] = canonical_tensor,
+    ignore: str = "",
+    what: str = "a Z-Image transformer",
 ) -> dict[str, list[str]]:
-    """Target tensor -> its source keys in row order; strict about unmatched, missing and misshapen ones."""
+    """Target tensor -> its source keys in row order; strict about unmatched, missing and misshapen ones.
+
+    names gives the model's name for a key; keys that begin with `ignore` are not read. what: the model, in errors.
+    """
     found: dict[str, dict[str | None, str]] = {}
     for key in files.tensors:
-        target = canonical_tensor(key)
+        if ignore and key.startswith(ignore):
+            continue
+        target = names(key)
         if target is None or (target[0] not in expected and not target[0].endswith(".smooth_factor_orig")):
             if key.endswith(UNUSED):
                 continue
-            raise unexpected(files.path, key)
+            raise unexpected(files.path, key, what)
         parts = found.setdefault(target[0], {})
         if target[1] in parts:
             raise ValueError(f"{files.path}: {key!r} and {parts[target[1]]!r} are the same tensor; download it again")

@@ -32,6 +32,8 @@ from .transformer import Block, Conditioning, LinearFactory, RunBlock, ZImageTra
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..linear.backends import Backend
+
 MASKED_CHANNELS = 33  # control latents, mask, inpainting latents
 
 
@@ -68,6 +70,8 @@ class ControlBlock(Block):
 
 class ControlNet(nn.Module):
     """The model. `linear(in, out, bias)` builds the blocks' linears, `refiner_linear` the refiner's if given."""
+
+    backend: Backend | None = None  # of its quantized linears
 
     def __init__(
         self,

@@ -1,0 +1,123 @@
+"""ControlNet files: every variant told from its header and values, and what is wrong with a file in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from zimage_core.cli import main
+from zimage_core.formats.controlnet import control_info, load_controlnet
+from zimage_core.models.config import ControlNetConfig, ZImageConfig
+from zimage_core.models.controlnet import ControlNet
+
+SIZES = {"dim": 32, "n_heads": 2, "axes_dims": (4, 6, 6), "cap_feat_dim": 16}
+PARTS = {"to_qkv": ("to_q", "to_k", "to_v"), "w3_w1": ("w3", "w1")}
+
+
+def tensors(refiner: str, places, channels: int) -> dict[str, torch.Tensor]:
+    """A small ControlNet's weights under the trainer's names."""
+    torch.manual_seed(0)
+    net = ControlNet(ControlNetConfig(ZImageConfig(**SIZES), tuple(places), channels, refiner))
+    named = {}
+    for name, tensor in net.state_dict().items():
+        leaf = next((leaf for leaf in PARTS if f".{leaf}." in name), None)
+        for part, rows in zip(PARTS[leaf], tensor.chunk(len(PARTS[leaf]))) if leaf else [("", tensor)]:
+            key = name.replace(leaf, part) if leaf else name
+            key = key.replace("x_embedder", "all_x_embedder.2-1").replace("to_out", "to_out.0")
+            named[f"control_{key}"] = rows.clone()
+    return named
+
+
+@pytest.fixture
+def lite(tmp_path):
+    """(weights of a lite ControlNet, a function that writes weights to a file)."""
+
+    def write(named, **metadata):
+        path = tmp_path / "net.safetensors"
+        save_file(named, path, {name: json.dumps(value) for name, value in metadata.items()})
+        return path
+
+    return tensors("hints", (0, 10, 20), 33), write
+
+
+@pytest.mark.parametrize(
+    ("variant", "refiner", "places", "channels"),
+    [
+        ("v1", "alone", range(0, 30, 5), 16),
+        ("2.0", "layers", range(0, 30, 2), 33),
+        ("2.1", "hints", range(0, 30, 2), 33),
+        ("2.1 lite", "hints", range(0, 30, 10), 33),
+    ],
+)
+def test_variants(lite, variant, refiner, places, channels):
+    _, write = lite
+    info = control_info(write(tensors(refiner, places, channels)))
+    assert (info.variant, info.config.refiner, info.format, info.rank) == (variant, refiner, "dense", 0)
+    assert info.config.places == tuple(places) and info.config.channels == channels
+    assert len(load_controlnet(info.path, dtype=torch.float32).layers) == len(places)
+
+
+def test_2_0_is_known_by_its_untrained_refiner(lite):
+    _, write = lite
+    places = range(0, 30, 2)
+    named = tensors("hints", places, 33)
+    zero = named | {"control_noise_refiner.0.after_proj.weight": torch.zeros(32, 32)}
+    without = {k: t for k, t in named.items() if "noise_refiner.0.before_proj" not in k}
+    zeros = named | {"control_noise_refiner.0.before_proj.weight": torch.zeros(32, 32)}
+    for found in (zero, without, zeros):
+        net = load_controlnet(write(found), dtype=torch.float32)
+        assert net.config.refiner == "layers" and not net.noise_refiner
+
+
+def test_places_come_from_the_config_where_a_file_has_one(lite):
+    named, write = lite
+    config = {"n_layers": 5, "n_refiner_layers": 2, "control_layers_places": [0, 1, 4]}
+    found = control_info(write(named, config=config)).config
+    assert found.places == (0, 1, 4) and found.base.n_layers == 5
+    config = {"control_layers_places": [0, 2], "add_control_noise_refiner": "control_noise_refiner"}
+    with pytest.raises(ValueError, match="3 layers do not spread evenly over a model of 30"):
+        control_info(write(named, config=config))
+    with pytest.raises(ValueError, match="metadata 'config' is no JSON object"):
+        control_info(write(named, config=5))
+
+
+def test_a_damaged_file_is_refused(lite):
+    named, write = lite
+    key = "control_layers.1.attention.to_k.weight"
+    for change, words in (
+        ({key: None}, "expected tensor 'layers.1.attention.to_qkv.weight .part k.' of shape"),
+        ({key: torch.zeros(32, 31)}, r"'control_layers.1.attention.to_k.weight': expected shape"),
+        ({"control_layers.1.before_proj.weight": torch.zeros(32, 32)}, "unexpected tensor .* a Z-Image ControlNet"),
+        ({"layers.0.attention_norm1.weight": torch.zeros(32)}, "unexpected tensor 'layers.0"),
+        (
+            {"control_layers.2.after_proj.bias": torch.zeros(32, dtype=torch.int32)},
+            "SVDQuant INT4, BF16 or FP16, found one in I32",
+        ),
+    ):
+        changed = {k: t for k, t in (named | change).items() if t is not None}
+        with pytest.raises(ValueError, match=words):
+            load_controlnet(write(changed))
+    seven = dict(named)
+    for i in range(3, 7):
+        seven |= {k.replace("layers.2", f"layers.{i}"): t.clone() for k, t in named.items() if "layers.2" in k}
+    with pytest.raises(ValueError, match="7 layers do not spread evenly over a model of 30"):
+        load_controlnet(write(seven))
+
+
+def test_another_models_file_is_refused(lite, tiny_files):
+    _, write = lite
+    with pytest.raises(ValueError, match="expected a Fun ControlNet for Z-Image .*, found an SVDQuant INT4 model"):
+        load_controlnet(tiny_files["model"])
+    for key in ("controlnet_blocks.0.weight", "control_model.input_blocks.0.0.weight"):
+        with pytest.raises(ValueError, match="found a ControlNet for another model"):
+            load_controlnet(write({key: torch.zeros(2, 2)}))
+
+
+def test_inspect_says_which_variant(lite, capsys):
+    named, write = lite
+    assert main(["inspect", str(write(named))]) == 0
+    out = capsys.readouterr().out
+    assert "ControlNet 2.1 lite, F32" in out and "0 10 20" in out

@@ -1,0 +1,179 @@
+"""Fun ControlNet files for Z-Image: which variant a file is, and the strict load.
+
+Number of layers, channels and kind of refiner follow from the header. Only 2.0 and 2.1 have the same tensors: 2.0 is
+known by a refiner that was never trained, as huggingface/diffusers `loaders/single_file_utils.py@v0.42.1` and ComfyUI
+`comfy_extras/nodes_model_patch.py@v0.33.0` tell them apart, or has no refiner. Files of ours, and diffusers' folders,
+name the base's layers in their config; of others they follow from their number, for a base of 30.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..models.config import ControlNetConfig, ZImageConfig
+from .identify import EXPECTED, FLOATS, identify, stored_form, unexpected
+from .load import expected_tensors, match_tensors, read_weights
+from .names import CONTROL, control_tensor
+from .safetensors import Shape, TensorFiles, open_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.controlnet import ControlNet
+
+WHAT = "a Z-Image ControlNet"
+REFINERS = {None: "alone", "control_layers": "layers", "control_noise_refiner": "hints"}
+"""diffusers' `add_control_noise_refiner` -> `ControlNetConfig.refiner`."""
+
+
+@dataclass(frozen=True)
+class ControlNetInfo:
+    """A ControlNet that can be loaded. format: "svdq-int4" or "dense"; rank 0 where dense."""
+
+    path: Path
+    format: str
+    rank: int
+    quantized_refiner: bool
+    config: ControlNetConfig
+    dtype: str
+    metadata: Mapping[str, str]
+
+    @property
+    def variant(self) -> str:
+        """Its usual name: v1, 2.0, 2.1 or 2.1 lite."""
+        if self.config.refiner == "hints":
+            return "2.1 lite" if len(self.config.places) <= 3 else "2.1"
+        return {"alone": "v1", "layers": "2.0"}[self.config.refiner]
+
+
+def control_info(source: str | Path | TensorFiles) -> ControlNetInfo:
+    """Variant, format and sizes of a ControlNet that `load_controlnet` reads. ValueError names what the file is.
+
+    An open file is taken too, as the values of a projection may have to be read.
+    """
+    if not isinstance(source, TensorFiles):
+        with open_tensors(source) as files:
+            return control_info(files)
+    files = source
+    found = identify(files)
+    found.require("controlnet")
+    if found.format not in ("svdq-int4", "dense"):
+        expected, remedy = EXPECTED["controlnet"]
+        words = stored_form(files.tensors, files.metadata)[1]
+        raise ValueError(f"{files.path}: expected {expected}, found one in {words}; this is not read, {remedy}")
+    shapes: dict[str, Shape] = {}
+    for key, (_, shape) in files.tensors.items():
+        target = control_tensor(key)
+        if target is None:
+            raise unexpected(files.path, key, WHAT)
+        shapes[target[0]] = shape
+    downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
+    return ControlNetInfo(
+        files.path,
+        found.format,
+        rank=next(iter(downs.values()))[-1] if downs else 0,
+        quantized_refiner=any(name.startswith("noise_refiner") for name in downs),
+        config=_config(files, shapes),
+        dtype="/".join(sorted({dtype for dtype, _ in files.tensors.values() if dtype in FLOATS})),
+        metadata=files.metadata,
+    )
+
+
+def _config(files: TensorFiles, shapes: Mapping[str, Shape]) -> ControlNetConfig:
+    """Sizes from the shapes; what no shape shows from the metadata's config, or as the published files have it."""
+    missing = [n for n in ("x_embedder.weight", "layers.0.attention.norm_q.weight") if len(shapes.get(n, ())) < 1]
+    if missing:
+        raise ValueError(f"{files.path}: expected tensor {CONTROL}{missing[0]}, found none; download it again")
+    try:
+        given: dict[str, Any] = dict(json.loads(files.metadata.get("config") or "{}"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{files.path}: its metadata 'config' is no JSON object ({error}); get it again") from None
+    dim, columns = shapes["x_embedder.weight"]
+    head_dim = shapes["layers.0.attention.norm_q.weight"][0]
+    quarter = head_dim // 4
+    refiners, layers = _count(shapes, "noise_refiner."), _count(shapes, "layers.")
+    axes = given.get("axes_dims") or (quarter, (head_dim - quarter) // 2, (head_dim - quarter) // 2)
+    try:
+        base = ZImageConfig(
+            dim=dim,
+            n_layers=given.get("n_layers", ZImageConfig.n_layers),
+            n_refiner_layers=given.get("n_refiner_layers", refiners or ZImageConfig.n_refiner_layers),
+            n_heads=dim // head_dim,
+            axes_dims=tuple(axes),
+        )
+        step = max(round(base.n_layers / layers), 1)
+        places = given.get("control_layers_places") or range(0, base.n_layers, step)
+        if len(places) != layers:
+            raise ValueError(f"{layers} layers do not spread evenly over a model of {base.n_layers}")
+        kind = REFINERS[given["add_control_noise_refiner"]] if "add_control_noise_refiner" in given else None
+        patch = base.patch_size**2
+        return ControlNetConfig(base, tuple(places), columns // patch, kind or _refiner(files, shapes))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{files.path}: {error}; this ControlNet is none that is known for Z-Image") from None
+
+
+def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
+    return 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(prefix)), default=-1)
+
+
+def _refiner(files: TensorFiles, shapes: Mapping[str, Shape]) -> str:
+    """The kind of refiner; of 2.0 and 2.1 by the values of the projections."""
+    if not _count(shapes, "noise_refiner."):
+        return "layers"
+    if not any(name.startswith("noise_refiner.0.after_proj.") for name in shapes):
+        return "alone"
+    keys = {control_tensor(key): key for key in files.tensors}
+    for projection in ("after_proj", "before_proj"):
+        key = keys.get((f"noise_refiner.0.{projection}.weight", None))
+        if key and not files.get(key).any():
+            return "layers"
+    if not any(name.startswith("noise_refiner.0.before_proj.") for name in shapes):
+        return "layers"
+    return "hints"
+
+
+def load_controlnet(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+    compute_device: str | torch.device | None = None,
+) -> ControlNet:
+    """The ControlNet of a file or folder on a device; everything else as `load_transformer`."""
+    import torch
+    from torch import nn
+
+    from ..linear.adapters import Linear
+    from ..linear.backends import select
+    from ..linear.svdq import SVDQLinear
+    from ..models import ops
+    from ..models.controlnet import ControlNet
+
+    dtype = dtype or torch.bfloat16
+    device = torch.device(device)
+    compute_device = torch.device(compute_device or device)
+    with open_tensors(path) as files:
+        info = control_info(files)
+        quantized = info.format == "svdq-int4"
+
+        def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
+            return SVDQLinear(n_in, n_out, bias, rank=info.rank)
+
+        with torch.device("meta"):
+            model = ControlNet(
+                info.config,
+                linear=svdq if quantized else Linear,
+                refiner_linear=svdq if info.quantized_refiner else Linear,
+            )
+        model.backend = select(backend, precision, device=compute_device, dtype=dtype) if quantized else None
+        model.use(ops.select(backend, compute_device, dtype, info.config.base.head_dim))
+        ignore = f"{CONTROL}noise_refiner." if info.config.refiner == "layers" else ""
+        sources = match_tensors(files, expected_tensors(model, info.rank), control_tensor, ignore, WHAT)
+        read_weights(model, files, sources, device, dtype)
+    return model.eval()

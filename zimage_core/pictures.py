@@ -1,0 +1,114 @@
+"""PIL pictures for a generation that starts from one: sizes, masks, soft edges, borders to fill in, outlines.
+
+A mask is white where a picture is to be repainted. Legend: B batch, H x W pixels, h x w the latents' cells.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .models.transformer import PIXELS_PER_CELL
+
+FEATHER = 8  # pixels, by default
+MULTIPLE = 16  # of a side that is generated
+
+logger = logging.getLogger(__name__)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture in RGB, resized to cover width x height and cropped in the middle."""
+    return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(1, 3, H, W) fp32 in -1..1 of an RGB picture."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def control_picture(image: Image.Image, width: int, height: int) -> Image.Image:
+    """A control picture in RGB at a size: stretched to it, as the trainer's code does; a log line tells of it."""
+    if image.size != (width, height):
+        logger.info("control picture: resized from %d x %d to %d x %d", *image.size, width, height)
+    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+def check_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """A mask in gray (mode L). ValueError for colours, another size than the picture's, or nothing to repaint."""
+    if mask.size != image.size:
+        found = "{} x {}".format(*mask.size)
+        raise ValueError(f"mask: expected the picture's size {image.size[0]} x {image.size[1]}, found {found}")
+    bands = np.asarray(mask.convert("RGB"), dtype=np.int16)
+    if np.ptp(bands, axis=2).max() > 8:  # more than JPEG leaves of a gray
+        raise ValueError("mask: expected black and white, found colours; white is what is repainted")
+    gray = Image.fromarray(bands[..., 0].astype(np.uint8))
+    if not gray.getbbox():
+        raise ValueError("mask: it is black everywhere, so nothing would be repainted; white is what is repainted")
+    return gray
+
+
+def mask_tensor(mask: Image.Image) -> Tensor:
+    """(1, 1, H, W) fp32 in 0..1 of a gray picture."""
+    return torch.from_numpy(np.array(mask))[None, None] / 255
+
+
+def soften(mask: Tensor, feather: int) -> Tensor:
+    """A mask (B, 1, H, W) with an edge that falls from 1 to 0 within 2 `feather` pixels outside of it; 0 beyond."""
+    if feather < 1:
+        return mask
+    side = 2 * feather + 1
+    grown = F.max_pool2d(F.max_pool2d(mask, (side, 1), 1, (feather, 0)), (1, side), 1, (0, feather))
+    for kernel, padding in (((side, 1), (feather, 0)), ((1, side), (0, feather))):
+        grown = F.avg_pool2d(grown, kernel, 1, padding, count_include_pad=False)
+    return torch.where(mask >= 1, mask, grown.clamp(max=1))
+
+
+def repainted_cells(mask: Tensor) -> Tensor:
+    """(B, 1, h, w) of 0 and 1: the latents' cells in which a mask (B, 1, H, W) has anything above 0."""
+    return (F.max_pool2d(mask, PIXELS_PER_CELL) > 0).to(mask.dtype)
+
+
+def composite(generated: Image.Image, source: Image.Image, mask: Tensor) -> Image.Image:
+    """The generated picture where the mask (1, 1, H, W) is 1, the source where it is 0, bit for bit."""
+    weights = Image.fromarray((mask[0, 0] * 255).round().to(torch.uint8).numpy())
+    return Image.composite(generated, source, weights)
+
+
+def pad(image: Image.Image, left: int, top: int, right: int, bottom: int) -> tuple[Image.Image, Image.Image]:
+    """A picture with borders to fill in, and the mask of them; until then they repeat the picture's edge.
+
+    ValueError for negative borders, none at all, or sides that do not become multiples of 16 pixels.
+    """
+    borders = {"left": left, "top": top, "right": right, "bottom": bottom}
+    if min(borders.values()) < 0 or not any(borders.values()):
+        raise ValueError(f"pad: expected borders of 0 pixels or more, one at least, found {borders}")
+    width, height = image.width + left + right, image.height + top + bottom
+    for name, side in (("width", width), ("height", height)):
+        if side % MULTIPLE:
+            raise ValueError(
+                f"pad: with its borders the picture is {width} x {height}, expected a {name} that is a multiple of "
+                f"{MULTIPLE}; add {-side % MULTIPLE} more or {side % MULTIPLE} fewer pixels"
+            )
+    pixels = np.asarray(image.convert("RGB"))
+    around = ((top, bottom), (left, right))
+    mask = np.pad(np.zeros(pixels.shape[:2], np.uint8), around, constant_values=255)
+    return Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode="edge")), Image.fromarray(mask)
+
+
+def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
+    """A picture's outlines, white on black, as the ControlNets were trained on; needs OpenCV.
+
+    low, high: gradients from which an edge goes on, and begins. ValueError without OpenCV, or unless 0 <= low <= high.
+    """
+    try:
+        import cv2
+    except ImportError:
+        raise ValueError("outlines need OpenCV: pip install opencv-python-headless") from None
+    if not 0 <= low <= high:
+        raise ValueError(f"canny: expected 0 <= low <= high, found {low} and {high}; 100 and 200 are usual")
+    return Image.fromarray(cv2.Canny(np.array(image.convert("RGB")), low, high)).convert("RGB")
