@@ -34,9 +34,11 @@ MAY_IMPORT = {
     "hub": {"formats", "models", "sizes"},
     "quantize": {"", "formats", "linear", "lora", "memory", "models", "sampler", "sizes"},
     "pipeline": {"demo", "formats", "hub", "linear", "lora", "memory", "models", "sampler", "sizes"},
+    "batch": {"", "formats", "linear", "pipeline", "sizes"},
     "bench": {"", "formats", "linear", "memory", "models", "pipeline", "sampler", "sizes"},
     "compare": set(),
     "cli": {
+        "batch",
         "",
         "bench",
         "compare",

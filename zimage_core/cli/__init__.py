@@ -13,11 +13,11 @@ import sys
 import warnings
 
 from .. import __version__
-from . import bench, compare, doctor, download, generate, inspect, quantize, quantize_encoder
+from . import batch, bench, compare, doctor, download, generate, inspect, quantize, quantize_encoder
 from .options import EXIT_INPUT, Parser
 
 EXIT_MEMORY, EXIT_INTERRUPT, EXIT_BROKEN_PIPE = 3, 130, 141
-COMMANDS = (generate, download, quantize, quantize_encoder, inspect, compare, doctor, bench)
+COMMANDS = (generate, batch, download, quantize, quantize_encoder, inspect, compare, doctor, bench)
 
 
 def main(argv: list[str] | None = None) -> int:

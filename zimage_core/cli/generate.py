@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Commands, Parser, add_runtime, lora_option
+from .options import Commands, Parser, add_budget, add_models, add_runtime, lora_option
 from .output import Progress, gib, output_paths, save_png
 
 if TYPE_CHECKING:
@@ -29,10 +29,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--steps", type=int, default=8, help="1 to 100 (default 8)")
     p.add_argument("--seed", type=int, help="picture i of a batch uses SEED + i (default random)")
     p.add_argument("--batch", type=int, default=1, help="pictures to generate (default 1)")
-    p.add_argument("--model", help="transformer file or folder, or a whole diffusers folder (default: bundled demo)")
-    p.add_argument("--text-encoder", help="Qwen3-4B folder or safetensors file")
-    p.add_argument("--tokenizer", help="tokenizer.json or its folder (default: beside the text encoder)")
-    p.add_argument("--vae", help="VAE file or folder")
+    add_models(p)
     p.add_argument(
         "--lora",
         type=lora_option,
@@ -44,12 +41,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--image", type=Path, help="picture to start from")
     p.add_argument("--strength", type=float, default=0.6, help="how far to go from --image, above 0 to 1 (default 0.6)")
     p.add_argument("--guidance", type=float, default=0.0, help="0 for Turbo (default), above 0 costs twice the time")
-    p.add_argument(
-        "--vram-budget",
-        default="auto",
-        metavar="SIZE",
-        help="GPU memory to use, 4GiB say; what does not fit is streamed from the host (default auto: what is free)",
-    )
+    add_budget(p)
     p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
     add_runtime(p)
     p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4")

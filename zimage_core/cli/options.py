@@ -26,6 +26,26 @@ def lora_option(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def add_models(parser: Parser) -> None:
+    """The files of a pipeline."""
+    parser.add_argument(
+        "--model", help="transformer file or folder, or a whole diffusers folder (default: bundled demo)"
+    )
+    parser.add_argument("--text-encoder", help="Qwen3-4B folder or safetensors file")
+    parser.add_argument("--tokenizer", help="tokenizer.json or its folder (default: beside the text encoder)")
+    parser.add_argument("--vae", help="VAE file or folder")
+
+
+def add_budget(parser: Parser) -> None:
+    """--vram-budget."""
+    parser.add_argument(
+        "--vram-budget",
+        default="auto",
+        metavar="SIZE",
+        help="GPU memory to use, 4GiB say; what does not fit is streamed from the host (default auto: what is free)",
+    )
+
+
 def add_device(parser: Parser) -> None:
     """--device of the commands that generate pictures or time them."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if torch sees one)")

@@ -1,0 +1,38 @@
+"""Batches by several processes, of which some are killed on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from zimage_core import batch
+from zimage_core.batch import processes
+
+HERE = Path(__file__).parent
+SMALL = {"width": 48, "height": 32, "steps": 2}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {record["id"]: record["sha256"] for record in batch.Sink(folder).records()}
+
+
+def test_processes_share_the_rows_and_one_that_is_killed_is_started_again(tiny_files, tmp_path, monkeypatch):
+    rows = [{"id": f"cat-{i}", "prompt": f"cat {i}", **SMALL} for i in range(8)]
+    list(batch.run(rows, tmp_path / "one", **tiny_files, device="cpu"))
+    rows += [{"id": "poison", "prompt": "kill", **SMALL}, {"id": "unlucky", "prompt": "kill once", **SMALL}]
+    monkeypatch.setattr(processes, "MODULE", "dying_worker")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("ONCE", str(tmp_path / "once"))
+    out = tmp_path / "out"
+    run = batch.run(rows, out, **tiny_files, devices=["cpu", "cpu"])
+    results = {result.id: result for result in run}
+    assert len(results) == 10 and run.failed == 1
+    assert "ended 2 times (signal 9)" in results["poison"].error
+    found = hashes(out)
+    assert found.pop("unlucky")
+    assert found == hashes(tmp_path / "one")
+    (failed,) = map(json.loads, (out / "failed.jsonl").read_text().splitlines())
+    assert failed["id"] == "poison"
+    again = batch.run(rows, out, **tiny_files, devices=["cpu"])
+    assert again.missing == 1
+    again.close()

@@ -1,0 +1,119 @@
+"""Batches of real pictures: those of `zimage generate`, whatever is done before, after or beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from zimage_core import batch, cli
+
+SMALL = {"width": 48, "height": 32, "steps": 2}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {record["id"]: record["sha256"] for record in batch.Sink(folder).records()}
+
+
+@pytest.fixture
+def options(tiny_files) -> list[str]:
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
+    return [*(f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()), *small, "--device=cpu"]
+
+
+def test_a_batch_is_what_generate_makes_of_each_row(options, tmp_path, capsys):
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "start.png")
+    rows = [
+        {"id": "plain", "prompt": "a cat", "seed": 3},
+        {"id": "guided", "prompt": "a dog", "seed": 4, "guidance": 1.5, "negative_prompt": "é 中"},
+        {"id": "folder/from-image", "prompt": "a cat", "seed": 5, "image": "start.png", "strength": 0.5},
+        {"id": "large", "prompt": "a cat", "seed": 6, "width": 64, "height": 64},
+        {"id": "several", "prompt": "a long prompt of a cat", "seed": 7, "count": 2},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    assert cli.main(["batch", str(file), f"--out={out}", *options, "--json"]) == 0
+    captured = capsys.readouterr()
+    facts = json.loads(captured.out.splitlines()[-1])
+    assert (facts["rows"], facts["generated"], facts["there"], facts["failed"]) == (6, 6, 0, 0)
+    assert "6 pictures, 0 of them are there, 6 to generate; reference w4a16 bfloat16 on cpu" in captured.err
+    single = {
+        "plain": ["a cat", "--seed=3"],
+        "guided": ["a dog", "--seed=4", "--guidance=1.5", "--negative-prompt=é 中"],
+        "folder/from-image": ["a cat", "--seed=5", f"--image={tmp_path / 'start.png'}", "--strength=0.5"],
+        "large": ["a cat", "--seed=6", "--width=64", "--height=64"],
+        "several-1": ["a long prompt of a cat", "--seed=7"],
+        "several-2": ["a long prompt of a cat", "--seed=8"],
+    }
+    for name, arguments in single.items():
+        prompt, *rest = arguments
+        assert cli.main(["generate", prompt, *options, *rest, f"--out={tmp_path / 'one.png'}"]) == 0
+        with Image.open(tmp_path / "one.png") as one, Image.open(out / f"{name}.png") as other:
+            assert one.tobytes() == other.tobytes(), name
+            assert {name: one.text.get(name) for name in ("prompt", "seed", "negative_prompt")} == {
+                name: other.text.get(name) for name in ("prompt", "seed", "negative_prompt")
+            }
+            assert json.loads(other.text["settings"])["backend"] == "reference"
+    capsys.readouterr()
+    assert cli.main(["batch", str(file), f"--out={out}", *options]) == 0
+    assert "0 pictures generated" in capsys.readouterr().out
+
+
+def test_a_row_that_fails_is_told_recorded_and_leaves_the_rest_alone(options, tmp_path, capsys):
+    (tmp_path / "no.safetensors").write_bytes(b"no lora")
+    file = tmp_path / "rows.csv"
+    file.write_text("id,prompt,lora\nbad,a cat,no.safetensors\ngood,a cat,\n")
+    out = tmp_path / "out"
+    assert cli.main(["batch", str(file), f"--out={out}", *options]) == 1
+    captured = capsys.readouterr()
+    assert "zimage: bad: " in captured.err and "no.safetensors" in captured.err
+    assert "1 pictures generated" in captured.out and "1 failed" in captured.out
+    assert list(hashes(out)) == ["good"]
+    assert cli.main(["batch", str(file), f"--out={out}", *options, "--width=50"]) == 2
+    assert "rows.csv, row 1: width: expected a multiple of 16" in capsys.readouterr().err
+
+
+def test_a_picture_depends_on_its_row_alone(tiny_files, tmp_path):
+    rows = [{"id": f"cat-{i}", "prompt": "a cat " * (1 + i), "seed": i, **SMALL} for i in range(5)]
+    models = {**tiny_files, "device": "cpu"}
+    list(batch.run(rows, tmp_path / "one", **models))
+    list(batch.run(rows[3:], tmp_path / "other", **models))
+    list(batch.run(rows[::-1], tmp_path / "other", **models))
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "other")
+    assert batch.run(rows, tmp_path / "one", **models, precision="w4a16").missing == 0
+    changed = batch.run(rows, tmp_path / "two", **models, precision="w4a4")
+    list(changed)
+    assert not set(hashes(tmp_path / "one").values()) & set(hashes(tmp_path / "two").values())
+
+
+def test_a_folder_keeps_to_the_arithmetic_that_it_began_with(tiny_files, tmp_path):
+    rows = [{"id": "a", "prompt": "a cat", **SMALL}]
+    models = {**tiny_files, "device": "cpu"}
+    list(batch.run(rows, tmp_path, **models, precision="w4a4", dtype="float32"))
+    run = batch.run(rows, tmp_path, **models)
+    assert run.missing == 0 and "w4a4 float32" in run.note
+    run.close()
+    run = batch.run(rows, tmp_path, **models, precision="w4a16")
+    assert run.missing == 1 and "w4a16 float32" in run.note
+    run.close()
+
+
+def test_what_worker_processes_refuse_is_told_before_work(tiny_files, tmp_path):
+    rows = [{"prompt": "a cat", **SMALL}]
+    with pytest.raises(ValueError, match="VAE"):
+        batch.run(rows, tmp_path, **{**tiny_files, "text_encoder": tiny_files["vae"]}, devices=["cpu"])
+    with pytest.raises(ValueError, match="cuda:77"):
+        batch.run(rows, tmp_path, **tiny_files, devices=["cuda:77"])
+
+
+def test_gpus_that_are_not_there_are_refused(tmp_path, capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (tmp_path / "a.txt").write_text("a cat\n")
+    for asked, words in (("all", "torch sees no GPU here"), ("some", "expected all or numbers")):
+        assert cli.main(["batch", str(tmp_path / "a.txt"), f"--out={tmp_path}", f"--gpus={asked}"]) == 2
+        assert words in capsys.readouterr().err

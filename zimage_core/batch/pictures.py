@@ -1,0 +1,110 @@
+"""Pictures of rows from a pipeline: how many at a time, and what the results depend on beside their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..formats.encoder import check_text_encoder
+from ..formats.identify import model_info
+from ..formats.vae import read_vae_config
+from ..linear import backends
+from ..pipeline import load_pipeline
+from .rows import Row, fingerprint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PIXELS, TOGETHER = 2**20, 16  # at a time on a GPU, which smaller pictures alone do not fill
+
+
+class PictureGenerator:
+    """A pipeline that is loaded once. options: of `load_pipeline`; exact: every picture by itself, bit for bit that of
+    `zimage generate`. ValueError for files that are not what they should be."""
+
+    def __init__(self, options: Mapping[str, Any], exact: bool = False):
+        self.pipeline = pipeline = load_pipeline(**options)
+        pipeline.hold_budget()
+        check_text_encoder(pipeline.files.text_encoder)
+        read_vae_config(pipeline.files.vae)
+        self.exact = exact
+        self.backend, self.precision = "dense", None
+        if model_info(pipeline.files.model).rank:
+            chosen = backends.select(pipeline.backend, pipeline.precision, device=pipeline.device, dtype=pipeline.dtype)
+            self.backend, self.precision = chosen.name, chosen.precision
+        self._loras: list[list[Any]] = []
+
+    def _arithmetic(self) -> dict[str, object]:
+        dtype = str(self.pipeline.dtype).removeprefix("torch.")
+        return {"backend": self.backend, "precision": self.precision, "dtype": dtype}
+
+    def facts(self) -> dict[str, object]:
+        """Hashes of the models and the arithmetic; the machine is left out, so that another may go on."""
+        files = self.pipeline.files
+        models = {"model": files.model, "text_encoder": files.text_encoder, "tokenizer": files.tokenizer}
+        return {name: fingerprint(path) for name, path in {**models, "vae": files.vae}.items()} | self._arithmetic()
+
+    def made_with(self) -> dict[str, object]:
+        files = self.pipeline.files
+        model = "bundled demo" if files.demo else files.model.name
+        device = backends.describe(self.pipeline.device)
+        return {"model": model, **self._arithmetic(), "device": device, "zimage": __version__}
+
+    def plan(self) -> str:
+        made = self.made_with()
+        arithmetic = " ".join(str(made[name]) for name in ("backend", "precision", "dtype") if made[name])
+        if self.exact or self.pipeline.device.type == "cpu":
+            several = "one picture at a time"
+        else:
+            several = f"up to {TOGETHER} small pictures at a time, which changes their rounding (--exact: one by one)"
+        return f"{arithmetic} on {made['device']}, {several}"
+
+    def group(self, row: Row) -> Hashable:
+        """Everything but prompt and seed; a row with an image is a group of its own."""
+        if "image" in row.settings:
+            return row.id
+        rest = {name: value for name, value in row.settings.items() if name not in ("prompt", "seed")}
+        return repr(sorted(rest.items()))
+
+    def together(self, row: Row) -> int:
+        if self.exact or self.pipeline.device.type == "cpu":
+            return 1
+        return max(1, min(TOGETHER, PIXELS // (row.settings["width"] * row.settings["height"])))
+
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Encode all prompts of the rows, under the LoRAs of the first: others encode again what theirs change."""
+        self._set_loras(rows[0])
+        prompts = [row.settings["prompt"] for row in rows]
+        prompts += [row.settings["negative_prompt"] for row in rows if "negative_prompt" in row.settings]
+        self.pipeline.encode(prompts)
+
+    def generate(self, rows: Sequence[Row]) -> list[Image]:
+        self._set_loras(rows[0])
+        settings = rows[0].settings
+        return self.pipeline(
+            [row.settings["prompt"] for row in rows],
+            height=settings["height"],
+            width=settings["width"],
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance"],
+            negative_prompt=settings.get("negative_prompt"),
+            generator=[row.settings["seed"] for row in rows],
+            image=read_image(settings["image"]) if "image" in settings else None,
+            strength=settings.get("strength", 1.0),
+        )
+
+    def _set_loras(self, row: Row) -> None:
+        wanted = row.settings.get("loras", [])
+        if wanted != self._loras:
+            self.pipeline.set_loras([(path, strength) for path, strength in wanted])
+            self._loras = wanted
+
+
+def read_image(path: str) -> Image:
+    """The picture of a file, decoded."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        return image.copy()

@@ -1,0 +1,141 @@
+"""`zimage batch`: pictures for many prompts, one GPU or many, resumed by the same command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import Commands, Parser, add_budget, add_models, add_runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..batch.driver import Run
+    from ..batch.work import Result
+
+EXIT_FAILED = 1
+QUIET_S = 60.0  # between lines where stderr is no terminal
+DEFAULTS = ("negative_prompt", "width", "height", "steps", "guidance", "seed", "strength")
+
+
+def add_parser(commands: Commands) -> Parser:
+    p = commands.add_parser(
+        "batch",
+        help="generate pictures for a file of prompts; the same command again does what is missing",
+        description="Columns of a row: prompt, id, count, seed, width, height, steps, guidance, negative_prompt, lora "
+        "(FILE:STRENGTH; ...), image, strength. Options of the same names hold for rows that lack them. Exit code 1 "
+        "where rows failed.",
+    )
+    p.add_argument("file", help=".jsonl, .csv or .txt (a prompt a line), or - for standard input")
+    p.add_argument("--out", required=True, help="folder, or a URL such as s3://bucket/folder")
+    p.add_argument("--negative-prompt", help="what to avoid; needs guidance above 0")
+    p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 128 with the bundled demo)")
+    p.add_argument("--height", type=int, help="likewise")
+    p.add_argument("--steps", type=int, help="1 to 100 (default 8)")
+    p.add_argument("--seed", type=int, help="of every row without one (default: a seed from the row's id)")
+    p.add_argument("--guidance", type=float, help="0 for Turbo (default), above 0 costs twice the time")
+    p.add_argument("--strength", type=float, help="how far to go from a row's image (default 0.6)")
+    p.add_argument("--lora", action="append", metavar="FILE[:STRENGTH]", help="of rows without one; may be repeated")
+    add_models(p)
+    p.add_argument("--exact", action="store_true", help="one picture at a time, bit for bit what `generate` makes")
+    p.add_argument("--gpus", metavar="all|0,1", help="a process for each of these GPUs (default: one GPU)")
+    add_budget(p)
+    add_runtime(p)
+    p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4")
+    p.add_argument("--json", action="store_true", help="end with a line of counts")
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is missing, tell about failures, end with a summary."""
+    begun = time.perf_counter()
+    started = start(args)
+    there = started.rows - started.missing
+    print(
+        f"{started.rows} pictures, {there} of them are there, {started.missing} to generate; {started.note}",
+        file=sys.stderr,
+    )
+    generated = 0
+    progress = Lines(started.missing)
+    try:
+        for result in started:
+            generated += result.error is None
+            progress.step(result)
+    finally:
+        progress.close()
+    seconds = time.perf_counter() - begun
+    rate = 60 * generated / seconds
+    facts = {"rows": started.rows, "there": there, "generated": generated, "failed": started.failed}
+    print(
+        f"{args.out}: {generated} pictures generated in {seconds:.0f} s ({rate:.1f} a minute), {there} were there, "
+        f"{started.failed} failed"
+    )
+    if args.json:
+        print(json.dumps({**facts, "seconds": round(seconds, 2), "a_minute": round(rate, 2)}))
+    return EXIT_FAILED if started.failed else 0
+
+
+def start(args: argparse.Namespace) -> Run:
+    """The run that the options ask for; all input is checked."""
+    from ..batch import run
+
+    defaults: dict[str, Any] = {name: getattr(args, name) for name in DEFAULTS}
+    if args.lora:
+        defaults["lora"] = [str(Path(name).absolute()) for name in args.lora]
+    return run(
+        args.file,
+        args.out,
+        defaults=defaults,
+        exact=args.exact,
+        devices=gpus(args.gpus) if args.gpus else None,
+        model=args.model,
+        text_encoder=args.text_encoder,
+        vae=args.vae,
+        tokenizer=args.tokenizer,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        precision=args.precision,
+        vram_budget=args.vram_budget,
+    )
+
+
+def gpus(text: str) -> Sequence[str]:
+    """ "all" or "0,2" -> devices; ValueError for anything else, and where there is no GPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if text == "all":
+        if not count:
+            raise ValueError("--gpus all: torch sees no GPU here; `zimage doctor` says why, without --gpus a CPU works")
+        return [f"cuda:{i}" for i in range(count)]
+    chosen = text.split(",")
+    if not all(part.strip().isdigit() for part in chosen):
+        raise ValueError(f"--gpus: expected all or numbers such as 0,1, found {text!r}")
+    return [f"cuda:{int(part)}" for part in chosen]
+
+
+class Lines:
+    """Progress on stderr with rate and time left: a bar in a terminal, else a line a minute; failures as they come."""
+
+    def __init__(self, total: int):
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, unit=" pictures", file=sys.stderr, disable=total == 0)
+        if not terminal:
+            self.bar.mininterval = QUIET_S
+            self.bar.maxinterval = QUIET_S
+            self.bar.ncols = 0
+
+    def step(self, result: Result) -> None:
+        if result.error is not None:
+            self.bar.write(f"zimage: {result.id}: {result.error}", file=sys.stderr)
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()
