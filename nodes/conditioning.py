@@ -17,7 +17,7 @@ class ZImagePromptEncode:
     FUNCTION = "encode"
     RETURN_TYPES = ("CONDITIONING",)
     RETURN_NAMES = ("conditioning",)
-    OUTPUT_TOOLTIPS = ("What the sampler is to draw.",)
+    OUTPUT_TOOLTIPS = ("The prompt, for the sampler.",)
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -30,7 +30,7 @@ class ZImagePromptEncode:
                         "multiline": True,
                         "dynamicPrompts": True,
                         "default": "",
-                        "tooltip": "What to draw, in words. Weights such as (red:1.2) mean nothing to Z-Image.",
+                        "tooltip": "What to show, in words. Weights such as (red:1.2) mean nothing to Z-Image.",
                     },
                 ),
             }

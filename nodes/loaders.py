@@ -75,7 +75,7 @@ class ZImageINT4ModelLoader:
                         "step": 0.1,
                         "round": 0.01,
                         "advanced": True,
-                        "tooltip": "GiB of GPU memory that the model may take while it draws, weights and activations "
+                        "tooltip": "GiB of GPU memory that the model may take, weights and activations "
                         "together: blocks that do not fit wait in RAM, the picture stays the same. 0 takes what "
                         "ComfyUI gives.",
                     },

@@ -10,6 +10,31 @@ CATEGORY = "Z-Image INT4/quantize"
 RANKS = ("256", "128", "32")
 CELL, MAX_SIZE = 16, 1024  # pixels
 SLOTS = ("a", "b", "c", "d")
+CALIBRATION: dict[str, tuple] = {
+    "clip": ("CLIP", {"tooltip": "To calibrate with: Z-Image Text Encoder Loader, or Load CLIP's Qwen3."}),
+    "prompts": (
+        "STRING",
+        {
+            "multiline": True,
+            "default": "",
+            "advanced": True,
+            "tooltip": "Prompts to calibrate with, one a line; those of a fine-tune's own kind suit it "
+            "best. Empty: 16 built-in ones of many kinds.",
+        },
+    ),
+    "size": (
+        "INT",
+        {
+            "default": 0,
+            "min": 0,
+            "max": MAX_SIZE,
+            "step": CELL,
+            "advanced": True,
+            "tooltip": "Pixels of an edge of the pictures to calibrate on, a multiple of 16; 0 takes 512, "
+            "or 256 on a CPU.",
+        },
+    ),
+}
 
 
 class ZImageQuantize:
@@ -17,7 +42,7 @@ class ZImageQuantize:
 
     DESCRIPTION = (
         "Writes an SVDQuant INT4 file from a BF16 Z-Image model, such as a fine-tune, with a LoRA merged if you like. "
-        "Connect a CLIP to calibrate: it takes longer and errs less. An interrupted run goes on where it was."
+        "Connect a CLIP to calibrate: it takes longer, with a smaller error. An interrupted run is resumed."
     )
     SEARCH_ALIASES = ["z-image", "zimage", "quantize", "int4", "svdquant", "svdq", "nunchaku", "convert", "merge lora"]
     CATEGORY = CATEGORY
@@ -50,8 +75,8 @@ class ZImageQuantize:
                     "BOOLEAN",
                     {
                         "default": True,
-                        "tooltip": "Measure what the model computes while it draws, block by block, and quantize for "
-                        "that; needs a clip. Off: from the weights alone, quicker and with a larger error.",
+                        "tooltip": "Quantize for the activations of generated pictures, block by block; needs a clip. "
+                        "Off: from the weights alone, quicker and with a larger error.",
                     },
                 ),
                 "lora_name": (
@@ -77,31 +102,7 @@ class ZImageQuantize:
                     },
                 ),
             },
-            "optional": {
-                "clip": ("CLIP", {"tooltip": "To calibrate with: Z-Image Text Encoder Loader, or Load CLIP's Qwen3."}),
-                "prompts": (
-                    "STRING",
-                    {
-                        "multiline": True,
-                        "default": "",
-                        "advanced": True,
-                        "tooltip": "Prompts to calibrate with, one a line; those of a fine-tune's own kind suit it "
-                        "best. Empty: 16 built-in ones of many kinds.",
-                    },
-                ),
-                "size": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": MAX_SIZE,
-                        "step": CELL,
-                        "advanced": True,
-                        "tooltip": "Pixels of an edge of the pictures to calibrate on, a multiple of 16; 0 takes 512, "
-                        "or 256 on a CPU.",
-                    },
-                ),
-            },
+            "optional": CALIBRATION,
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
@@ -143,8 +144,8 @@ class ZImageCompare:
     """Two to four IMAGE batches -> one labelled IMAGE."""
 
     DESCRIPTION = (
-        "Puts pictures of two to four models side by side, labelled, with PSNR and SSIM to the first under each: draw "
-        "them with the same seed and prompt. Works with pictures from any model."
+        "Puts pictures of two to four models side by side, labelled, with PSNR and SSIM to the first under each: "
+        "generate them with the same seed and prompt. Works with pictures from any model."
     )
     SEARCH_ALIASES = ["z-image", "zimage", "compare", "side by side", "psnr", "ssim", "quality", "xy plot", "grid"]
     CATEGORY = CATEGORY
@@ -159,14 +160,14 @@ class ZImageCompare:
     @classmethod
     def INPUT_TYPES(cls):
         pictures = {
-            "a": "What the others are measured against, from the BF16 model say: one picture or a batch.",
+            "a": "The reference, such as the BF16 model's: one picture or a batch.",
             "b": "The same seed and prompt from another model, as many and as large.",
             "c": "Likewise from a third model.",
             "d": "Likewise from a fourth model.",
         }
         inputs = {f"image_{slot}": ("IMAGE", {"tooltip": pictures[slot]}) for slot in SLOTS}
         inputs |= {
-            f"label_{slot}": ("STRING", {"default": slot.upper(), "tooltip": f"What stands above image_{slot}."})
+            f"label_{slot}": ("STRING", {"default": slot.upper(), "tooltip": f"The title above image_{slot}."})
             for slot in SLOTS
         }
         optional = {name: inputs.pop(name) for name in ("image_c", "image_d", "label_c", "label_d")}

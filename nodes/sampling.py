@@ -6,13 +6,33 @@ from .host.sampling import sample
 
 CELL = 16
 MAX_SIZE = 4096
+IMAGE_TO_IMAGE: dict[str, tuple] = {
+    "latent": (
+        "LATENT",
+        {
+            "tooltip": "A picture to start from (VAE Encode), with a mask if only part of it is to change "
+            "(Set Latent Noise Mask), or an empty latent. Its size wins over width and height."
+        },
+    ),
+    "denoise": (
+        "FLOAT",
+        {
+            "default": 1.0,
+            "min": 0.01,
+            "max": 1.0,
+            "step": 0.01,
+            "tooltip": "How much of the connected latent is generated anew: 1 all, 0.5 keeps the composition. "
+            "Leave at 1 without a latent.",
+        },
+    ),
+}
 
 
 class ZImageSampler:
     """MODEL and CONDITIONING -> LATENT."""
 
     DESCRIPTION = (
-        "Draws a picture in 8 steps: Z-Image Turbo's own schedule and no guidance, so there is no negative prompt. "
+        "Generates a picture in 8 steps: Z-Image Turbo's own schedule and no guidance, so there is no negative prompt. "
         "The same as KSampler with euler, simple, cfg 1. Connect a latent for image to image."
     )
     SEARCH_ALIASES = ["z-image", "zimage", "ksampler", "sampler", "img2img", "turbo", "generate"]
@@ -66,26 +86,7 @@ class ZImageSampler:
                     },
                 ),
             },
-            "optional": {
-                "latent": (
-                    "LATENT",
-                    {
-                        "tooltip": "A picture to start from (VAE Encode), with a mask if only part of it is to change "
-                        "(Set Latent Noise Mask), or an empty latent. Its size wins over width and height."
-                    },
-                ),
-                "denoise": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.01,
-                        "max": 1.0,
-                        "step": 0.01,
-                        "tooltip": "How much of the connected latent is redrawn: 1 all, 0.5 keeps the composition. "
-                        "Leave at 1 without a latent.",
-                    },
-                ),
-            },
+            "optional": IMAGE_TO_IMAGE,
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 

@@ -90,5 +90,5 @@ def test_help_page_with_its_picture(seen):
     report = next(r for r in seen[0].values() if "help" in r)
     if not report["helpButton"]:
         pytest.skip("this frontend's selection toolbox has no info button")
-    assert "Draws a picture" in report["help"]
+    assert "Generates a picture" in report["help"]
     assert any("ZImageSampler.png" in src and width > 100 for src, width in report["pictures"]), report["pictures"]

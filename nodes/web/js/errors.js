@@ -14,7 +14,7 @@ const NODES = new Set([
   "ZImageQuantize",
   "ZImageCompare",
 ])
-const OURS = /zimage_core|nodes[\\/]host\.py/ // a stock sampler that ran our model
+const OURS = /zimage_core|nodes[\\/]host[\\/]/ // a stock sampler that ran our model
 
 app.registerExtension({
   name: "ZImageINT4.Errors",
