@@ -1,8 +1,8 @@
-"""What the benchmarks share, and `zimage bench`: linears and whole steps, every backend against dense ones, in one run.
+"""`zimage bench`: linears and whole steps, every backend against dense ones, in one run. Shared with `benchmarks/`.
 
-Weights are random and made on the device, layer by layer, so that nothing is downloaded and no file is needed. Times
-are medians of single calls (CUDA events on a GPU); ways that are compared take turns, call by call, so that a clock
-that drifts or a neighbour that computes meets all of them alike: read the ratios, not the milliseconds.
+Weights are random and made on the device, layer by layer, so that no file is needed. Times are medians of single calls
+(CUDA events on a GPU). What is compared takes turns, call by call, so that a drifting clock or another process affects
+all alike: read the ratios, not the milliseconds.
 
 Legend: M rows, N out, K in, R rank.
 """
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +44,15 @@ from .pipeline import choose_device, choose_dtype
 from .sampler import draw_noise
 from .sizes import GIB
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Call = Callable[[], Tensor]
 Step = Callable[[int, int], Call]  # (pixels, batch) -> one step
 
 DEMO = ZImageConfig(384, 4, 1, 6, cap_feat_dim=128, axes_dims=(16, 24, 24))
 DEMO_RANK, RANK = 16, 256
 CAPTION_TOKENS = 128
-CELL = 16  # pixels to a token's edge
-LARGE_ON_CPU = 1024  # width above which a CPU takes so long that once must do
+CELL = 16  # edge of a token in pixels
+LARGE_ON_CPU = 1024  # width above which a CPU runs everything only once
 FLUSH_BYTES = 2**28  # more than any GPU's cache
 WARM_UP, LIMIT_S, SLOW = 2, 4.0, 3.0
 
@@ -58,10 +60,10 @@ WARM_UP, LIMIT_S, SLOW = 2, 4.0, 3.0
 def medians_ms(
     calls: Mapping[str, Call], device: torch.device, repeats: int, warm_up: int = WARM_UP, flush: bool = True
 ) -> dict[str, float]:
-    """Median time of each call in ms; before each a GPU's cache is flushed, as a model's weights come from memory.
+    """Median time of each call in ms; a GPU's cache is flushed before each, as a model's weights come from memory.
 
-    Calls take turns in an order drawn anew each round, as what ran before is what the caches hold; those SLOW times
-    slower than the fastest come after the others, one by one. After LIMIT_S no further round is begun."""
+    Calls take turns in a new random order each round, as caches hold what ran before. Those SLOW times slower than the
+    fastest follow one by one. After LIMIT_S no further round is begun."""
     cache = torch.empty(FLUSH_BYTES if flush and device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
     def once(name: str) -> float:
@@ -97,12 +99,12 @@ def _elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
 
 
 def cpu_clock() -> tuple[str, Callable[[], float]]:
-    """The clock for a CPU: with one thread the processor time of the process, which neighbours hardly change."""
+    """Name and function of a CPU's clock: with one thread the process's processor time, else the time of day."""
     return ("processor time", time.process_time) if torch.get_num_threads() == 1 else ("time", time.perf_counter)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
-    """TFLOP/s of a square GEMM and GB/s of a copy (read + write), which nothing here can exceed by much."""
+    """TFLOP/s of a square GEMM and GB/s of a copy (read + write), as upper bounds for the rest."""
     side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
     a = torch.randn(side, side, device=device, dtype=dtype)
     source = torch.empty(size, dtype=torch.uint8, device=device)
@@ -111,9 +113,9 @@ def ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str
     return {"tflops": 2 * side**3 / found["gemm"] / 1e9, "gbps": 2 * size / found["copy"] / 1e6}
 
 
-def machine(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """Where and when this was measured, and what cannot run there and why."""
-    facts: dict[str, object] = {
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Date, versions, device, and the backends that are unavailable there and why."""
+    facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "zimage": __version__,
         "device": backends.describe(device) if device.type == "cuda" else _processor(),
@@ -130,7 +132,7 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
 
 
 def _processor() -> str:
-    """The processor's name, or its architecture where the system does not tell."""
+    """The processor's name, or its architecture if the system does not report one."""
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
         return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -142,8 +144,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def host_memory() -> Iterator[dict[str, float]]:
-    """Measures what happens inside: `peak_gib` and `kept_gib` of anonymous host memory, which is what a process
-    holds besides mapped files (empty where the system does not tell)."""
+    """Measures its body: `peak_gib` and `kept_gib` of anonymous host memory, which excludes mapped files.
+
+    The dictionary stays empty if the system does not report it."""
 
     def anonymous() -> float | None:
         with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
@@ -194,8 +197,8 @@ def _cell(value: object, form: str) -> str:
     return format(value, form) if isinstance(value, (int, float)) else str(value)
 
 
-def print_machine(facts: Mapping[str, object], peak: Mapping[str, float]) -> None:
-    """The heading of a benchmark: machine, ceilings, and what cannot run here."""
+def print_machine(facts: Mapping[str, Any], peak: Mapping[str, float]) -> None:
+    """Print a benchmark's heading: machine, ceilings, and unavailable backends."""
     size = f", {facts['gib']} GiB" if "gib" in facts else f", threads: {facts['threads']} (measured: {facts['clock']})"
     print(f"{facts['device']}{size}, torch {facts['torch']}, {facts['dtype']}, {facts['date']}")
     print(f"measured ceilings: {peak['tflops']:.2f} TFLOP/s (square GEMM), {peak['gbps']:.0f} GB/s (copy)")
@@ -227,19 +230,19 @@ def random_weights(n: int, k: int, rank: int, device: torch.device, dtype: torch
 def random_model(
     config: ZImageConfig, device: torch.device, dtype: torch.dtype, backend: Backend | None, rank: int = RANK
 ) -> ZImageTransformer:
-    """A model of random weights on the device, quantized for the backend, or dense where that is None."""
+    """A model of random weights on the device, quantized for the backend, or dense if it is None."""
     with torch.device("meta"):
         model = ZImageTransformer(config, partial(SVDQLinear, rank=rank) if backend else Linear)
     model.backend = backend
     model.use(ops.select(backend.name if backend else "auto", device, dtype, config.head_dim))
     for module in model.modules():
-        if isinstance(module, SVDQLinear):
+        if backend and isinstance(module, SVDQLinear):
             module.load(random_weights(module.out_features, module.in_features, rank, device, dtype), backend)
     return randomize(model, device, dtype)
 
 
-def randomize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Give every parameter of a model (on the meta device, say) values that keep activations near 1, one by one."""
+def randomize(model: AnyModule, device: torch.device, dtype: torch.dtype) -> AnyModule:
+    """Replace every parameter of a model, which may be on the meta device, by values that keep activations near 1."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, device=device, dtype=dtype)
@@ -252,9 +255,9 @@ def randomize(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
 
 
 def step_of(model: ZImageTransformer, device: torch.device, dtype: torch.dtype) -> Step:
-    """Steps of this project's transformer as the pipeline runs them, from a CUDA graph where it would.
+    """Steps of this project's transformer as the pipeline runs them, with CUDA graphs where it uses them.
 
-    The prompt's part, made once for all steps, is not in them."""
+    `prepare`, which runs once per prompt, is not included."""
     streamer = BlockStreamer(model.blocks, model)
     streamer.place(device, math.inf)
 
@@ -272,8 +275,9 @@ def step_of(model: ZImageTransformer, device: torch.device, dtype: torch.dtype) 
 def own_sides(
     config: ZImageConfig, rank: int, device: torch.device, dtype: torch.dtype, model: Path | None = None
 ) -> dict[str, Callable[[], Step]]:
-    """Name -> what makes the steps of our own model, dense and quantized for every way that runs here; a file's
-    weights instead of random ones where one is given."""
+    """Functions by name that build steps of our own model: dense, and for every backend and precision that runs here.
+
+    Weights are random, or a file's if `model` is given."""
 
     def loaded(path: Path, name: str, precision: str) -> Step:
         return step_of(
@@ -301,8 +305,8 @@ def bench_steps(
 ) -> list[dict]:
     """A row for every side, size and batch: ms of one step and peak GiB on a GPU.
 
-    Models are made and measured one after the other, or, where memory allows, held `together` so that they take turns.
-    A side that runs out of a GPU's memory has a row without a time."""
+    Models are built and measured one after the other, or all `together`, taking turns. After an out-of-memory error a
+    side's row has no time."""
     rows = []
     on_gpu = device.type == "cuda"
     for group in [sides] if together else [{name: build} for name, build in sides.items()]:
@@ -330,7 +334,7 @@ def bench_steps(
 
 
 def add_ratios(rows: list[dict], bases: Mapping[str, str], same: Sequence[str]) -> None:
-    """Add a ratio of times for every base: key -> the name of the base, among rows that agree in the `same` keys."""
+    """Add to every row its time relative to each base (key -> the base's name), among rows equal in the `same` keys."""
     for key, base in bases.items():
         times = {tuple(row[k] for k in same): row["ms"] for row in rows if row["what"] == base}
         for row in rows:
@@ -358,12 +362,12 @@ def bench_linears(
     peak: Mapping[str, float],
     extras: Extras = lambda weights, x: {},
 ) -> list[dict]:
-    """A row for every linear and every way to run it: ms, TFLOP/s and GB/s and their shares of `ceilings`, error.
+    """A row for every linear and every backend: ms, TFLOP/s and GB/s and their shares of `ceilings`, error.
 
-    The dense linear in dtype comes first (and is the ratios' base), on the CPU one in fp32 too. `extras` gives further
-    calls and the tensors that they read; one whose name begins with a blank is a part of another, without FLOPs and
-    error. TFLOP/s count the dense product alone, GB/s the operands as they are stored and the result; the error is
-    relative to fp32."""
+    The dense linear in dtype comes first and is the base of the ratios; on the CPU one in fp32 follows. `extras`
+    returns further calls and the tensors that they read; a name that begins with a blank is a part of another call and
+    has no FLOPs and error. TFLOP/s count the dense product alone, GB/s the operands as stored and the result; the
+    error is relative to fp32."""
     results = []
     for layer, (n, k) in shapes.items():
         weights = random_weights(n, k, rank, device, dtype)
@@ -394,7 +398,7 @@ def bench_linears(
 
 
 def totals(rows: Sequence[Mapping]) -> list[dict]:
-    """One row for each way: the sum over its linears; ratios to the first."""
+    """One row per backend: the sum over its linears, and its ratio to the first."""
     sums: dict[str, float] = {}
     for row in rows:
         sums[row["what"]] = sums.get(row["what"], 0.0) + row["ms"]
@@ -438,11 +442,11 @@ def show_steps(title: str, rows: list[dict], dtype: torch.dtype, peer: str | Non
 
 
 def bench(model: str | None = None, device: str | None = None, size: int | None = None) -> None:
-    """Measure this machine: tables, and a last line of JSON with the same.
+    """Benchmark this machine: prints tables, and a last line of JSON with the same.
 
-    On a GPU the four linears of a real block at 4224 rows and a step at 1024 x 1024 pixels, both of random weights; on
-    a CPU the same of the demo's size at 256 x 256. With `model`, a transformer file, its sizes and its steps.
-    ValueError for another kind of file, a device that is not there or a size that is no multiple of 16.
+    On a GPU the four linears of a full-size block at 4224 rows and a step at 1024 x 1024 pixels, with random weights;
+    on a CPU the demo's sizes at 256 x 256. With `model`, a transformer file, its sizes and its steps. ValueError for
+    another kind of file, a device that does not exist or a size that is no multiple of 16.
     """
     info = model_info(model) if model else None
     where = choose_device(device)
@@ -468,5 +472,5 @@ def bench(model: str | None = None, device: str | None = None, size: int | None 
 
 
 def print_json(name: str, facts: Mapping[str, object], **found: object) -> None:
-    """The last line of every benchmark."""
+    """Print the last line of every benchmark: its results as JSON."""
     print("\n" + json.dumps({"bench": name, "machine": facts, **found}))

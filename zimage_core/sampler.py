@@ -12,7 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .models.transformer import PIXELS_PER_CELL, Conditioning, ZImageTransformer
+from .models.transformer import PIXELS_PER_CELL, Conditioning
+
+Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # ZImageTransformer, or its `forward` with hooks
 
 SHIFT = 3.0
 MAX_STEPS = 100
@@ -47,9 +49,7 @@ def draw_noise(generator: torch.Generator | int, batch: int, height: int, width:
     return torch.randn((batch, channels, *cells), generator=generator, device="cpu", dtype=torch.float32)
 
 
-def predict_flow(
-    model: Callable[[Tensor, Tensor, Conditioning], Tensor], latents: Tensor, sigma: Tensor, cond: Conditioning
-) -> Tensor:
+def predict_flow(model: Model, latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
     """d x / d sigma at latents (B, 16, H/8, W/8), sigma (B,) or scalar in 0..1; latents' shape and dtype.
 
     The only place that turns sigma into the model's time and flips its sign.
@@ -58,7 +58,7 @@ def predict_flow(
 
 
 def denoise(
-    model: ZImageTransformer,
+    model: Model,
     latents: Tensor,
     sigmas: Tensor,
     cond: Conditioning,
@@ -80,10 +80,9 @@ def denoise(
     device_sigmas = sigmas.to(latents.device)
     for i in range(total):
         flow = predict_flow(model, latents, device_sigmas[i], cond)
-        if guidance > 0:
+        if guidance > 0 and negative is not None:
             flow = flow + guidance * (flow - predict_flow(model, latents, device_sigmas[i], negative))
-        image = latents - steps[i] * flow if on_step else None
-        latents = latents + (steps[i + 1] - steps[i]) * flow
-        if on_step and on_step(i + 1, total, image) is False:
+        before, latents = latents, latents + (steps[i + 1] - steps[i]) * flow
+        if on_step and on_step(i + 1, total, before - steps[i] * flow) is False:
             break
     return latents

@@ -360,7 +360,7 @@ def test_a_disk_that_fills_up_half_way_gets_a_sentence_and_the_run_goes_on_later
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match="No space left on device; free 0.0 GiB there or choose another folder"):
+    with pytest.raises(ValueError, match="No space left on device; free 6 MiB there or choose another folder"):
         quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96)
     monkeypatch.undo()
     assert_resumes(outliers, captions, calibrated, tmp_path)
@@ -610,7 +610,7 @@ def test_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(ValueError, match="No space left on device; free 0.0 GiB"):
+    with pytest.raises(ValueError, match="No space left on device; free 6 MiB"):
         StreamedFile(tmp_path / "q", plan_header(CONFIG, 16), file_metadata(CONFIG, 16))
     assert os.listdir(tmp_path) == []
 

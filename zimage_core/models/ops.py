@@ -1,9 +1,10 @@
-"""What lies between a block's linears: norms with modulation, gates, rotary positions, SwiGLU. Plain torch.
+"""The operations between a block's linears: norms with modulation, gates, rotary positions, SwiGLU. Plain torch.
 
-`backends.fused` holds the same four functions as Triton kernels; a model is told once, at load, which of the two
-`Ops` to use (`ZImageTransformer.use`). Two of them take the smoothing vector of the linear behind them, where that
-wants 8-bit activations (`svdq.smoothing`): kernels then return them `backends.Quantized`; plain torch leaves that to
-the linear. Formulas: huggingface/diffusers `transformer_z_image.py@v0.42.1`.
+`backends.fused` has the same four functions as Triton kernels; `ZImageTransformer.use` sets which of the two `Ops` a
+model runs. Two of them take the smoothing vector of a following linear with 8-bit activations (`svdq.smoothing`): the
+kernels then return `backends.Quantized`; plain torch ignores it.
+
+Formulas: huggingface/diffusers `transformer_z_image.py@v0.42.1`.
 
 Legend: B batch, L tokens, D width, H heads, K head width, F feed-forward width. "1 or B" broadcasts over the batch.
 """
@@ -32,12 +33,12 @@ class Ops(NamedTuple):
 
 
 def finite(x: Tensor) -> Tensor:
-    """fp16 overflows inside this model: saturate instead of carrying inf into the next norm."""
+    """x with fp16 infinities saturated, as this model overflows fp16 and the next norm would make NaN of them."""
     return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype is torch.float16 else x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """Root-mean-square norm over the last axis, in fp32 inside; the result has `dtype`."""
+    """Root-mean-square norm over the last axis, computed in fp32, returned in `dtype`."""
     if x.dtype == weight.dtype == dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
@@ -56,7 +57,7 @@ def norm_gate_add(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor
 
 
 def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """q and k normed per head and turned by their positions, and v as it is.
+    """q and k normalized per head and rotated by their positions; v unchanged.
 
     qkv (B, L, 3, H, K), cos, sin (1 or B, L, 1, K/2) fp32 -> three of (B, L, H, K). May overwrite qkv.
     """
@@ -66,7 +67,7 @@ def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tens
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn adjacent pairs of x (B, L, H, K) by the angles (1 or B, L, 1, K/2), in fp32."""
+    """Rotate adjacent pairs of x (B, L, H, K) by the angles (1 or B, L, 1, K/2), in fp32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
@@ -82,7 +83,7 @@ TORCH = Ops(norm_scale, norm_gate_add, norm_rope, swiglu)
 
 
 def select(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:
-    """The kernels where Triton runs, a 16-bit dtype is used, and the backend asked for is not plain torch."""
+    """The Triton kernels if they run there and the backend asked for is not plain torch; else `TORCH`."""
     refused = backends.load("triton").unavailable(device, dtype)
     if backend in ("reference", "torch") or head_dim & (head_dim - 1) or refused:
         return TORCH

@@ -1,8 +1,8 @@
 """The text encoder: the Qwen3 body whose hidden state conditions Z-Image.
 
-Z-Image was trained on the second-to-last hidden state of Qwen3-4B, so of a file's N layers only the first N - 1
-are read and run, and the final norm and the language-model head never. The body is ours so that its Linears come
-from the same kind of factory as the transformer's.
+Z-Image was trained on the second-to-last hidden state of Qwen3-4B, so only the first N - 1 of a file's N layers are
+read and run, without the final norm and the language-model head. The body is our own, so that its Linears come from
+a factory as the transformer's do.
 
 Source: transformers/models/qwen3/modeling_qwen3.py@v5.23.0, diffusers/pipelines/z_image/pipeline_z_image.py@v0.42.1.
 Legend: B batch, L tokens, C width, H heads, G key/value heads, D head width.
@@ -23,7 +23,7 @@ from .tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Sizes of the encoder, by default Qwen3-4B's; `num_layers` are the layers run, one less than the model has."""
+    """Sizes of the encoder; the defaults are Qwen3-4B's. `num_layers` is one less than the model's, see above."""
 
     vocab_size: int = 151936
     hidden_size: int = 2560
@@ -149,12 +149,12 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the layers are, which is where the hidden state comes out."""
-        return self.layers[0].input_layernorm.weight.device
+        """The layers' device, which is the hidden state's."""
+        return next(self.layers.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layers[0].input_layernorm.weight.dtype
+        return next(self.layers.parameters()).dtype
 
     def forward(
         self,
@@ -167,7 +167,7 @@ class TextEncoder(nn.Module):
 
         `attention_mask` (B, L) is 1 on tokens and 0 on padding, which must be on the right: there the causal
         mask alone keeps tokens from seeing it. The hidden state is zero on padding. ValueError for other masks.
-        run_block replaces the function of that name; device is where it runs layers that wait elsewhere.
+        run_block replaces the function of that name; device: where it runs layers that are kept elsewhere.
         """
         if attention_mask is not None:
             attention_mask = attention_mask.bool()

@@ -1,4 +1,4 @@
-"""From a prompt to token ids: the chat template, and Qwen's tokenizer wherever its files are on this machine.
+"""Prompt to token ids: the chat template, and finding and loading Qwen's tokenizer.
 
 Source: diffusers/pipelines/z_image/pipeline_z_image.py@v0.42.1 (template, limit).
 """
@@ -22,7 +22,7 @@ _TOKENIZER_REMEDY = "put Qwen3's tokenizer.json, or its vocab.json, merges.txt a
 class Tokenizer:
     """Token ids of a prompt: chat template, then byte-pair encoding, cut at 512 tokens.
 
-    The prompt goes in as it is, so that, as in diffusers, special-token strings inside it become those tokens.
+    As in diffusers, special-token strings inside a prompt become those tokens.
     """
 
     def __init__(self, encode: Callable[[str], list[int]], where: str):
@@ -32,7 +32,7 @@ class Tokenizer:
             raise ValueError(f"{where}: expected Qwen's tokenizer, found no <|im_start|>; {_TOKENIZER_REMEDY}")
 
     def __call__(self, prompt: str) -> list[int]:
-        """Token ids of one prompt, unpadded; warns where a long prompt loses its end."""
+        """Token ids of one prompt, unpadded; warns if the prompt is cut."""
         ids = self.encode(TEMPLATE.format(prompt))
         if len(ids) > MAX_TOKENS:
             message = f"the prompt takes {len(ids)} tokens and only the first {MAX_TOKENS} are used; shorten it"
@@ -65,7 +65,7 @@ def load_tokenizer(path) -> Tokenizer:
 
 
 def _opened(path: Path, read: Callable, **options: object):
-    """What a tokenizer library reads from a file or folder; ValueError where it cannot."""
+    """The tokenizer that `read` makes of a file or folder; ValueError if it fails."""
     try:
         return read(str(path), **options)
     except Exception as error:  # tokenizers has no narrower class, and transformers meets broken files with many
@@ -89,10 +89,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def find_tokenizer(encoder_path, comfyui=None) -> Path:
-    """The folder of the tokenizer for an encoder file or folder, from what is on this machine.
+    """The folder of the tokenizer for an encoder file or folder on this machine.
 
     Looks beside the encoder, in `tokenizer/` there and one folder up, in the ComfyUI install (its root `comfyui`,
-    or the one around the encoder), then in the hub's cache. Raises ValueError where there is none.
+    or the one around the encoder), then in the hub's cache. ValueError if there is none.
     """
     path = Path(encoder_path).absolute()
     folder = path if path.is_dir() else path.parent
@@ -116,6 +116,7 @@ def cached_tokenizer() -> Path | None:
     for repo, prefix in HUB_TOKENIZERS:
         for names in TOKENIZER_FILES:
             found = [try_to_load_from_cache(repo, prefix + name) for name in names]
-            if all(isinstance(file, str) for file in found):
-                return Path(found[0]).parent
+            files = [file for file in found if isinstance(file, str)]
+            if len(files) == len(names):
+                return Path(files[0]).parent
     return None

@@ -41,7 +41,7 @@ RunBlock = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the steps need of a prompt at one size; valid only for the weights that it was prepared under.
+    """A prompt prepared for the steps at one size; valid only for the weights that it was prepared with.
 
     context (Bc, Lc, D): refined caption tokens, Bc is 1 or the batch. cos, sin (Bc, L, 1, K/2) fp32: rotary
     angles of [image, caption] tokens, L = image_tokens + Lc. mask (Bc, 1, 1, L) bool or None where all
@@ -86,7 +86,7 @@ def run_block(stage: str, index: int, block: nn.Module, x: Tensor, *args: object
 
 @dataclass(frozen=True)
 class Hooks:
-    """Where a host may step in; the defaults are the model itself.
+    """Functions and positions that a caller may replace; the defaults are the model's own.
 
     run_block replaces the function of that name (its args: cos, sin, mask, t_emb or None, attention), attention
     that of every block. rope = (row scale, row shift, column scale, column shift) of the image's rotary positions.
@@ -98,7 +98,7 @@ class Hooks:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm; blocks hand its weight to `ops`, which does more in the same pass."""
+    """Root-mean-square norm; blocks pass its weight to `ops`, which fuses it with what follows."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -197,7 +197,7 @@ class TimestepEmbedder(nn.Module):
         half = ADALN_WIDTH // 2
         freqs = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         args = t.float()[:, None] * freqs
-        return self.mlp(torch.cat((args.cos(), args.sin()), dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat((args.cos(), args.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class FinalLayer(nn.Module):
@@ -215,7 +215,7 @@ class FinalLayer(nn.Module):
 
 
 def use_ops(model: nn.Module, chosen: ops.Ops) -> None:
-    """Have every block of a model run these functions between its linears."""
+    """Set the functions that every block of a model runs between its linears."""
     for module in model.modules():
         if isinstance(module, Attention | FeedForward | Block):
             module.ops = chosen
@@ -249,7 +249,7 @@ class ZImageTransformer(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def use(self, chosen: ops.Ops) -> None:
-        """Have every block run these functions between its linears."""
+        """Set the functions that every block runs between its linears."""
         use_ops(self, chosen)
 
     @property
@@ -275,7 +275,7 @@ class ZImageTransformer(nn.Module):
         width: int,
         hooks: Hooks = Hooks(),
     ) -> Conditioning:
-        """Everything that does not depend on t: embeds and refines the captions, computes angles and mask.
+        """The Conditioning for all steps: embedded and refined captions, rotary angles, mask.
 
         cap_feats: one (L, C) for the whole batch, or one per picture. height, width in pixels, divisible by 16.
         """

@@ -1,10 +1,9 @@
 """The 16-channel, 8x autoencoder of Z-Image: pictures to latents and back.
 
-What: encoder and decoder (convolutions, one attention in the middle), the scale and shift of the latents, slicing
-over the batch, tiling with blended seams. Module names are those of diffusers' `AutoencoderKL`; files with the
-names of Black Forest Labs (`ae.safetensors`) are renamed by a table. fp16 overflows inside the decoder and gives
+Encoder and decoder (convolutions, one attention in the middle), scale and shift of the latents, one picture at a time,
+tiling with blended seams. Modules are named as in diffusers' `AutoencoderKL`. fp16 overflows in the decoder and gives
 NaN (black) pictures, so only fp32 and bf16 are accepted.
-Why our own: large pictures must not fail for memory, and one reader must take every file that users have.
+Our own, because large pictures must not run out of memory and one reader must take every file that users have.
 Source: arXiv:2112.10752 (architecture); huggingface/diffusers `models/autoencoders/autoencoder_kl.py@v0.42.1` (names,
 paddings, eps); ComfyUI `comfy/ldm/modules/diffusionmodules/model.py@v0.33.0` (the other names).
 
@@ -27,15 +26,14 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 TILES = (96, 48)
-"""Tile edges in latent cells; the next is tried where memory runs out. The tensors of a 96-cell tile (768 pixels)
-take 1.7 GiB in fp32, of a 48-cell tile 0.4 GiB. Large ones first: the normalizations and the attention see one
-tile only, and the more of the picture it holds, the closer the result is to that of the whole."""
+"""Tile edges in latent cells; the next is tried after an out-of-memory error. The tensors of a 96-cell tile (768
+pixels) take 1.7 GiB in fp32, of a 48-cell tile 0.4 GiB. Larger tiles come closer to the result without tiles, as
+normalizations and attention see one tile only."""
 OVERLAP = 0.25
-"""Share of a tile's edge that it has in common with its neighbour, so that a difference between the two fades over
-at least 96 pixels."""
+"""Part of a tile's edge that overlaps its neighbour: differences between the two fade over at least 96 pixels."""
 AUTO_PIXELS = 1536 * 1536
-"""Above this "auto" tiles at once: fp32 takes 3 KiB a pixel, 6.8 GiB here, and a machine without a GPU reports no
-error to act on, it kills the process."""
+"""Above this "auto" starts with tiles: fp32 takes 3 KiB per pixel, 6.8 GiB here, and a machine without a GPU kills the
+process instead of raising an error."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +263,7 @@ class VAE(nn.Module):
         return self._run(self.decoder, latents, tiling, cell_in=1, cell_out=self.config.downscale)
 
     def _run(self, function: Callable, x: Tensor, tiling: str | int, cell_in: int, cell_out: int) -> Tensor:
-        """Apply `function` to one picture after another, whole or in tiles, in smaller ones where memory runs out."""
+        """Apply `function` to each picture, whole or in tiles; after an out-of-memory error in smaller tiles."""
         if not isinstance(tiling, int) and tiling not in ("auto", "on", "off"):
             raise ValueError(f"tiling: expected 'auto', 'on' or 'off', found {tiling!r}")
         weight = self.decoder.conv_in.weight
@@ -300,7 +298,7 @@ class VAE(nn.Module):
                 # Outside the handler: only now are the failed attempt's tensors free.
                 if weight.device.type == "cuda":
                     torch.cuda.empty_cache()
-            sizes = sizes[sizes.index(size) :]  # what failed once is not tried again for the next picture
+            sizes = sizes[sizes.index(size) :]  # sizes that failed are not tried for the next picture
             pictures.append(done)
         return torch.cat(pictures)
 
@@ -343,19 +341,19 @@ def tiled(function: Callable, x: Tensor, tile: int, overlap: int, cell_in: int, 
     tile, overlap: latent cells; cell_in, cell_out: pixels per cell before and after `function`.
     """
     rows, columns = x.shape[2] // cell_in, x.shape[3] // cell_in
-    total = weights = None
+    total = weights = x.new_zeros(0)  # allocated for the first tile's channels
     for top in _starts(rows, tile, overlap):
         for left in _starts(columns, tile, overlap):
             bottom, right = min(top + tile, rows), min(left + tile, columns)
-            piece = function(x[..., top * cell_in : bottom * cell_in, left * cell_in : right * cell_in]).float()
-            down = _ramp(piece.shape[2], overlap * cell_out, top == 0, bottom == rows)
-            across = _ramp(piece.shape[3], overlap * cell_out, left == 0, right == columns)
-            weight = (down[:, None] * across[None, :]).to(piece.device)
-            if total is None:
-                total = piece.new_zeros(*piece.shape[:2], rows * cell_out, columns * cell_out)
-                weights = piece.new_zeros(rows * cell_out, columns * cell_out)
+            done = function(x[..., top * cell_in : bottom * cell_in, left * cell_in : right * cell_in]).float()
+            down = _ramp(done.shape[2], overlap * cell_out, top == 0, bottom == rows)
+            across = _ramp(done.shape[3], overlap * cell_out, left == 0, right == columns)
+            weight = (down[:, None] * across[None, :]).to(done.device)
+            if not total.numel():
+                total = done.new_zeros(*done.shape[:2], rows * cell_out, columns * cell_out)
+                weights = done.new_zeros(rows * cell_out, columns * cell_out)
             area = (..., slice(top * cell_out, bottom * cell_out), slice(left * cell_out, right * cell_out))
-            total[area] += piece * weight
+            total[area] += done * weight
             weights[area] += weight
     return total / weights
 

@@ -1,10 +1,10 @@
-"""Calibrated quantization of a whole transformer: its own pictures go through it, block by block.
+"""Calibrated quantization of a whole transformer on latents of its own, block by block.
 
-The dense model first draws the calibration prompts, a block in memory at a time, and a sample of the noisy latents
-on the way is kept. These then pass through the model once more, all together: each block is read, its four linears
-are quantized one after the other for the inputs that the linears before them, already quantized, really give, and
-what the quantized block puts out goes on to the next. So errors do not pile up unseen, and neither the model nor
-its activations are ever held whole.
+The dense model first generates pictures of the calibration prompts, with one block in memory at a time, and keeps
+some of the noisy latents. These then pass through the model once more, all together: each block is read, its four
+linears are quantized one after the other for their actual inputs, which earlier linears, already quantized, produce,
+and the quantized block's output goes to the next block. So later blocks can compensate for the errors of earlier ones,
+and neither the model nor its activations are in memory as a whole.
 
 Legend: S samples, a sample being one picture's latents at one sigma; P prompts.
 Source: SVDQuant (arXiv 2411.05007) for calibration along the denoising steps; block-wise streaming as in GPTQ.
@@ -16,6 +16,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -55,12 +56,12 @@ PROMPTS = (
 """Faces, hands, lettering in two languages, textures, wide views and drawings."""
 
 Chunk = tuple  # a block's arguments, (x, cos, sin, mask, t_emb, attention), for some of the samples
-Visit = Callable[[str, Block, list[Chunk]], None]  # gets a block's name, the block, and what it is to run on
+Visit = Callable[[str, Block, list[Chunk]], None]  # takes a block's name, the block and its inputs
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Noisy latents on the way from noise to picture, each with its sigma and the number of its prompt."""
+    """Noisy latents of several steps, each with its sigma and the index of its prompt."""
 
     latents: Tensor  # (S, 16, H/8, W/8)
     sigmas: Tensor  # (S,)
@@ -68,7 +69,7 @@ class Samples:
 
 
 class Tapped(Exception):
-    """Carries the inputs of a tapped linear out of a block that need not run further."""
+    """Ends a block's run at a tapped linear, whose inputs it holds."""
 
     def __init__(self, inputs: Tensor):
         super().__init__()
@@ -76,7 +77,7 @@ class Tapped(Exception):
 
 
 class TappedLinear(nn.Linear):
-    """A linear without bias that can hand its inputs over instead of going on."""
+    """A linear without bias that raises `Tapped` with its inputs while it is tapped."""
 
     tapped = False
 
@@ -87,7 +88,7 @@ class TappedLinear(nn.Linear):
 
 
 class Streamed:
-    """The dense model with its blocks left in the checkpoint: each is read when it runs, and dropped after it."""
+    """The dense model with its blocks left in the checkpoint: each is read before it runs and freed afterwards."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class Streamed:
         dtype: torch.dtype,
         on_block: Callable[[], None],
     ):
-        """`fetch` gives a tensor by the model's name for it; on_block is called after each block that only runs."""
+        """`fetch` returns a tensor by the model's name for it; on_block is called after each block without visitor."""
         self.fetch, self.device, self.dtype, self.on_block = fetch, device, dtype, on_block
         self.visit: Visit | None = None
         with torch.device("meta"):
@@ -110,7 +111,7 @@ class Streamed:
         self.hooks = Hooks(run_block=self.run_block)
 
     def run_block(self, stage: str, index: int, block: Block, x: Tensor, *args: object) -> Tensor:
-        """Run one block over x (S, L, D) in chunks, after the visitor, if there is one, has worked on it."""
+        """Run one block over x (S, L, D) in chunks, after the visitor if there is one."""
         name, block = f"{stage}.{index}", copy.deepcopy(block)
         self._load(block, name + ".")
         size = max(CHUNK_TOKENS // x.shape[1], 1)
@@ -141,22 +142,22 @@ class Streamed:
         return self.fetch(name).to(self.device, self.dtype).reshape(meta.shape)
 
 
-def blocks_to_draw(config: ZImageConfig) -> int:
-    """How many blocks `draw_samples` runs; the context refiner's run once."""
+def blocks_run(config: ZImageConfig) -> int:
+    """The number of blocks that `generate_samples` runs; the context refiner's run once."""
     return STEPS * (config.n_refiner_layers + config.n_layers) + config.n_refiner_layers
 
 
 def planned_samples(config: ZImageConfig, prompts: int, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What `draw_samples` gives for so many prompts: field -> (safetensors dtype, shape)."""
+    """The fields that `generate_samples` returns for so many prompts: name -> (safetensors dtype, shape)."""
     count, cells = STEPS // 2 * prompts, size // PIXELS_PER_CELL
     shape = (count, config.in_channels, cells, cells)
     return {"latents": ("F32", shape), "sigmas": ("F32", (count,)), "prompts": ("I64", (count,))}
 
 
-def draw_samples(streamed: Streamed, cap_feats: Sequence[Tensor], size: int) -> Samples:
-    """Draw a picture of size x size pixels for each caption (L, C), and keep its latents at every second step.
+def generate_samples(streamed: Streamed, cap_feats: Sequence[Tensor], size: int) -> Samples:
+    """Generate a picture of size x size pixels for each caption (L, C); returns its latents at every second step.
 
-    Even steps of even prompts, odd ones of odd prompts: all sigmas occur.
+    Even steps of even prompts, odd ones of odd prompts, so that all sigmas occur.
     """
     prompts = torch.arange(len(cap_feats))
     latents = draw_noise(0, len(prompts), size, size, streamed.model.config.in_channels).to(streamed.device)
@@ -172,7 +173,7 @@ def draw_samples(streamed: Streamed, cap_feats: Sequence[Tensor], size: int) -> 
 
 
 def visit_blocks(streamed: Streamed, cap_feats: Sequence[Tensor], samples: Samples, visit: Visit) -> None:
-    """Run the samples through the model, where visit(name, block, chunks) may change each block before it runs."""
+    """Run the samples through the model; visit(name, block, chunks) may change each block before it runs."""
     streamed.visit = visit
     height, width = (PIXELS_PER_CELL * cells for cells in samples.latents.shape[2:])
     cond = streamed.prepare(cap_feats, height, width)
@@ -183,8 +184,8 @@ def visit_blocks(streamed: Streamed, cap_feats: Sequence[Tensor], samples: Sampl
 
 
 def input_stats(block: Block, linear: str, chunks: list[Chunk]) -> InputStats:
-    """What the chunks' tokens, masked ones aside, give one of a block's linears to work on."""
-    tap = block.get_submodule(linear)
+    """Statistics of the inputs that one of a block's linears gets from the chunks' unmasked tokens."""
+    tap = cast(TappedLinear, block.get_submodule(linear))
     stats = InputStats(tap.in_features, tap.weight.device)
     tap.tapped = True
     for chunk in chunks:

@@ -1,9 +1,8 @@
 """A smaller text encoder file from a BF16 one: INT8 as quanto writes it, or 4-bit NVFP4 as ComfyUI reads it.
 
-Only the layers' Linears get smaller; the token table and the norms stay bf16 and the language-model head, which no
-picture needs, is left out. Codes are rounded by the scale as it is stored. The 4-bit form is NVFP4 because, at 4.5
-bits, its scale for every 16 weights leaves less error than quanto's INT4 with groups of 128: on normally distributed
-weights 0.082 of their norm against 0.094, with heavier tails (Student, 5 degrees of freedom) 0.083 against 0.126.
+Only the layers' Linears are quantized; the token table and the norms stay in bf16, and the language-model head, which
+Z-Image does not run, is left out. Codes are rounded for the stored, already rounded scale. The 4-bit format is NVFP4,
+as its scale for every 16 weights leaves less error than quanto's INT4 with groups of 128 (benchmarks/README.md).
 
 Source: optimum-quanto 0.2.7 (tensor/optimizers/absmax_optimizer.py, nn/qmodule.py) for names, codes and scalars, mmgp
 3.8.2 (safetensors2.py) for the metadata; QUANTIZATION.md and comfy/quant_ops.py of Comfy-Org/ComfyUI@783545f6.
@@ -24,14 +23,14 @@ from ..formats.encoder import check_model, check_weights, read_config
 from ..formats.stored import ENCODER_REMEDY, GGUFEncoder, SafetensorsEncoder, blocked, open_encoder
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from ..sizes import round_up
-from .writer import DTYPES, StreamedFile
+from .writer import DTYPES, Header, StreamedFile
 
 _LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 _HEAD = "lm_head.weight"
 _FP8_MAX, _FP8_MIN = 448.0, 2**-9
-# What the largest of 16 weights becomes: above or below 6, clipping it or not, the others may fit better.
+# Codes tried for the largest of 16 weights: clipped from above 6 or scaled below it, the others may fit better.
 _PEAKS = (6.0, 4.0, 4.5, 5.0, 5.5, 6.5, 7.0)
-# Weight-only: ComfyUI is told not to round the activations too.
+# Weight-only: tells ComfyUI not to quantize activations.
 _COMFY_QUANT = b'{"format": "nvfp4", "full_precision_matrix_mult": true}'
 _ROWS = 512  # at a time, for the search
 
@@ -61,12 +60,12 @@ def quantize_encoder(
         names = [name for name in file.weights if name != _HEAD]
         linears = [name.removesuffix(".weight") for name in names if _LINEAR.fullmatch(name)]
         form = _int8_parts if bits == 8 else _nvfp4_parts
-        header = {}
+        header: Header = {}
         for name in names:
             shape = file.weights[name].shape
             planned = _planned(name, shape, bits) if _LINEAR.fullmatch(name) else {name: ("BF16", shape)}
             header |= {f"model.{key}": entry for key, entry in planned.items()}
-        # The widest numbers first, so that each lies at a multiple of its size.
+        # The widest dtypes first, so that every tensor is aligned.
         header = dict(sorted(header.items(), key=lambda item: -DTYPES[item[1][0]].itemsize))
         with StreamedFile(dst, header, _metadata(file.config, config, linears, bits)) as out:
             for done, name in enumerate(names):
@@ -124,7 +123,7 @@ def _to_fp4(x: Tensor) -> Tensor:
 
 
 def _check_source(file: SafetensorsEncoder | GGUFEncoder, dst: Path) -> TextEncoderConfig:
-    """The sizes of a source fit to be quantized; ValueError for others, and where the destination is the source."""
+    """The source's sizes. ValueError if it cannot be quantized, or is the destination itself."""
     check_model(file.weights, file.where)
     config = read_config(file.config, file.weights, file.where)
     expected = {name: tuple(t.shape) for name, t in TextEncoder(config, device="meta").state_dict().items()}
@@ -139,8 +138,8 @@ def _check_source(file: SafetensorsEncoder | GGUFEncoder, dst: Path) -> TextEnco
     return config
 
 
-def _planned(name: str, shape: tuple[int, ...], bits: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The parts that a Linear becomes: name -> (safetensors dtype, shape)."""
+def _planned(name: str, shape: tuple[int, ...], bits: int) -> Header:
+    """A quantized Linear's tensors: name -> (safetensors dtype, shape)."""
     layer, (n, k) = name.removesuffix(".weight"), shape
     if bits == 8:
         scalars = {f"{layer}.input_scale": ("BF16", ()), f"{layer}.output_scale": ("BF16", ())}
@@ -194,7 +193,7 @@ def _metadata(text: str | None, config: TextEncoderConfig, linears: list[str], b
 
 
 def _config_dict(config: TextEncoderConfig) -> dict:
-    """The config of transformers for a file that brought none."""
+    """The config of transformers, for a file without one."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -1,8 +1,8 @@
-"""The SVDQ INT4 checkpoint as a file to be written: its planned header, its metadata, a writer that streams.
+"""Writing an SVDQ INT4 checkpoint: its header, its metadata, and a writer that streams tensors in any order.
 
-Names, dtypes and shapes follow from the model's configuration alone, so the header is written first and each
-tensor goes to its own offset whenever it is ready: a 4.5 GB file needs the memory of one tensor. The file
-grows under a temporary name in the destination's folder and gets its real name only when it is complete.
+Names, dtypes and shapes follow from the model's configuration alone, so the header is written first and each tensor
+goes to its own offset when it is ready: a 4.5 GB file takes the memory of one tensor. The file grows under a temporary
+name in the destination's folder and is renamed when it is complete.
 
 Source: the header that nunchaku's `NunchakuZImageTransformer2DModel` expects under strict loading
 (nunchaku/models/transformers/transformer_zimage.py@92e4695) and the safetensors format description.
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import struct
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,11 +29,10 @@ from ..models.config import ZImageConfig
 from ..models.transformer import ADALN_WIDTH, T_EMBED_HIDDEN
 from ..sizes import readable
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 DTYPES = {
     "F32": torch.float32,
@@ -43,7 +43,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 ITEM_SIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a network file system that knows none
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from network file systems without locks
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # name -> (safetensors dtype, shape)
 
@@ -83,7 +83,7 @@ def quantized_linears(config: ZImageConfig) -> dict[str, tuple[int, int]]:
 
 
 def block_names(config: ZImageConfig) -> list[str]:
-    """Every block's prefix, in the order in which the model runs them."""
+    """Every block's prefix, in the order of the forward pass."""
     refiners = range(config.n_refiner_layers)
     return [
         *(f"context_refiner.{i}" for i in refiners),
@@ -93,7 +93,7 @@ def block_names(config: ZImageConfig) -> list[str]:
 
 
 def plan_header(config: ZImageConfig, rank: int, skip_refiners: bool = False) -> Header:
-    """Every tensor of the INT4 file: name -> (dtype, shape), in the order in which safetensors lays them out.
+    """Every tensor of the INT4 file: name -> (dtype, shape), in the order of the file.
 
     ValueError if the model's widths or the rank cannot be packed.
     """
@@ -148,7 +148,7 @@ def plan_header(config: ZImageConfig, rank: int, skip_refiners: bool = False) ->
 
 
 def file_metadata(config: ZImageConfig, rank: int, skip_refiners: bool = False) -> dict[str, str]:
-    """The metadata by which nunchaku and the loaders made after it recognize the file."""
+    """The metadata by which nunchaku and compatible loaders recognize the file."""
     four_bit = {"dtype": "int4", "scale_dtype": None, "group_size": GROUP}
     quantization = {"method": "svdquant", "weight": four_bit, "activation": four_bit}
     return {
@@ -160,7 +160,7 @@ def file_metadata(config: ZImageConfig, rank: int, skip_refiners: bool = False) 
 
 
 def check_destination(path: Path) -> None:
-    """ValueError unless a file can lie there: in a folder that exists, and where nothing but a file is."""
+    """ValueError unless the path is a file's or free, in a folder that exists."""
     if not path.parent.is_dir():
         raise ValueError(f"{path}: expected a file in a folder, found no {path.parent}; choose another folder")
     if path.exists() and not path.is_file():
@@ -169,19 +169,19 @@ def check_destination(path: Path) -> None:
 
 
 class StreamedFile:
-    """A safetensors file written tensor by tensor, in any order, which gets its name only when complete.
+    """A safetensors file written tensor by tensor, in any order, and renamed to its path when complete.
 
-    A context manager: leaving it normally checks that every planned tensor was written, flushes the file to the disk
-    and renames it; where that fails, or an exception ends it, the temporary file is removed, unless the file is
-    resumable and a section of it is finished. A later one with the same header and metadata then goes on from there.
-    Until it is left, nobody else, in this process or another, gets one for the same path.
+    A context manager. Leaving it normally checks that every planned tensor was written, flushes the file to the disk
+    and renames it. After a failure or an exception the temporary file is removed, unless the write is resumable and
+    has a finished section: a later StreamedFile with the same header and metadata then resumes from it. The path is
+    locked meanwhile, within this process and against others.
     """
 
     def __init__(self, path: Path, header: Header, metadata: Mapping[str, str], notes: Header | None = None):
         """Reserve the whole file. ValueError if it cannot be written there, is being written, or does not fit.
 
-        notes: tensors for the caller's own use, kept behind the file's until it is complete; with them, were there
-        none, the file is resumable.
+        notes: tensors for the caller's own use, stored behind the file's until it is complete. Passing notes, even
+        `{}`, makes the write resumable.
         """
         check_destination(path)
         self.path = path
@@ -215,22 +215,22 @@ class StreamedFile:
             raise self._no_space(error) from error
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor at its place. ValueError if it is not planned, misshapen or of another dtype."""
-        dtype, shape = self.header.get(name, (None, None))
+        """Write one tensor at its offset. ValueError if it is not planned or of another shape or dtype."""
         found = next((name for name, kind in DTYPES.items() if kind == tensor.dtype), str(tensor.dtype))
-        if (found, tuple(tensor.shape)) != (dtype, shape):
-            expected = f"{dtype} {list(shape)}" if dtype else "no such tensor"
+        planned = self.header.get(name)
+        if planned != (found, tuple(tensor.shape)):
+            expected = f"{planned[0]} {list(planned[1])}" if planned else "no such tensor"
             raise ValueError(f"{self.path}: {name}: expected {expected}, found {found} {list(tensor.shape)}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         try:
             self._file.seek(self._offsets[name])
-            self._file.write(data)
+            self._file.write(data.data)
         except OSError as error:
             raise self._no_space(error) from error
         self._missing.discard(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that was written, by this object or before it was resumed. ValueError if it has been cut off."""
+        """A tensor written by this object or by the run that it resumes. ValueError if the file was truncated."""
         dtype, shape = self.header[name]
         self._file.seek(self._offsets[name])
         expected = _bytes(dtype, shape)
@@ -240,7 +240,7 @@ class StreamedFile:
         return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
 
     def finish(self, section: str) -> None:
-        """Record that all quantized linears whose names start with `section` and a dot are on the disk."""
+        """Flush to the disk, and record that every tensor whose name starts with `section` and a dot is written."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -264,7 +264,7 @@ class StreamedFile:
             self._close(keep)
 
     def _complete(self, resumable: bool) -> None:
-        """Give the file its name."""
+        """Check that nothing is missing, and rename the file to its path."""
         if self._missing:
             raise ValueError(f"{self.path}: {len(self._missing)} tensors missing: {min(self._missing)}")
         try:
@@ -281,7 +281,7 @@ class StreamedFile:
             ) from error
 
     def _earlier(self, encoded: bytes) -> list[str]:
-        """The sections that an earlier run finished, if it was for the same header: same settings and source."""
+        """The sections that an earlier run with the same header, so the same settings and source, finished."""
         if not self.partial.is_file():
             return []
         self._record.seek(0)
@@ -297,7 +297,7 @@ class StreamedFile:
         return sections
 
     def _is_whole(self, encoded: bytes) -> bool:
-        """Whether the temporary file begins as it should and is as long; complete, it has lost its notes."""
+        """Whether the temporary file has the expected header and size, with notes or, once complete, without."""
         if self.partial.stat().st_size not in (self.size, self._full_size):
             return False
         with self.partial.open("rb") as file:
@@ -308,7 +308,7 @@ class StreamedFile:
         self._missing = {name for name in self._missing if not name.startswith(section + ".")}
 
     def _close(self, keep: bool) -> None:
-        """Let go of the files, and remove them unless they are kept; the locked one comes last."""
+        """Close the files, the locked one last, and remove them unless they are kept."""
         try:
             self._file.close()
         finally:
@@ -346,7 +346,7 @@ def _encode_header(header: Header, metadata: Mapping[str, str]) -> tuple[bytes, 
 
 
 def _placed(header: Header, position: int) -> tuple[dict[str, int], int]:
-    """Tensors one after the other from a position on -> (each one's offset, where the last one ends)."""
+    """Offsets of tensors stored one after the other from a position on, and the end of the last."""
     offsets = {}
     for name, (dtype, shape) in header.items():
         offsets[name] = position
@@ -359,13 +359,13 @@ def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether this opening of a file now has it for itself until it is closed; True where there are no locks."""
+    """Lock an open file until it is closed; False if another has it, True on file systems without locks."""
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
+        if sys.platform == "win32":
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
@@ -375,7 +375,7 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Claim the space at once where the file system can: a full disk shows before the work, not after it."""
+    """Allocate the whole file where the file system can, so that a full disk fails before the work."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (AttributeError, OSError) as error:
