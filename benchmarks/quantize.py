@@ -63,7 +63,7 @@ def parts_of_linear(n: int, k: int, rank: int, rows: int, device: torch.device) 
 
 
 class Watch:
-    """The quantizer's progress as seconds: of drawing, and of each kind of linear."""
+    """The quantizer's progress in seconds: of generating samples, and of each kind of linear."""
 
     def __init__(self):
         self.seconds: dict[str, list[float]] = {}
@@ -96,9 +96,9 @@ def whole_model(source: Path, target: Path, rank: int, prompts: int, size: int, 
     if device.type == "cuda":
         found["allocated_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         found["reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    drawing = watch.seconds.pop("drawing")
+    generating = watch.seconds.pop("generating")
     parts = {kind: sum(times) / len(times) for kind, times in watch.seconds.items() if kind.startswith(PARTS)}
-    return found | {"drawing_s": sum(drawing), "drawn_blocks": len(drawing), "linear_s": parts}
+    return found | {"drawing_s": sum(generating), "drawn_blocks": len(generating), "linear_s": parts}
 
 
 def main() -> None:
