@@ -28,20 +28,19 @@ from torch import Tensor
 
 from . import sampler
 from .formats import load as checkpoint
-from .formats.encoder import check_text_encoder, load_text_encoder
+from .formats.encoder import load_text_encoder
 from .formats.identify import model_info
-from .formats.vae import load_vae, read_vae_config
+from .formats.vae import load_vae
 from .linear import backends
 from .lora import apply as lora
 from .memory import plan as planning
 from .memory.graphs import Graphs
-from .memory.offload import BlockStreamer, Weights, module_bytes
-from .memory.offload import weights as weights_of
-from .models import ops
-from .models.config import ZImageConfig
+from .memory.offload import BlockStreamer
+from .memory.placement import module_bytes
+from .memory.stages import MetaModels, libraries
 from .models.text_encoder import encode_prompts
 from .models.tokenizer import find_tokenizer, load_tokenizer
-from .models.transformer import PIXELS_PER_CELL, Conditioning, Hooks, ZImageTransformer
+from .models.transformer import Conditioning, Hooks
 from .models.vae import decode_image, out_of_memory
 
 if TYPE_CHECKING:
@@ -237,6 +236,16 @@ class Pipeline:
         self.stages: list[Stage] = []
         self.seeds: list[int] | None = None
         self.loras: list[tuple[lora.Lora, float]] = []
+        self._on_meta = MetaModels(
+            files.model,
+            files.text_encoder,
+            files.vae,
+            device=device,
+            dtype=dtype,
+            vae_dtype=self._vae_dtype(),
+            backend=backend,
+            precision=precision,
+        )
         self._tokenizer = None
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
         self._remembered = 0
@@ -496,79 +505,30 @@ class Pipeline:
         self, texts: list[str], positive: int, guided: bool, height: int, width: int, pictures: int
     ) -> planning.Plan:
         """What this call will take; ValueError where the budget cannot hold it. Reads headers, no weights."""
-        e, fp16 = self.dtype.itemsize, self.dtype is torch.float16
-        info = model_info(self.files.model)
-        config = info.config
-        arithmetic = "dense"
-        if info.rank:
-            backend = backends.select(self.backend, self.precision, device=self.device, dtype=self.dtype)
-            arithmetic = planning.arithmetic(backend, self.device)
-        fused = ops.select(self.backend, self.device, self.dtype, config.head_dim) is not ops.TORCH
-
         tokens = self._count_tokens(texts)
-        cell = PIXELS_PER_CELL * config.patch_size
-        image_tokens = planning.padded((height // cell) * (width // cell))
-        rows = pictures * (image_tokens + planning.padded(max(tokens)))
-        captions = tokens[:positive] * (pictures // positive if positive > 1 else 1)
-        other = planning.conditioning_bytes(config, image_tokens, captions, e, fp16)
-        other += planning.conditioning_bytes(config, image_tokens, tokens[-1:], e, fp16) if guided else 0
-        other += planning.latents_bytes(height, width, pictures)
-        if self.transformer is not None:
-            lora.apply(self.transformer, self.loras)
-            weights = weights_of(self._streamer.blocks, self.transformer)
-        else:
-            weights = planning.transformer_weights(config, info.rank, info.quantized_refiners, e, arithmetic)
-            weights = self._with_loras(weights, config)
-        transformer = planning.Part(
-            weights, planning.transformer_need(config, rows, info.rank, arithmetic, fused, e, fp16), other
-        )
-        encoder = None
-        if any(text not in self._prompts for text in texts):
-            sizes, found = check_text_encoder(self.files.text_encoder)
-            stored = {name: (weight.form, weight.shape) for name, weight in found.items()}
-            forms = [form for form, _ in stored.values()]
-            encoder = planning.Part(
-                planning.encoder_weights(stored, sizes.num_layers, e),
-                planning.encoder_need(sizes, max(tokens), forms, e),
-            )
-        vae_config = read_vae_config(self.files.vae)
-        vae_e = self._vae_dtype().itemsize
-        budget = self._budget()
-        count = f"{pictures} pictures" if pictures > 1 else "1 picture"
-        return planning.make_plan(
-            title=f"{count} of {width} x {height}",
-            encoder=encoder,
-            transformer=transformer,
-            vae=planning.vae_weights(vae_config, vae_e),
-            vae_config=vae_config,
+        unknown = [count for text, count in zip(texts, tokens) if text not in self._prompts]
+        request = planning.Request(
             height=height,
             width=width,
             pictures=pictures,
-            vae_itemsize=vae_e,
+            captions=tokens[:positive] * (pictures // positive if positive > 1 else 1),
+            negative=tokens[-1] if guided else None,
+            encoded=max(unknown, default=0),
+        )
+        lora.apply(self._on_meta.transformer, self.loras)
+        if unknown:
+            lora.apply(self._on_meta.text_encoder, self.loras)
+        budget = self._budget()
+        limits = planning.Limits(
             budget=budget,
-            together=budget is None and not self.once,
+            libraries=libraries(self.device),
             streamed=[name for name, least in self._too_much.items() if pictures * height * width >= least],
-            libraries=planning.libraries(self.device),
-            held=self._held(),
+            together=budget is None and not self.once,
+            resident=self._held(),
         )
-
-    def _with_loras(self, weights: Weights, config: ZImageConfig) -> Weights:
-        """The transformer's bytes with the LoRAs, which are counted on a model without memory.
-
-        ValueError for a LoRA that does not fit.
-        """
-        if not self.loras:
-            return weights
-        with torch.device("meta"):
-            model = ZImageTransformer(config).to(self.dtype)
-        before = weights_of(model.blocks, model)
-        lora.apply(model, self.loras)
-        after = weights_of(model.blocks, model)
-        return Weights(
-            weights.rest + after.rest - before.rest,
-            tuple(own + y - x for own, x, y in zip(weights.blocks, before.blocks, after.blocks, strict=True)),
-            weights.slot + after.slot - before.slot,
-        )
+        models = self._on_meta
+        encoder = models.text_encoder if unknown else None
+        return planning.plan_pictures(request, limits, transformer=models.transformer, encoder=encoder, vae=models.vae)
 
     def _count_tokens(self, texts: list[str]) -> list[int]:
         """Caption tokens of each prompt."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ...zimage_core.formats.encoder import load_text_encoder
-from ...zimage_core.memory import plan
+from ...zimage_core.memory.stages import encoding_bytes, libraries
 from ...zimage_core.models.text_encoder import TextEncoder
 from ...zimage_core.models.tokenizer import MAX_TOKENS, Tokenizer, load_tokenizer
 from ...zimage_core.sizes import readable
@@ -117,10 +117,8 @@ class CoreEncoder(Adapted):
 
     def need(self, tokens: int) -> int:
         """Bytes of activations for a prompt of this length, and of a weight while it is dequantized."""
-        encoder = self.encoder
-        forms = {str(module.form) for module in encoder.layers.modules() if hasattr(module, "form")}
-        need = plan.encoder_need(encoder.config, tokens, sorted(forms), encoder.dtype.itemsize)
-        return need.total + plan.libraries(comfy.model_management.text_encoder_device())
+        device = comfy.model_management.text_encoder_device()
+        return encoding_bytes(self.encoder, tokens) + libraries(device)
 
     def memory_estimation_function(self, tokens: dict, device=None) -> int:
         """`need` of the longest row; ComfyUI calls this before it places the layers."""

@@ -21,12 +21,11 @@ from torch import Tensor
 from ...zimage_core.demo import LATENT_RGB
 from ...zimage_core.formats.load import load_transformer
 from ...zimage_core.lora import apply as lora
-from ...zimage_core.memory import plan
-from ...zimage_core.models import ops
+from ...zimage_core.memory.stages import libraries, sampling_bytes
 from ...zimage_core.models.tokenizer import MAX_TOKENS
 from ...zimage_core.models.transformer import ZImageTransformer
 from ...zimage_core.models.vae import out_of_memory
-from ...zimage_core.sizes import GIB, readable
+from ...zimage_core.sizes import GIB, readable, round_up
 from . import messages
 from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
 from .forward import Caption, DiffusionModel
@@ -159,25 +158,19 @@ class ZImageModel(comfy.model_base.Lumina2):
         return self.expected
 
     def activations(self, input_shape: Sequence[int]) -> float:
-        """Bytes of activations and backend buffers for latents of a shape (B, 16, H/8, W/8), as planned.
+        """Bytes of activations for latents of a shape (B, 16, H/8, W/8), as planned.
 
         Each picture is assumed to have a caption of its own, of the greatest length.
         """
         transformer = self.diffusion_model.transformer
-        config, backend = transformer.config, transformer.backend
-        device, size = comfy.model_management.get_torch_device(), transformer.dtype.itemsize
-        batch, height, width = input_shape[0], input_shape[-2], input_shape[-1]
-        tokens = plan.padded(-(-height // config.patch_size) * -(-width // config.patch_size))
-        rows, fp16 = batch * (tokens + MAX_TOKENS), transformer.dtype is torch.float16
-        arithmetic = plan.arithmetic(backend, device) if backend else "dense"
-        rank = transformer.checkpoint.rank
-        fused = transformer.layers[0].ops is not ops.TORCH
-        need = plan.transformer_need(config, rows, rank, arithmetic, fused, size, fp16).total
-        need += plan.conditioning_bytes(config, tokens, [MAX_TOKENS] * batch, size, fp16)
-        need += plan.latents_bytes(8 * height, 8 * width, batch) + plan.libraries(device)
+        batch, patch = input_shape[0], transformer.config.patch_size
+        height, width = round_up(input_shape[-2], patch), round_up(input_shape[-1], patch)
+        need = sampling_bytes(transformer, 8 * height, 8 * width, batch, [MAX_TOKENS] * batch)
+        need += libraries(comfy.model_management.get_torch_device())
         memory = comfy.model_management
         if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
-            need += batch * (tokens + MAX_TOKENS) ** 2 * size * 2  # scores of one head at a time
+            tokens = height * width // patch**2 + MAX_TOKENS
+            need += batch * tokens**2 * transformer.dtype.itemsize * 2  # scores of one head at a time
         return need
 
     def _apply_model(self, *args, **kwargs) -> Tensor:

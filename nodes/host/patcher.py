@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...zimage_core.lora import apply as lora
-from ...zimage_core.memory.offload import BlockStreamer, Weights, weights
+from ...zimage_core.memory.offload import BlockStreamer
+from ...zimage_core.memory.placement import Weights, weights
 from ...zimage_core.sizes import readable
 from .lora import StockModule, stock_lora, stock_loras
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...zimage_core.formats.safetensors import read_header
 from ...zimage_core.formats.vae import load_vae as load_autoencoder
-from ...zimage_core.memory import plan
-from ...zimage_core.models.vae import VAE, VAEConfig
+from ...zimage_core.memory.stages import decoding_bytes
+from ...zimage_core.models.vae import VAE
 from ...zimage_core.sizes import readable
 from .files import DEMO, LATENT_CHANNELS, find
 
@@ -79,11 +79,16 @@ class CoreVAE(nn.Module):
 
 def describe_vae(vae: comfy.sd.VAE, width: int, height: int) -> str:
     """One line: the device memory for decoding a picture of a size, in pixels."""
-    ours = isinstance(vae.first_stage_model, CoreVAE)
-    config = vae.first_stage_model.vae.config if ours else VAEConfig()  # ComfyUI runs only those of Flux's sizes
-    tile = TILE if tiles(vae, (1, LATENT_CHANNELS, height // 8, width // 8)) else None
-    need = plan.vae_need(config, height, width, 1, vae.vae_dtype.itemsize, tile).total
-    how = ", in tiles" if tile else ""
+    if isinstance(vae.first_stage_model, CoreVAE):
+        model = vae.first_stage_model.vae
+    else:  # ComfyUI runs only those of Flux's sizes
+        with torch.device("meta"):
+            model = VAE().to(torch.bfloat16 if vae.vae_dtype.itemsize == 2 else torch.float32)
+    if tiles(vae, (1, LATENT_CHANNELS, height // 8, width // 8)):
+        blended = 16 * height * width  # three channels and their weights in fp32
+        need, how = decoding_bytes(model, min(height, 8 * TILE), min(width, 8 * TILE)) + blended, ", in tiles"
+    else:
+        need, how = decoding_bytes(model, height, width), ""
     weights = readable(vae.patcher.model_size())
     return f"VAE: {weights} weights + up to {readable(need)} to decode {width} x {height}{how}"
 

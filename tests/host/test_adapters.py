@@ -411,7 +411,7 @@ def test_comfyuis_memory_manager_streams_the_encoder(
     host, deep_encoders, encoder_loras, small_gpu, monkeypatch, form, memory
 ):
     """Its arithmetic for a GPU with so and so much free memory: the same features, within it, and as the node said."""
-    from zimage_pack.zimage_core.memory import plan
+    from zimage_pack.zimage_core.sizes import readable
 
     cpu = torch.device("cpu")
     clip = host.clip.core_clip(deep_encoders[form])
@@ -429,7 +429,7 @@ def test_comfyuis_memory_manager_streams_the_encoder(
         assert clip.patcher.loaded_size() <= max(share, 0.26) * size  # two slots are the least there is
         streamed = len(module.streamer.host)
         how = f"{streamed} of 8 blocks streamed" if streamed else "nothing streamed"
-        assert said.startswith(f"{plan.readable(clip.patcher.loaded_size())} weights") and said.endswith(how)
+        assert said.startswith(f"{readable(clip.patcher.loaded_size())} weights") and said.endswith(how)
         assert torch.equal(encode(lora), with_it)
         assert module.streamer.host or clip.patcher.loaded_size() == clip.patcher.model_size() > size  # with the LoRA
         assert torch.equal(encode(clip), expected)
@@ -463,7 +463,9 @@ def test_plan_of_comfyuis_own_vae_and_encoder(host, vae_file, stock_encoder):
     import weakref
 
     from torch.utils._python_dispatch import TorchDispatchMode
-    from zimage_pack.zimage_core.memory import plan
+    from zimage_pack.zimage_core.memory.stages import decoding_bytes
+    from zimage_pack.zimage_core.models.vae import VAE
+    from zimage_pack.zimage_core.sizes import readable
 
     class Live(TorchDispatchMode):
         now = peak = 0
@@ -487,11 +489,12 @@ def test_plan_of_comfyuis_own_vae_and_encoder(host, vae_file, stock_encoder):
     with Live() as live:
         vae.first_stage_model.decode(latents)
     weights = sum(p.nbytes for p in vae.first_stage_model.parameters())
-    need = plan.vae_need(plan.VAEConfig(), 128, 128, 1, 4, None).total
-    line = f"VAE: {plan.readable(weights)} weights + up to {plan.readable(need)} to decode 128 x 128"
+    with torch.device("meta"):
+        need = decoding_bytes(VAE(), 128, 128)
+    line = f"VAE: {readable(weights)} weights + up to {readable(need)} to decode 128 x 128"
     assert host.vae.describe_vae(vae, 128, 128) == line
     assert 0.8 * need < live.peak <= need
-    weights = plan.readable(stock_encoder.patcher.model_size())
+    weights = readable(stock_encoder.patcher.model_size())
     assert host.clip.describe_encoder(stock_encoder) == f"text encoder: {weights} weights, run by ComfyUI itself"
 
 

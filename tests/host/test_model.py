@@ -776,29 +776,30 @@ def test_budget_caps_the_resident_blocks(host, ours, loras, monkeypatch):
 def test_loaders_say_what_their_models_will_take(host, ours, small_gpu, monkeypatch, memory):
     """Each loader's line in numbers: weights, what grows with the picture or the prompt, what is streamed."""
     from zimage_pack.nodes.loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
-    from zimage_pack.zimage_core.memory import plan
+    from zimage_pack.zimage_core.memory.stages import decoding_bytes, encoding_bytes
+    from zimage_pack.zimage_core.sizes import readable
 
     said = {}
     monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.update({node_id: text}))
     ZImageINT4ModelLoader().load(TINY, "torch", "w4a16", 0.0, "model")
     weights, need = ours.model_size(), ours.model.activations([1, 16, 128, 128])
-    drawn = f"{plan.readable(weights)} weights + {plan.readable(need)} to generate"
+    drawn = f"{readable(weights)} weights + {readable(need)} to generate"
     assert said["model"].splitlines()[1] == f"1024 x 1024: {drawn}; nothing streamed"
     (clip,) = ZImageTextEncoderLoader().load(host.files.DEMO, "clip")
     encoder = clip.cond_stage_model.encoder
     weights = sum(tensor.nbytes for tensor in (*encoder.layers.parameters(), *encoder.layers.buffers()))
-    need = plan.encoder_need(encoder.config, 512, [m.form for m in encoder.layers.modules() if hasattr(m, "form")], 4)
-    assert encoder.dtype is torch.float32 and weights > 2**20 and need.total > 2**20
-    prompt = f"{plan.readable(weights)} weights + {plan.readable(need.total)} for a prompt of 512 tokens"
+    need = encoding_bytes(encoder, 512)
+    assert encoder.dtype is torch.float32 and weights > 2**20 and need > 2**20
+    prompt = f"{readable(weights)} weights + {readable(need)} for a prompt of 512 tokens"
     assert said["clip"] == f"text encoder: {prompt}; nothing streamed"
     (vae,) = ZImageVAELoader().load(host.files.DEMO, "fp32", "vae")
-    config, weights = vae.first_stage_model.vae.config, sum(p.nbytes for p in vae.first_stage_model.parameters())
-    need = plan.vae_need(config, 1024, 1024, 1, 4, None).total
-    line = f"VAE: {plan.readable(weights)} weights + up to {{}} to decode 1024 x 1024"
-    assert said["vae"] == line.format(plan.readable(need))
+    model, weights = vae.first_stage_model.vae, sum(p.nbytes for p in vae.first_stage_model.parameters())
+    need = decoding_bytes(model, 1024, 1024)
+    line = f"VAE: {readable(weights)} weights + up to {{}} to decode 1024 x 1024"
+    assert said["vae"] == line.format(readable(need))
     monkeypatch.setattr(memory, "get_total_memory", lambda device: 2**20)
-    tiled = plan.vae_need(config, 1024, 1024, 1, 4, 64).total
-    assert tiled < need and host.vae.describe_vae(vae, 1024, 1024) == line.format(plan.readable(tiled)) + ", in tiles"
+    tiled = decoding_bytes(model, 512, 512) + 16 * 1024**2
+    assert tiled < need and host.vae.describe_vae(vae, 1024, 1024) == line.format(readable(tiled)) + ", in tiles"
     count = len(encoder.layers)
     small_gpu(1)
     assert host.clip.describe_encoder(clip).endswith(f" free, {count} of {count} blocks streamed")

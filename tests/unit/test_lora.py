@@ -20,7 +20,7 @@ from zimage_core.linear.adapters import Linear
 from zimage_core.linear.svdq import SVDQLinear
 from zimage_core.lora import apply as lora
 from zimage_core.lora.apply import Lora, load_lora
-from zimage_core.memory.offload import weights
+from zimage_core.memory.placement import weights
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.models.transformer import ZImageTransformer

@@ -17,8 +17,10 @@ from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.load import load_transformer
 from zimage_core.linear.adapters import Linear, Terms
 from zimage_core.linear.svdq import SVDQLinear
-from zimage_core.memory import offload
-from zimage_core.memory.offload import BUFFERS, BlockStreamer, CopyAtOnce, fit, flat_bytes, module_bytes
+from zimage_core.memory import copies, placement
+from zimage_core.memory.copies import CopyAtOnce, CopyOnStream
+from zimage_core.memory.offload import BlockStreamer
+from zimage_core.memory.placement import BUFFERS, fit, flat_bytes, module_bytes
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.transformer import Hooks, ZImageTransformer
 
@@ -174,7 +176,7 @@ def test_what_was_at_home_before_comes_back_without_a_copy():
     homes = [block.weight.data_ptr() for block in blocks]
     for _ in range(2):
         streamer.place("meta", 1e9)
-        assert {tensor.device.type for block in blocks for _, _, tensor in offload.slots(block)} == {"meta"}
+        assert {tensor.device.type for block in blocks for _, _, tensor in placement.slots(block)} == {"meta"}
         streamer.place("meta", 1e9)  # for the next picture
         streamer.leave()
         assert [block.weight.data_ptr() for block in blocks] == homes
@@ -194,7 +196,7 @@ def test_what_changed_while_it_was_resident_is_not_taken_from_home():
         streamer.place(CPU, 1e9)
         del blocks[1].adapter
         place()
-        assert len(list(offload.slots(blocks[1]))) == 3
+        assert len(list(placement.slots(blocks[1]))) == 3
 
 
 def test_what_was_loaded_in_inference_mode_runs_in_it_and_outside_after_a_move():
@@ -203,11 +205,11 @@ def test_what_was_loaded_in_inference_mode_runs_in_it_and_outside_after_a_move()
         linear = nn.Sequential(nn.Linear(4, 4).requires_grad_(False))
         linear.register_buffer("kept", torch.ones(1))
         expected = linear(torch.ones(1, 4))
-    first = [tensor for _, _, tensor in offload.slots(linear)]
+    first = [tensor for _, _, tensor in placement.slots(linear)]
     with torch.inference_mode(False), torch.no_grad():
-        offload.change(linear, torch.clone)
-    assert [type(tensor) for tensor in first] == [type(tensor) for _, _, tensor in offload.slots(linear)]
-    assert not {id(tensor) for tensor in first} & {id(tensor) for _, _, tensor in offload.slots(linear)}
+        placement.change(linear, torch.clone)
+    assert [type(tensor) for tensor in first] == [type(tensor) for _, _, tensor in placement.slots(linear)]
+    assert not {id(tensor) for tensor in first} & {id(tensor) for _, _, tensor in placement.slots(linear)}
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             assert torch.equal(linear(torch.ones(1, 4)), expected)
@@ -222,7 +224,7 @@ def test_bytes_used_are_counted_with_the_rest_of_the_model():
     assert streamer.place(CPU, 1e9) == module_bytes(model)
     allowance = rest + 2 * flat_bytes(blocks[0]) + module_bytes(blocks[0])
     assert streamer.place(CPU, allowance) == allowance and streamer.resident == 1
-    assert offload.weights(blocks, model).total == module_bytes(model)
+    assert placement.weights(blocks, model).total == module_bytes(model)
 
 
 def test_replaced_tensors_are_taken_up_even_without_placing_again():
@@ -273,8 +275,8 @@ def test_page_locked_buffers_waste_little(rank):
     linear = Linear if rank is None else functools.partial(SVDQLinear, rank=256 + rank, dtype=torch.bfloat16)
     with torch.device("meta"):
         model = ZImageTransformer(ZImageConfig(n_layers=1, n_refiner_layers=1), linear).to(torch.bfloat16)
-    sizes = [offload._aligned(t.numel() * t.element_size()) for _, _, t in offload.slots(model.layers[0])]
-    groups = offload.share_buffers(sizes)
+    sizes = [placement.aligned_bytes(t) for _, _, t in placement.slots(model.layers[0])]
+    groups = copies.share_buffers(sizes)
     assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     assert len(groups) <= 4, "copies for each block"
     locked = sum(rounded(sum(sizes[i] for i in group)) for group in groups)
@@ -283,19 +285,19 @@ def test_page_locked_buffers_waste_little(rank):
 
 
 def test_small_blocks_and_full_ones_are_one_copy():
-    assert offload.share_buffers([]) == []
-    assert offload.share_buffers([2**20, 100]) == [[0, 1]]
-    assert offload.share_buffers([2**26, 2**26]) == [[0, 1]]
-    assert offload.share_buffers([2**26 + 1]) == [[0]], "a single tensor cannot be shared out"
-    assert offload.share_buffers([2**25, 2**26, 3 * 2**23]) == [[0, 1, 2]], "120 of 128 MiB"
-    assert offload.share_buffers([2**25, 2**26, 2**24]) == [[1], [0], [2]]
-    assert offload.share_buffers([2**20, 2**26, 2**20]) == [[1], [0, 2]]
+    assert copies.share_buffers([]) == []
+    assert copies.share_buffers([2**20, 100]) == [[0, 1]]
+    assert copies.share_buffers([2**26, 2**26]) == [[0, 1]]
+    assert copies.share_buffers([2**26 + 1]) == [[0]], "a single tensor cannot be shared out"
+    assert copies.share_buffers([2**25, 2**26, 3 * 2**23]) == [[0, 1, 2]], "120 of 128 MiB"
+    assert copies.share_buffers([2**25, 2**26, 2**24]) == [[1], [0], [2]]
+    assert copies.share_buffers([2**20, 2**26, 2**20]) == [[1], [0, 2]]
 
 
 @pytest.mark.parametrize("whole", [2**40, 0])
 def test_a_transformer_streams_bit_identically_with_and_without_adapters(model, monkeypatch, whole):
     """With one buffer for each block, and with several."""
-    monkeypatch.setattr(offload, "WHOLE", whole)
+    monkeypatch.setattr(copies, "WHOLE", whole)
     blocks = model.blocks
     plain = draw(model)
     streamer = BlockStreamer(blocks, model, copies=Lazy)
@@ -304,7 +306,7 @@ def test_a_transformer_streams_bit_identically_with_and_without_adapters(model, 
     assert {len(home.buffers) > 1 for home in streamer.host.values()} == {whole == 0}
     for allowance in (0, module_bytes(model) * 0.8, 1e12):
         used = streamer.place(CPU, allowance)
-        assert used <= max(allowance, offload.weights(blocks, model).rest + BUFFERS * max(map(flat_bytes, blocks)))
+        assert used <= max(allowance, placement.weights(blocks, model).rest + BUFFERS * max(map(flat_bytes, blocks)))
         assert torch.equal(draw(model, hooks), plain)
 
     linears = [model.layers[0].attention.to_qkv, model.layers[-1].feed_forward.w2]
@@ -373,12 +375,12 @@ def test_on_cuda_copies_wait_for_the_last_use_and_computing_waits_for_the_copy(m
         "synchronize": lambda device: log.append("synchronize"),
     }
     monkeypatch.setattr(torch, "cuda", types.SimpleNamespace(**fake))
-    copies = offload.CopyOnStream(torch.device("cuda"))
+    on_stream = CopyOnStream(torch.device("cuda"))
     target = types.SimpleNamespace(copy_=lambda source, non_blocking: log.append(f"copy, non_blocking {non_blocking}"))
-    copies.start(1, [(target, None), (target, None)])
-    copies.wait(1)
-    copies.used(1)
-    copies.drain()
+    on_stream.start(1, [(target, None), (target, None)])
+    on_stream.wait(1)
+    on_stream.used(1)
+    on_stream.drain()
     assert log == [
         "main records event free 0",
         "main records event free 1",
@@ -398,7 +400,7 @@ def test_on_cuda_copies_wait_for_the_last_use_and_computing_waits_for_the_copy(m
 @pytest.mark.parametrize("allowance", [float("inf"), 0])
 def test_what_was_loaded_in_inference_mode_runs_on_a_gpu(model, allowance):
     with torch.inference_mode():
-        offload.change(model, torch.clone)
+        placement.change(model, torch.clone)
         latents, t, feats = torch.randn(1, 16, 8, 8), torch.tensor([0.3]), torch.randn(5, model.config.cap_feat_dim)
         expected = model(latents, t, model.prepare([feats], 64, 64))
         streamer = BlockStreamer(model.blocks, model)

@@ -193,6 +193,9 @@ def dequantize(form: str, parts: Mapping[str, Tensor]) -> Tensor:
     import gguf
 
     codes = parts["codes"]
+    if codes.is_meta:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[form]]
+        return torch.empty(len(codes), codes.shape[1] // size * block, device="meta")
     rows = gguf.quants.dequantize(codes.cpu().numpy(), gguf.GGMLQuantizationType[form])
     return torch.from_numpy(rows).to(codes.device)
 

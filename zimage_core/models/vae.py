@@ -268,13 +268,7 @@ class VAE(nn.Module):
             raise ValueError(f"tiling: expected 'auto', 'on' or 'off', found {tiling!r}")
         weight = self.decoder.conv_in.weight
         check_dtype(weight.dtype)
-        rows, columns = x.shape[2] // cell_in, x.shape[3] // cell_in
-        large = rows * columns * self.config.downscale**2 > AUTO_PIXELS
-        sizes: tuple[int | None, ...] = (None,)
-        if tiling != "off":
-            largest = tiling if isinstance(tiling, int) else math.inf
-            tiles = tuple(tile for tile in TILES if tile < max(rows, columns) and tile <= largest)
-            sizes = tiles if tiles and (tiling not in ("auto", "off") or large) else (None, *tiles)
+        sizes = tile_sizes(x.shape[2] // cell_in, x.shape[3] // cell_in, self.config.downscale, tiling)
         pictures = []
         for picture in x.split(1):
             picture = picture.to(weight.device, weight.dtype)
@@ -301,6 +295,19 @@ class VAE(nn.Module):
             sizes = sizes[sizes.index(size) :]  # sizes that failed are not tried for the next picture
             pictures.append(done)
         return torch.cat(pictures)
+
+
+def tile_sizes(rows: int, columns: int, downscale: int, tiling: str | int = "auto") -> tuple[int | None, ...]:
+    """Edges in cells of the tiles to try in turn for a picture of rows x columns cells; None is the whole picture.
+
+    tiling as in `VAE.decode`.
+    """
+    if tiling == "off":
+        return (None,)
+    largest = tiling if isinstance(tiling, int) else math.inf
+    tiles = tuple(tile for tile in TILES if tile < max(rows, columns) and tile <= largest)
+    large = rows * columns * downscale**2 > AUTO_PIXELS
+    return tiles if tiles and (tiling != "auto" or large) else (None, *tiles)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

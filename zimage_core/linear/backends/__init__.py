@@ -15,6 +15,9 @@ A backend with 8-bit activations also has:
     smoothing(prepared, precision)                the smoothing vector (K,) for quantizing inside the preceding kernel,
                                                   whose result `linear` takes as `Quantized`; None for other precisions
 
+On the meta device `prepare` and `linear` allocate what they allocate on the real one, in the same order, so that a plan
+can count the memory of a picture.
+
 `reference` is plain torch and defines correctness. Precisions: w4a16 keeps activations in 16 bits and is closest to
 the file; w4a4 is the arithmetic that the files were calibrated for; w4a8 lies between the two.
 """
@@ -145,11 +148,28 @@ def load(name: str) -> ModuleType:
 
 @cache  # torch queries the driver every time, and every linear of a step asks
 def capability(device: torch.device) -> int | None:
-    """Compute capability of an NVIDIA GPU as 10 * major + minor; None for any other device."""
+    """Compute capability of an NVIDIA GPU as 10 * major + minor; None for any other device.
+
+    The meta device stands for the first GPU where there is one.
+    """
+    if device.type == "meta":
+        device = torch.device("cuda", 0)
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def allocate_w4a4(x: torch.Tensor, rank: int, n: int) -> torch.Tensor:
+    """What 4-bit kernels allocate for x (M, K), their result (M, N) last: codes, scales, the low-rank product."""
+    m, k = x.shape
+    m = -(-m // 256) * 256
+    _ = (
+        x.new_empty(m, k // 2, dtype=torch.uint8),
+        x.new_empty(k // 64, m),
+        x.new_empty(m, rank, dtype=torch.float32),
+    )
+    return x.new_empty(len(x), n)
 
 
 def guard(device: torch.device) -> AbstractContextManager:

@@ -31,11 +31,10 @@ def norm_scale(
     codes, row_scale = (None, None) if quantized is None else quantized[1:]
     limit = None if codes is None else LIMITS[codes.dtype]
     width = x.shape[-1]
-    with guard(x.device):
-        _norm_scale[x.numel() // width,](
-            x, weight, weight if scale is None else scale, out, smooth, codes, row_scale, x.shape[1], _stride(scale),
-            width, eps, scale is not None, limit, **_row(width),
-        )  # fmt: skip
+    _launch(
+        _norm_scale, (x.numel() // width,), x, weight, weight if scale is None else scale, out, smooth, codes,
+        row_scale, x.shape[1], _stride(scale), width, eps, scale is not None, limit, **_row(width),
+    )  # fmt: skip
     return out if quantized is None else quantized
 
 
@@ -44,11 +43,10 @@ def norm_gate_add(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor
     x, h = x.contiguous(), h.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    with guard(x.device):
-        _norm_gate_add[x.numel() // width,](
-            x, h, weight, weight if gate is None else gate, out, x.shape[1], _stride(gate), width, eps,
-            gate is not None, h.dtype is torch.float16, **_row(width),
-        )  # fmt: skip
+    _launch(
+        _norm_gate_add, (x.numel() // width,), x, h, weight, weight if gate is None else gate, out, x.shape[1],
+        _stride(gate), width, eps, gate is not None, h.dtype is torch.float16, **_row(width),
+    )  # fmt: skip
     return out
 
 
@@ -56,11 +54,10 @@ def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tens
     """See `ops.norm_rope`; overwrites q and k where they lie."""
     batch, tokens, _, heads, width = qkv.shape
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
-    with guard(qkv.device):
-        _norm_rope[batch * tokens, 2](
-            qkv, norm_q, norm_k, cos, sin, tokens, 0 if len(cos) == 1 else tokens, heads, eps,
-            triton.next_power_of_2(heads), width, num_warps=4,
-        )  # fmt: skip
+    _launch(
+        _norm_rope, (batch * tokens, 2), qkv, norm_q, norm_k, cos, sin, tokens, 0 if len(cos) == 1 else tokens, heads,
+        eps, triton.next_power_of_2(heads), width, num_warps=4,
+    )  # fmt: skip
     return qkv.unbind(2)
 
 
@@ -70,15 +67,22 @@ def swiglu(x: Tensor, smooth: Tensor | None = None) -> Tensor | Quantized:
     width, saturate = x.shape[-1] // 2, x.dtype is torch.float16
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     rows = out.numel() // width
-    with guard(x.device):
-        if smooth is None:
-            _swiglu[rows, triton.cdiv(width, 2048)](x, out, width, saturate, 2048, num_warps=4)
-            return out
-        _, codes, row_scale = quantized = _empty_codes(out)
-        _swiglu_codes[rows,](
-            x, out, smooth, codes, row_scale, width, saturate, LIMITS[codes.dtype], **_head_and_tail(width)
-        )  # fmt: skip
+    if smooth is None:
+        _launch(_swiglu, (rows, triton.cdiv(width, 2048)), x, out, width, saturate, 2048, num_warps=4)
+        return out
+    _, codes, row_scale = quantized = _empty_codes(out)
+    limit, tiles = LIMITS[codes.dtype], _head_and_tail(width)
+    _launch(_swiglu_codes, (rows,), x, out, smooth, codes, row_scale, width, saturate, limit, **tiles)
     return quantized
+
+
+def _launch(
+    kernel: triton.runtime.JITFunction, grid: tuple[int, ...], x: Tensor, *arguments: object, **options: object
+) -> None:
+    """Run a kernel on x's device; on the meta device, where memory is counted, there is nothing to run."""
+    if not x.is_meta:
+        with guard(x.device):
+            kernel[grid](x, *arguments, **options)
 
 
 def _empty_codes(out: Tensor) -> Quantized:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import layout
-from . import capability
+from . import allocate_w4a4, capability
 from .reference import FIELDS
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def join(
 
 def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
     """x (M, K) -> (M, N)."""
+    if x.is_meta:
+        return allocate_w4a4(x, prepared["proj_down"].shape[1], len(prepared["qweight"]))
     import comfy_kitchen
 
     codes, ascales, rank = comfy_kitchen.quantize_svdquant_w4a4(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import layout
-from . import capability, guard
+from . import allocate_w4a4, capability, guard
 from .reference import FIELDS
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def join(
 
 def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
     """x (M, K) -> (M, N)."""
+    if x.is_meta:
+        return allocate_w4a4(x, prepared["proj_down"].shape[1], len(prepared["qweight"]))
     from nunchaku.ops.gemm import svdq_gemm_w4a4_cuda
     from nunchaku.ops.quantize import svdq_quantize_w4a4_act_fuse_lora_cuda
 

@@ -94,16 +94,22 @@ def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
     return {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_R": block_r, "num_warps": 4 if large else 8, "num_stages": 3}
 
 
-def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: int) -> None:
-    """Write q * s / smooth into weight (N, K), which may be strided; plus up @ down unless r is 0."""
+def launch(kernel: str, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """Run one of `triton_kernels`; on the meta device, where memory is counted, there is nothing to run."""
+    if isinstance(arguments[0], torch.Tensor) and arguments[0].is_meta:
+        return
     from . import triton_kernels
 
+    getattr(triton_kernels, kernel)[grid](*arguments, **options)
+
+
+def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: int) -> None:
+    """Write q * s / smooth into weight (N, K), which may be strided; plus up @ down unless r is 0."""
     n, k = weight.shape
     tiles = dequantize_tiles(k, r, capability(weight.device) or 80)
     names = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
-    triton_kernels.dequantize[n // tiles["BLOCK_N"], k // 2 // tiles["BLOCK_C"]](
-        *(prepared[name] for name in names), weight, k, r, weight.stride(0), **tiles
-    )
+    grid = n // tiles["BLOCK_N"], k // 2 // tiles["BLOCK_C"]
+    launch("dequantize", grid, *(prepared[name] for name in names), weight, k, r, weight.stride(0), **tiles)
 
 
 def eight_bit(device: torch.device) -> torch.dtype:
@@ -115,28 +121,22 @@ def quantize_rows(
     x: torch.Tensor, smooth_factor: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x (M, K) -> codes (M, K) fp8 or int8 of x / smooth and their scales (M,) fp32."""
-    from . import triton_kernels
-
     (m, k), x = x.shape, x.contiguous()
     codes, scale = torch.empty_like(x, dtype=dtype), torch.empty(m, dtype=torch.float32, device=x.device)
     block = 1 << (k - 1).bit_length()
-    triton_kernels.quantize_rows[m,](
-        x, smooth_factor, codes, scale, k, LIMITS[dtype], block, num_warps=min(16, max(4, block // 512))
-    )
+    warps = min(16, max(4, block // 512))
+    launch("quantize_rows", (m,), x, smooth_factor, codes, scale, k, LIMITS[dtype], block, num_warps=warps)
     return codes, scale
 
 
 def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The residual q * s (N, K) in fp8 or int8; its scale is channel_scale * 448 / the largest code."""
-    from . import triton_kernels
-
     qweight = prepared["qweight"]
     n, half = qweight.shape
     weight = torch.empty(n, 2 * half, dtype=dtype, device=qweight.device)
     block_c = 128 if half % 128 == 0 else 64
-    triton_kernels.requantize[n // 32, half // block_c](
-        qweight, prepared["wscales"], prepared["channel_scale"], weight, 2 * half, _to_code(dtype), 32, block_c
-    )
+    scales = prepared["wscales"], prepared["channel_scale"]
+    launch("requantize", (n // 32, half // block_c), qweight, *scales, weight, 2 * half, _to_code(dtype), 32, block_c)
     return weight
 
 
@@ -173,14 +173,13 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
         ).to(x.dtype)
         y.addmm_(rank, up)
         return y if bias is None else y.add_(bias)
-    from . import triton_kernels
-
     m, n = len(x), len(weight)
     if m < 17:  # _int_mm takes no fewer
         codes = F.pad(codes, (0, 0, 0, 32 - m))
     products = torch._int_mm(codes, weight.T)
     y = rank @ up if bias is None else torch.addmm(bias, rank, up)
-    triton_kernels.rescale_add[m, -(-n // 1024)](products, row_scale, channel_scale, y, n, _to_code(dtype), 1024)
+    grid = m, -(-n // 1024)
+    launch("rescale_add", grid, products, row_scale, channel_scale, y, n, _to_code(dtype), 1024)
     return y
 
 

@@ -1,0 +1,151 @@
+"""What each stage of a picture takes of the device beside a model's weights, by running the stage on the meta device.
+
+Every function takes a model on any device and returns bytes. Before there is one, `MetaModels` has it from its file's
+header by the same loader that reads the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .. import sampler
+from ..formats.encoder import load_text_encoder
+from ..formats.load import load_transformer
+from ..formats.vae import load_vae
+from ..models.text_encoder import TextEncoder
+from ..models.transformer import PIXELS_PER_CELL, TOKENS_MULTIPLE, Conditioning, Hooks, ZImageTransformer
+from ..models.vae import VAE, decode_image
+from ..sizes import round_up
+from .meta import META, LiveBytes, M, on_meta, peak_bytes
+from .placement import slots
+
+CUBLAS = 2**25  # the workspace that torch gives cuBLAS on Hopper and later; a quarter of it before
+
+_known: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
+
+
+class MetaModels:
+    """The models of a pipeline on the meta device, each read when first asked for; errors as the loaders raise them.
+
+    device is that which they are planned for; backend and precision as `linear.backends.select` takes them.
+    """
+
+    def __init__(
+        self,
+        transformer: Path,
+        text_encoder: Path,
+        vae: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+        backend: str = "auto",
+        precision: str = "auto",
+    ):
+        self._transformer = functools.partial(
+            load_transformer,
+            transformer,
+            device=META,
+            dtype=dtype,
+            backend=backend,
+            precision=precision,
+            compute_device=device,
+        )
+        self._text_encoder = functools.partial(load_text_encoder, text_encoder, device=META, dtype=dtype)
+        self._vae = functools.partial(load_vae, vae, device=META, dtype=vae_dtype)
+
+    @functools.cached_property
+    def transformer(self) -> ZImageTransformer:
+        return self._transformer()
+
+    @functools.cached_property
+    def text_encoder(self) -> TextEncoder:
+        return self._text_encoder()
+
+    @functools.cached_property
+    def vae(self) -> VAE:
+        return self._vae()
+
+
+def encoding_bytes(encoder: TextEncoder, tokens: int) -> int:
+    """Encoding one prompt."""
+
+    def encode(model: TextEncoder, live: LiveBytes) -> None:
+        model.embed_tokens = encoder.embed_tokens  # the token table stays where it is
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=next(slots(encoder.embed_tokens))[2].device)
+        model(ids, run_block=live.run_block, device=META)
+
+    return _counted(encoder, tokens, encode)
+
+
+def sampling_bytes(
+    transformer: ZImageTransformer,
+    height: int,
+    width: int,
+    pictures: int,
+    captions: Sequence[int],
+    negative: int | None = None,
+) -> int:
+    """Preparing prompts and sampling pictures of height x width pixels together.
+
+    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompt.
+    """
+    prompts = [captions] if negative is None else [captions, [negative]]
+    lengths = tuple(tuple(round_up(tokens, TOKENS_MULTIPLE) for tokens in prompt) for prompt in prompts)
+
+    def sample(model: ZImageTransformer, live: LiveBytes) -> None:
+        hooks = Hooks(run_block=live.run_block)
+
+        def prepare(prompt: Sequence[int]) -> Conditioning:
+            feats = [torch.empty(n, model.config.cap_feat_dim, dtype=model.dtype, device=META) for n in prompt]
+            return model.prepare(feats, height, width, hooks)
+
+        cond, *others = map(prepare, lengths)
+        cells = height // PIXELS_PER_CELL, width // PIXELS_PER_CELL
+        sampler.denoise(
+            functools.partial(model, hooks=hooks),
+            torch.empty(pictures, model.config.in_channels, *cells, device=META),
+            torch.linspace(1, 0, 3),
+            cond,
+            negative=others[0] if others else None,
+            guidance=float(len(others)),
+            on_step=lambda *_: None,
+        )
+
+    return _counted(transformer, (height, width, pictures, lengths), sample)
+
+
+def decoding_bytes(vae: VAE, height: int, width: int, pictures: int = 1, tile: int | None = None) -> int:
+    """Decoding pictures one after another, whole or in tiles of `tile` cells."""
+
+    def decode(model: VAE, live: LiveBytes) -> None:
+        decoder: nn.Module = model.decoder
+        plain, down = decoder.forward, model.config.downscale
+        decoder.forward = lambda x: live.run_once(decoder, plain, x)
+        latents = torch.empty(pictures, model.config.latent_channels, height // down, width // down, device=META)
+        decode_image(model, latents, tile or "off").mul(255).round()
+
+    return _counted(vae, (height, width, pictures, tile), decode)
+
+
+def _counted(model: M, key: Hashable, run: Callable[[M, LiveBytes], object]) -> int:
+    """Peak bytes of run(the model on the meta device, the counter); counted once for a model and its adapters."""
+    known = _known.setdefault(model, {})
+    key = getattr(model, "adapter_version", 0), key
+    if key not in known:
+        twin = on_meta(model)
+        known[key] = peak_bytes(functools.partial(run, twin))
+    return known[key]
+
+
+def libraries(device: torch.device) -> int:
+    """Bytes that cuBLAS holds on a device for good: its workspace, as torch allocates it."""
+    if device.type != "cuda":
+        return 0
+    return CUBLAS if torch.cuda.get_device_capability(device) >= (9, 0) else CUBLAS // 4
