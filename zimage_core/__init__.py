@@ -6,11 +6,16 @@ Lazy: `import zimage_core` does not import torch; the names below do when they a
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .formats.load import load_transformer
+    from .pipeline import Pipeline, load_pipeline
+
+__version__ = "0.2.0.dev0"
 
 _HOME = {"load_pipeline": "pipeline", "Pipeline": "pipeline", "load_transformer": "formats.load"}
-__all__ = ["__version__", *_HOME]
+__all__ = ["Pipeline", "__version__", "load_pipeline", "load_transformer"]
 
 
 def __getattr__(name: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import email
 import importlib.util
 import logging
 import re
@@ -14,7 +15,13 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest there
+
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CORE = ROOT / "zimage_core"
 NODES = ROOT / "nodes"
 DEMO_LIMIT = 16 * 2**20
@@ -168,23 +175,32 @@ def test_architecture_names_every_module_and_nothing_else():
     assert named == modules
 
 
-def test_the_wheel_holds_the_core_only(tmp_path):
+def test_the_wheel_holds_the_core_and_says_what_it_needs(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(CORE, copy / "zimage_core", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "nodes", copy / "nodes")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py"):
+    shutil.copytree(ROOT / "tests" / "data" / "linear", copy / "tests")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "__init__.py"):
         shutil.copy(ROOT / name, copy)
     code = "import setuptools.build_meta as b; print(b.build_wheel('..'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as wheel:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
-        required = re.findall(r"^Requires-Dist: ([^;\n]+)$", wheel.read(metadata).decode(), re.M)
+        info = {name.partition(".dist-info/")[2]: name for name in wheel.namelist() if ".dist-info/" in name}
+        said = email.message_from_bytes(wheel.read(info["METADATA"]))
+        entry_points = wheel.read(info["entry_points.txt"]).decode()
     package = copy / "zimage_core"
-    files = {p for p in package.rglob("*") if p.suffix in (".py", ".safetensors", ".json")}
-    assert held == {str(path.relative_to(copy)) for path in files}
-    assert "torch" in required, "torch must stay unbounded: installing may not replace the one that is there"
+    files = {p for p in package.rglob("*") if p.suffix in (".py", ".typed", ".safetensors", ".json")}
+    assert held == {path.relative_to(copy).as_posix() for path in files} and "zimage_core/py.typed" in held
+    assert (said["Name"], said["Requires-Python"], said["License-Expression"]) == ("zimage-int4", ">=3.10", "Apache-2.0")
+    assert said["Version"] == importlib.import_module("zimage_core").__version__
+    assert {"licenses/LICENSE", "licenses/NOTICE"} <= info.keys()
+    assert "zimage = zimage_core.cli:main" in entry_points
+    required = {text for text in said.get_all("Requires-Dist", []) if ";" not in text}
+    assert required == set(PROJECT["dependencies"])
+    torch = [text for text in required if text.startswith("torch")]
+    assert torch == ["torch>=2.4"], "a floor and nothing else: installing may not replace a torch that works"
 
 
 def test_demo_sizes():
@@ -197,12 +213,26 @@ def test_demo_sizes():
 def test_versions_agree():
     import zimage_core
 
-    assert f'version = "{zimage_core.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert PROJECT["version"] == zimage_core.__version__
+    assert f"## {zimage_core.__version__.partition('.dev')[0]}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_requirements_are_those_of_the_project_without_torch():
     """ComfyUI's manager reads requirements.txt; it must name what pyproject.toml does, and leave torch alone."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = {line for line in lines if not line.startswith("#")}
-    block = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\ndependencies = [")[2].partition("]")[0]
-    assert listed == set(re.findall(r'"([^"]+)"', block)) - {"torch"}
+    assert listed == set(PROJECT["dependencies"]) - {"torch>=2.4"}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    """Triton comes with torch; comfy-kitchen comes with ComfyUI; nunchaku's engine is not on PyPI."""
+    named = {"PIL": "pillow", "cv2": "opencv-python-headless"}
+    found = set()
+    for node in (node for path in sources(CORE) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names.append(node.module)
+        found |= {named.get(top, top) for top in (name.partition(".")[0] for name in names)}
+    extras = [PROJECT["optional-dependencies"][name] for name in ("gguf", "canny", "arrow")]
+    declared = {re.split(r"[<>=;\[ ]", text)[0] for text in sum(extras, PROJECT["dependencies"])}
+    assert found - set(sys.stdlib_module_names) == declared | {"triton", "comfy_kitchen", "nunchaku"}
