@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from zimage_core import cli
 from zimage_core.demo import demo_files
+from zimage_core.formats import stored
 from zimage_core.formats.encoder import check_text_encoder, load_text_encoder
-from zimage_core.formats.stored import FORMS, HostEmbedding, StoredLinear, StoredWeight, dequantize
+from zimage_core.formats.gguf import QUANTIZED
+from zimage_core.formats.stored import FORMS, HostEmbedding, StoredLinear, dequantize
 from zimage_core.models.text_encoder import TextEncoderConfig
 from zimage_core.models.tokenizer import load_tokenizer
 from zimage_core.quantize.encoder import quantize_encoder
@@ -266,12 +268,12 @@ def test_nvfp4_that_nothing_describes_is_refused(tmp_path, original, quantizatio
 
 def test_nvfp4_tiles_that_are_not_full():
     """Rows and blocks that do not fill the tiles of scales (128 x 4), as no layer of Qwen3-4B has."""
-    from zimage_core.formats.stored import Stored, _row_parts, blocked
+    from zimage_core.formats.weights import Stored, blocked, row_parts
 
     weight = torch.randn(48, 112)
     codes, tiled, scale, meant = to_nvfp4(weight)
     raw = {"codes": codes, "block_scale": tiled, "scale": scale}
-    parts = _row_parts(Stored("nvfp4", (48, 112), {}), raw)
+    parts = row_parts(Stored("nvfp4", (48, 112), {}), raw)
     assert torch.equal(dequantize("nvfp4", parts), meant)
     assert torch.equal(blocked(parts["block_scale"]), tiled.view(torch.uint8))
 
@@ -547,11 +549,12 @@ def test_rows_of_the_table_are_read_one_by_one(tmp_path, original, gguf, monkeyp
     meant = write_gguf(gguf, path, original, "Q8_0", "Q4_K")
     table = load_text_encoder(path, dtype=torch.float32).embed_tokens
     read = []
-    rows = StoredWeight.rows
-    monkeypatch.setattr(StoredWeight, "rows", lambda self, index: read.append(index) or rows(self, index))
+    monkeypatch.setattr(
+        stored, "dequantize", lambda form, parts: read.append(len(parts["codes"])) or dequantize(form, parts)
+    )
     ids = torch.tensor([[3, 7], [7, 0]])
     assert torch.equal(table(ids), meant["embed_tokens.weight"][ids])
-    assert [index.tolist() for index in read] == [[3, 7, 7, 0]]
+    assert read == [4]
 
 
 def test_casting_a_module_leaves_the_codes_alone(tmp_path, original):
@@ -563,6 +566,30 @@ def test_casting_a_module_leaves_the_codes_alone(tmp_path, original):
     found = encoder(IDS)
     assert found.dtype == torch.bfloat16
     assert ((found.float() - expected).norm() / expected.norm()).item() < 0.02
+
+
+def test_a_fused_linear_of_several_forms_equals_its_parts(original):
+    """As a transformer's q, k and v, stored each by itself; with a bias, and rows taken across their borders."""
+    weights = [original[f"layers.0.self_attn.{part}_proj.weight"] for part in "qkv"]
+    (codes, scale), (blocks, fp8) = to_int8(weights[1]), to_fp8(weights[2])
+    pieces = [
+        ("float", {"weight": weights[0]}),
+        ("int8", {"codes": codes, "scale": scale}),
+        ("float8_e4m3fn", {"codes": blocks.view(torch.uint8), "scale": fp8.expand(len(blocks), 1)}),
+    ]
+    whole = torch.cat([dequantize(*piece).float() for piece in pieces])
+    fused = StoredLinear(WIDTH, len(whole), bias=True, dtype=torch.float32)
+    torch.nn.init.normal_(fused.bias)
+    for form, parts in pieces:
+        fused.load(form, parts)
+    assert torch.equal(fused.dense_weight(), whole) and torch.equal(fused.rows(200, 400), whole[200:400])
+    x = torch.randn(5, WIDTH)
+    assert torch.equal(fused(x), torch.nn.functional.linear(x, whole, fused.bias))
+
+
+def to_int8(weight):
+    scale = weight.float().abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round().to(torch.int8), scale
 
 
 # ---------------------------------------------------------------- quantize-encoder
@@ -690,7 +717,7 @@ def replaced(**parts):
         (fp8_scaled, replaced(scale_weight=torch.ones(4, 2)), ["up_proj.scale_weight", "of shape (4, 2)"]),
         (fp8_scaled, replaced(weight=None), ["up_proj.scale_", "expected its weight once beside it, found none"]),
         (fp8_scaled, replaced(weight=torch.zeros(FFN, 8).to(torch.float8_e4m3fn)), ["(512, 256)", "(512, 8)"]),
-        (fp8_scaled, replaced(pre_quant_scale=torch.ones(WIDTH)), ["up_proj.pre_quant_scale", "unknown"]),
+        (fp8_scaled, replaced(pre_quant_scale=torch.ones(WIDTH)), ["unexpected tensor", "up_proj.pre_quant_scale"]),
         (fp8_mixed, replaced(comfy_quant=comfy("mxfp8")), ["mlp.up_proj", "found mxfp8"]),
         (fp8_mixed, replaced(comfy_quant=comfy("int8_tensorwise")), ["found int8_tensorwise"]),
         (fp8_mixed, replaced(comfy_quant=torch.zeros(4, dtype=torch.uint8)), ["comfy_quant: expected a JSON object"]),
@@ -732,6 +759,18 @@ def test_broken_metadata_is_refused(tmp_path, original):
         refused(path, [words])
 
 
+def test_gguf_needs_no_package_for_the_types_read_here(tmp_path, original, gguf, monkeypatch):
+    path = tmp_path / "encoder.gguf"
+    write_gguf(gguf, path, original, "Q4_K", "Q6_K")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    assert load_text_encoder(path)(IDS).isfinite().all()
+
+
+def test_sizes_of_blocks_are_those_of_the_gguf_package(gguf):
+    sizes = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items() if size[0] > 1}
+    assert QUANTIZED.items() <= sizes.items() and len(QUANTIZED) >= 20
+
+
 def test_bad_gguf_files_are_refused(tmp_path, original, gguf, monkeypatch):
     path = tmp_path / "encoder.gguf"
     write_gguf(gguf, path, original, "Q8_0")
@@ -741,15 +780,17 @@ def test_bad_gguf_files_are_refused(tmp_path, original, gguf, monkeypatch):
         refused(path, ["GGUF data are damaged or cut off", "download it again"])
     for arguments, words in (
         ({"arch": "llama"}, ["architecture: expected qwen3, found llama"]),
-        ({"change": {"embedding_length": 512}}, ["embed_tokens.weight: expected shape (300, 512)"]),
+        ({"change": {"embedding_length": 512}}, ["attn_norm.weight': expected shape (512,), found (256,)"]),
         ({"change": {"attention.head_count": 3}}, ["expected heads divisible by"]),
     ):
         write_gguf(gguf, path, original, "Q8_0", **arguments)
         refused(path, words)
     write_gguf(gguf, path, {n: t for n, t in original.items() if "layers.1.mlp.up" not in n}, "Q8_0")
-    refused(path, ["layers.1.mlp.up_proj.weight: expected shape (512, 256), found none"])
+    refused(path, ["'layers.1.mlp.up_proj.weight' of shape (512, 256), found none"])
     writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_tensor("x", torch.zeros(2, 292, dtype=torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.Q8_K)
+    writer.add_tensor(
+        "token_embd.weight", torch.zeros(2, 292, dtype=torch.uint8).numpy(), raw_dtype=gguf.GGMLQuantizationType.Q8_K
+    )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -170,7 +170,7 @@ def svdq(tensors):
 
 
 def zimage(tensors):
-    return {"noise_refiner.0.attention.to_q.qweight": torch.zeros(4, 4, dtype=torch.int8)}
+    return {"noise_refiner.0.attention.to_q.weight": torch.zeros(4, 4)}
 
 
 def qwen2(tensors):
@@ -204,8 +204,8 @@ def hqq(tensors):
     [
         (t5, ["found a T5 text encoder"]),
         (clip, ["found a CLIP text encoder"]),
-        (svdq, ["expected Qwen3, found an SVDQuant transformer"]),
-        (zimage, ["expected Qwen3, found a Z-Image transformer"]),
+        (svdq, ["expected Qwen3, found an SVDQuant INT4 model", "--model"]),
+        (zimage, ["expected Qwen3, found a Z-Image transformer", "--model"]),
         (qwen2, ["expected Qwen3", "Qwen2"]),
         (plus("visual.blocks.0.norm1.weight"), ["vision-language"]),
         (plus(f"{Q}.comfy_quant"), [f"{Q}.comfy_quant", "expected a JSON object"]),
@@ -219,7 +219,7 @@ def hqq(tensors):
         (bitsandbytes, [f"{Q}.SCB", "found bitsandbytes"]),
         (hqq, [f"{Q}.W_q", "found HQQ"]),
         (plus(f"{Q}.qzeros"), ["found GPTQ or AWQ"]),
-        (plus(f"{Q}.bias"), ["layers.1.self_attn.q_proj.bias", "unknown"]),
+        (plus(f"{Q}.bias"), ["unexpected tensor", "layers.1.self_attn.q_proj.bias"]),
         (plus(f"{Q}.weight", torch.zeros(128, 64, dtype=torch.int8)), ["q_proj.weight", "found I8"]),
         (plus("model.norm.weight_scale"), ["norm.weight", "because of its .weight_scale"]),
         (plus(f"{Q}.weight", torch.zeros(64, 64)), ["q_proj.weight", "(128, 64)", "(64, 64)"]),

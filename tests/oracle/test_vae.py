@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zimage_core.formats import vae as vae_files
+from zimage_core.formats.names import vae_tensor
 from zimage_core.formats.vae import load_vae
 from zimage_core.models import vae as vae_module
 from zimage_core.models.vae import VAE, VAEConfig, decode_image, tiled
@@ -143,8 +144,7 @@ def test_full_size_names_and_shapes():
         ours = {name: list(p.shape) for name, p in VAE().state_dict().items()}
         theirs = oracle(block_out_channels=[128, 256, 512, 512], layers_per_block=2).state_dict()
     assert ours == {name: list(p.shape) for name, p in theirs.items()}
-    rows = vae_files.bfl_rows(4)
-    renamed = {vae_files.rename_bfl(key, rows): shape for key, shape in BFL_KEYS.items()}
+    renamed = {vae_tensor(key, 4)[0]: shape for key, shape in BFL_KEYS.items()}
     linear = [name for name in ours if "attentions" in name and len(ours[name]) == 2]
     assert renamed == {name: [*shape, 1, 1] if name in linear else shape for name, shape in ours.items()}
     assert {bfl_name(name, 4) for name in ours} == set(BFL_KEYS)  # the writer used in this file
@@ -333,7 +333,7 @@ def test_bad_tensors_are_named(tmp_path, tensors, style):
     save_file(good | {"decoder.extra.weight": ONE}, path)
     one_sentence(path, "unexpected tensor 'decoder.extra.weight'")
     save_file(good | {norm: torch.zeros(96, dtype=torch.float8_e4m3fn)}, path)
-    one_sentence(path, f"{norm!r}: expected dtype F32, BF16 or F16, found F8_E4M3")
+    one_sentence(path, f"{norm!r}: expected dtype BF16, F16 or F32, found F8_E4M3")
     save_file({name: t.clone() for name, t in (as_bfl(tensors) | tensors).items()}, path)
     one_sentence(path, "are the same tensor, expected only one")
     save_file(good, path)
@@ -351,7 +351,7 @@ def test_bad_configs_are_named(tmp_path, tensors, model):
             ({"temporal": 4}, "temporal: expected no such field, found 4"),
             ({"norm_num_groups": 48}, "expected block_out_channels divisible by norm_num_groups 48"),
             ({"shift_factor": None}, "expected numbers as scaling_factor and shift_factor"),
-            ({"latent_channels": 4}, "'decoder.conv_in.weight': expected shape (96, 4, 3, 3), found (96, 16, 3, 3)"),
+            ({"latent_channels": 4}, "'encoder.conv_out.weight': expected shape (8, 96, 3, 3), found (32, 96, 3, 3)"),
         )
     ):
         one_sentence(write_folder(tmp_path / str(i), tensors, good | change), words)

@@ -215,7 +215,7 @@ FORMS = {
 def test_quantized_transformers_are_called_by_their_form(dense, tmp_path, form):
     save_file(quantized(dense, FORMS[form]), tmp_path / "x.safetensors")
     found = identify(tmp_path / "x.safetensors")
-    assert found.role == "model" and form in found.what and found.format != "dense"
+    assert found.role == "model" and form in found.what and found.form.id != "dense"
     with pytest.raises(
         ValueError, match=f"x.safetensors: expected a Z-Image transformer in .*, found .*{form}.*not read"
     ):

@@ -70,7 +70,7 @@ def inspect_file(path: Path) -> dict:
             "costs": list(report.costs),
             "warnings": list(report.warnings),
         }
-    if found.format not in ("svdq-int4", "dense"):
+    if found.form.id not in ("svdq-int4", "dense"):
         return facts
     if found.role == "controlnet":
         from ..formats.controlnet import control_info

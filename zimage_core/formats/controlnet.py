@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.config import ControlNetConfig, ZImageConfig
-from .identify import EXPECTED, FLOATS, identify, stored_form, unexpected
-from .load import expected_tensors, match_tensors, read_weights
+from .identify import EXPECTED, FLOATS, identify, unexpected
+from .load import FORMATS, fill, match_tensors
 from .names import CONTROL, control_tensor
 from .safetensors import Shape, TensorFiles, open_tensors
+from .weights import find_weights
 
 if TYPE_CHECKING:
     import torch
@@ -61,20 +62,20 @@ def control_info(source: str | Path | TensorFiles) -> ControlNetInfo:
     files = source
     found = identify(files)
     found.require("controlnet")
-    if found.format not in ("svdq-int4", "dense"):
-        expected, remedy = EXPECTED["controlnet"]
-        words = stored_form(files.tensors, files.metadata)[1]
+    expected, remedy = EXPECTED["controlnet"]
+    if found.form.id not in FORMATS:
+        words = found.form.words
         raise ValueError(f"{files.path}: expected {expected}, found one in {words}; this is not read, {remedy}")
     shapes: dict[str, Shape] = {}
     for key, (_, shape) in files.tensors.items():
         target = control_tensor(key)
         if target is None:
-            raise unexpected(files.path, key, WHAT)
+            raise unexpected(files.path, key, WHAT, remedy)
         shapes[target[0]] = shape
     downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
     return ControlNetInfo(
         files.path,
-        found.format,
+        found.form.id,
         rank=next(iter(downs.values()))[-1] if downs else 0,
         quantized_refiner=any(name.startswith("noise_refiner") for name in downs),
         config=_config(files, shapes),
@@ -173,7 +174,12 @@ def load_controlnet(
             )
         model.backend = select(backend, precision, device=compute_device, dtype=dtype) if quantized else None
         model.use(ops.select(backend, compute_device, dtype, info.config.base.head_dim))
-        ignore = f"{CONTROL}noise_refiner." if info.config.refiner == "layers" else ""
-        sources = match_tensors(files, expected_tensors(model, info.rank), control_tensor, ignore, WHAT)
-        read_weights(model, files, sources, device, dtype)
-    return model.eval()
+        unread = ("noise_refiner.",) if info.config.refiner == "layers" else ()
+
+        def unneeded(name: str) -> bool:
+            return name.startswith(unread) or name.endswith(".smooth_factor_orig")
+
+        remedy = EXPECTED["controlnet"][1]
+        found = find_weights(files, remedy)
+        fill(model, match_tensors(files, found, model, control_tensor, remedy, unneeded, WHAT), device, dtype)
+    return model

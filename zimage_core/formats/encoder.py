@@ -5,16 +5,40 @@ Source: transformers/models/qwen3/configuration_qwen3.py@v5.23.0.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..linear.adapters import Linear
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
-from .stored import ENCODER_REMEDY, HostEmbedding, Stored, StoredLinear, StoredWeight, open_encoder
+from .gguf import GGUFFile
+from .identify import EXPECTED, FORMATS, identify
+from .load import Sources, expected_tensors, fill, match_tensors
+from .names import encoder_tensor
+from .safetensors import TensorFiles, open_tensors
+from .stored import HostEmbedding, StoredLinear
+from .weights import READ, Stored, find_weights
+
+ENCODER_REMEDY = EXPECTED["text encoder"][1]
+_READ_FORMATS = ("quanto-int8", "nvfp4")  # of those that identify knows by name; the others are refused
+# transformers' name of a size -> the key of GGUF's metadata after the architecture
+_GGUF_SIZES = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
 
 # A number in transformers' config: its kind, and the largest that is built.
 _NUMBERS = {
@@ -108,30 +132,73 @@ def _checked_config(where: str, **sizes) -> TextEncoderConfig:
         raise ValueError(f"{where}: {error}; {ENCODER_REMEDY}") from None
 
 
+@dataclass(frozen=True)
+class EncoderFile:
+    """An open text encoder file: its weights under transformers' names without `model.`, and its sizes."""
+
+    files: TensorFiles
+    weights: Mapping[str, Stored]
+    text: str | None  # transformers' config as JSON, where the file brought one
+    config: TextEncoderConfig
+
+    def match(self, linear=StoredLinear, embedding=HostEmbedding) -> Sources:
+        """Where each weight that a TextEncoder of these linears needs is; ValueError as `load.match_tensors`.
+
+        Tensors that Qwen3 has and this body does not need (later layers, final norm, head) may be there or not.
+        """
+        body = TextEncoder(self.config, linear, device="meta", embedding=embedding)
+        later = {re.sub(r"^layers\.0\.", "", name) for name in expected_tensors(body)}
+        later |= {"norm.weight", "lm_head.weight"}
+
+        def unneeded(name: str) -> bool:
+            return re.sub(r"^layers\.\d+\.", "", name) in later or "rotary_emb" in name
+
+        return match_tensors(
+            self.files, self.weights, body, lambda name: (name, None), ENCODER_REMEDY, unneeded, "Qwen3"
+        )
+
+
+@contextmanager
+def open_encoder(path: str | Path) -> Iterator[EncoderFile]:
+    """The encoder in a safetensors or GGUF file, a transformers folder, or a whole diffusers model.
+
+    MissingFile, or ValueError where the file is something else, is damaged, or stores weights in a form not read.
+    """
+    path = Path(path)
+    path = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    with open_tensors(path) as files:
+        found = identify(files)
+        found.require("text encoder")
+        form = found.form
+        if form.id in {row[0] for row in FORMATS} - set(_READ_FORMATS):
+            raise ValueError(f"{path}: {form.key}: expected {READ}, found {form.words}; {ENCODER_REMEDY}")
+        weights = {encoder_tensor(key)[0]: one for key, one in find_weights(files, ENCODER_REMEDY).items()}
+        gguf = isinstance(files, GGUFFile)
+        text = _gguf_config(files, weights) if gguf else _config_text(files.metadata, str(path))
+        q_norm = "layers.0.self_attn.q_norm.weight"
+        if "layers.0.self_attn.q_proj.weight" in weights and q_norm not in weights:
+            without = "Qwen2, Llama or the like without it"
+            raise ValueError(f"{path}: {q_norm}: expected Qwen3, found {without}; {ENCODER_REMEDY}")
+        yield EncoderFile(files, weights, text, _config(text, weights, str(path)))
+
+
 def load_text_encoder(path, *, device="cpu", dtype: torch.dtype | None = None) -> TextEncoder:
     """Qwen3 encoder from a transformers folder (sharded or not), one safetensors file or a GGUF file, for inference.
 
     The sizes come from config.json or the file's metadata, else from the shapes; names may begin with `model.`;
-    dtype, in which it computes, is bf16 unless given. Weights that are stored small (see encoder_formats) stay so.
+    dtype, in which it computes, is bf16 unless given. Weights that are stored small (see `stored`) stay so.
     Tensors go to the device one at a time (on the CPU, where nothing is to be converted, they stay memory-mapped);
     the token table stays on the host, and what lies past the hidden state that is needed is not read. Raises
     ValueError for other models and stored forms, and for missing, misshapen or unknown tensors.
     """
     dtype = dtype or torch.bfloat16
-    with open_encoder(_encoder_path(path)) as file:
-        config, expected = _checked_file(file)
-        dense = all(file.weights[name].form == "float" for name in expected if not name.startswith("embed_tokens."))
-        linear = Linear if dense else StoredLinear
-        encoder = TextEncoder(config, linear, device="meta", dtype=dtype, embedding=HostEmbedding)
-        for name, module in encoder.named_modules():
-            if isinstance(module, StoredWeight):
-                weight = f"{name}.weight"
-                place = "cpu" if isinstance(module, HostEmbedding) else device
-                parts = {part: tensor.to(place) for part, tensor in file.read(weight).items()}
-                module.load(file.weights[weight].form, parts)
-        state = {name: file.read(name)["weight"].to(device, dtype) for name in encoder.state_dict()}
-    encoder.load_state_dict(state, assign=True)
-    return encoder.eval().requires_grad_(False)
+    with open_encoder(path) as file:
+        sources = file.match()
+        layers = [stored for name, stored in sources.stored.items() if not name.startswith("embed_tokens.")]
+        linear = Linear if all(one.form == "float" for stored in layers for one in stored) else StoredLinear
+        encoder = TextEncoder(file.config, linear, device="meta", dtype=dtype, embedding=HostEmbedding)
+        fill(encoder, sources, device, dtype, copy=False)
+    return encoder
 
 
 def check_text_encoder(path) -> tuple[TextEncoderConfig, Mapping[str, Stored]]:
@@ -139,63 +206,46 @@ def check_text_encoder(path) -> tuple[TextEncoderConfig, Mapping[str, Stored]]:
 
     ValueError unless load_text_encoder would take the file or folder.
     """
-    with open_encoder(_encoder_path(path)) as file:
-        return _checked_file(file)[0], file.weights
+    with open_encoder(path) as file:
+        file.match()
+        return file.config, file.weights
 
 
-def _encoder_path(path) -> Path:
-    """The encoder's own folder in a whole diffusers model, else the path."""
-    path = Path(path)
-    return path / "text_encoder" if (path / "text_encoder").is_dir() else path
-
-
-def _checked_file(file) -> tuple[TextEncoderConfig, list[str]]:
-    """The sizes of an open file's model, and the names of the weights that it needs."""
-    check_model(file.weights, file.where)
-    config = read_config(file.config, file.weights, file.where)
-    body = TextEncoder(config, device="meta", embedding=HostEmbedding)  # on meta, nn.Embedding takes seconds
-    shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    shapes |= {name: tuple(t.shape) for name, t in body.state_dict().items()}
-    check_weights(file.weights, file.others, shapes, file.where)
-    return config, list(shapes)
-
-
-def check_model(weights: Mapping[str, Stored], where: str) -> None:
-    """ValueError where the tensors' names are those of a model of Qwen3's kind without its norms."""
-    q_norm = "layers.0.self_attn.q_norm.weight"
-    if "layers.0.self_attn.q_proj.weight" in weights and q_norm not in weights:
-        found = "Qwen2, Llama or the like without it"
-        raise ValueError(f"{where}: {q_norm}: expected Qwen3, found {found}; {ENCODER_REMEDY}")
-
-
-def read_config(text: str | None, weights: Mapping[str, Stored], where: str) -> TextEncoderConfig:
+def _config(text: str | None, weights: Mapping[str, Stored], where: str) -> TextEncoderConfig:
     """Sizes from a JSON config, or from the weights' shapes where there is none."""
     if text is None:
         return config_from_shapes(weights, where)
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: config: expected JSON, found otherwise ({error}); {ENCODER_REMEDY}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{where}: config: expected a JSON object, found {type(data).__name__}; {ENCODER_REMEDY}")
     return config_from_json(data, where)
 
 
-def check_weights(
-    weights: Mapping[str, Stored], others: Iterable[str], expected: Mapping[str, tuple[int, ...]], where: str
-) -> None:
-    """ValueError unless every expected weight is there and well shaped, norms as floats, and nothing unknown is.
+def _config_text(metadata: Mapping[str, str], where: str) -> str | None:
+    """The config of transformers in a file's metadata, plain or, as mmgp writes it, in base64; None without one."""
+    if text := metadata.get("config"):
+        return text
+    if (encoded := metadata.get("config_base64")) is None:
+        return None
+    try:
+        return base64.b64decode(encoded, validate=True).decode("utf-8")
+    except (binascii.Error, UnicodeDecodeError) as error:
+        message = f"{where}: config_base64: expected base64, found otherwise ({error}); {ENCODER_REMEDY}"
+        raise ValueError(message) from None
 
-    Tensors that Qwen3 has and this body does not need (later layers, final norm, head) may be there or not.
-    """
-    for name, shape in expected.items():
-        stored = weights.get(name)
-        if stored is None or stored.shape != shape:
-            found = f"shape {stored.shape}" if stored else "none"
-            raise ValueError(f"{where}: {name}: expected shape {shape}, found {found}; {ENCODER_REMEDY}")
-        if len(shape) == 1 and stored.form != "float":
-            raise ValueError(f"{where}: {name}: expected BF16, F16 or F32, found {stored.form}; {ENCODER_REMEDY}")
-    unneeded = {re.sub(r"^layers\.0\.", "", name) for name in expected} | {"norm.weight", "lm_head.weight"}
-    for name in (weights.keys() | others) - expected.keys():
-        if re.sub(r"^layers\.\d+\.", "", name) not in unneeded and "rotary_emb" not in name:
-            raise ValueError(f"{where}: {name}: expected Qwen3's tensors, found this unknown one; {ENCODER_REMEDY}")
+
+def _gguf_config(files: GGUFFile, weights: Mapping[str, Stored]) -> str:
+    """The sizes in a GGUF file's metadata as a transformers config; ValueError for other architectures."""
+    fields = files.fields
+    kind = fields.get("general.architecture")
+    if kind != "qwen3":
+        raise ValueError(f"{files.path}: architecture: expected qwen3, found {kind}; {ENCODER_REMEDY}")
+    found = {name: fields.get(f"{kind}.{key}") for name, key in _GGUF_SIZES.items()}
+    embedding = weights.get("embed_tokens.weight")
+    scaling = fields.get(f"{kind}.rope.scaling.type", "default")
+    found["vocab_size"] = embedding.shape[0] if embedding else None
+    found["rope_scaling"] = {"rope_type": "default" if scaling == "none" else scaling}
+    return json.dumps({"model_type": kind, **{name: value for name, value in found.items() if value is not None}})

@@ -16,9 +16,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..models.config import ZImageConfig
+from .gguf import QUANTIZED
 from .names import UNUSED, canonical_tensor, is_lora
 from .safetensors import Shape, TensorFiles, Tensors, open_tensors
 
@@ -113,14 +114,23 @@ EXPECTED = {
 """Role -> what a loader asks for, and where a user gets one."""
 
 
+class Form(NamedTuple):
+    """How a file's weights are stored: an id ("dense", "fp8", "int8", "gguf", "other" or one of `FORMATS`), in words,
+    and the tensor that shows it."""
+
+    id: str
+    words: str
+    key: str = ""
+
+
 @dataclass(frozen=True)
 class Identity:
-    """What a file is. role: a key of `PLACES`, or "other". format: how its weights are stored, see `stored_form`."""
+    """What a file is. role: a key of `PLACES`, or "other"."""
 
     path: Path
     role: str
     what: str  # in words, with an article
-    format: str = "dense"
+    form: Form
 
     def require(self, role: str) -> None:
         """ValueError, with what to do, unless the file has a role."""
@@ -146,16 +156,17 @@ class ModelInfo:
 def identify(source: str | Path | TensorFiles) -> Identity:
     """What any file or folder is. ValueError only where it cannot be read."""
     files = source if isinstance(source, TensorFiles) else open_tensors(source)
-    return Identity(files.path, *_kind(files.tensors, files.metadata))
+    form = stored_form(files.tensors, files.metadata)
+    return Identity(files.path, *_kind(files.tensors, form), form)
 
 
-def _kind(tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """(role, words) or (role, words, format) of a file with these tensors."""
+def _kind(tensors: Tensors, form: Form) -> tuple[str, str]:
+    """Role and words of a file with these tensors."""
     if not tensors:
         return "other", "a file without tensors"
     if all(_first(pattern, tensors) for pattern in PARTS):
         inner = {re.sub(PARTS[0], "", key): entry for key, entry in tensors.items() if re.match(PARTS[0], key)}
-        role, what = _kind(inner, {})[:2]
+        role, what = _kind(inner, form)
         whole = "Z-Image checkpoint" if role == "model" else f"checkpoint of {what.removeprefix('another model ')}"
         return "checkpoint", f"a whole {whole} (diffusion model, text encoder and VAE in one file)"
     if is_lora(tensors):
@@ -165,10 +176,9 @@ def _kind(tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, ...]:
             shape = tensors.get("decoder.conv_in.weight", ("", ()))[1]
             if "conv_in" in patterns[-1] and len(shape) == 4 and shape[1] != LATENT_CHANNELS:
                 return "other", f"an autoencoder of {shape[1]} latent channels"
-            return role, what, stored_form(tensors, metadata)[0]
+            return role, what
     if any(canonical_tensor(key) for key in tensors):
-        form, words = stored_form(tensors, metadata)
-        return "model", "a Z-Image transformer" if form == "dense" else f"{_article(words)} {words} model", form
+        return "model", "a Z-Image transformer" if form.id == "dense" else f"{_article(form.words)} {form.words} model"
     if other := other_model(tensors):
         return "other", f"another model ({other})"
     return "other", f"another kind of file (keys such as {next(iter(tensors))!r})"
@@ -179,35 +189,36 @@ def other_model(keys: Iterable[str]) -> str | None:
     return next((name for name, pattern in OTHER_MODELS if _first(pattern, keys)), None)
 
 
-def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, str]:
-    """How a file's weights are stored: an id ("dense", "fp8", "int8", one of `FORMATS`, "other"), and in words."""
+def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> Form:
+    """How the weights of a file with these tensors are stored."""
     dtypes = {dtype for dtype, _ in tensors.values()}
     for form, words, pattern in FORMATS:
-        if _first(pattern, tensors):
+        if key := _first(pattern, tensors):
             weight = _json(metadata.get("quantization_config")).get("weight") or {}
             kind, group = weight.get("dtype", "int4"), weight.get("group_size", GROUP_SIZE)
             if form == "svdq-int4" and (any(d.startswith("F8_") for d in dtypes) or "fp4" in str(kind)):
-                return "svdq-fp4", "SVDQuant NVFP4"
+                return Form("svdq-fp4", "SVDQuant NVFP4", key)
             if form == "svdq-int4" and (kind, group) != ("int4", GROUP_SIZE):
-                return "svdq-other", f"SVDQuant (weights {kind} in groups of {group})"
-            return form, words
-    if any(d.startswith("F8_") for d in dtypes):
-        return "fp8", "FP8"
+                return Form("svdq-other", f"SVDQuant (weights {kind} in groups of {group})", key)
+            return Form(form, words, key)
+    if blocks := sorted(dtypes & QUANTIZED.keys()):
+        return Form("gguf", f"GGUF {'/'.join(blocks)}")
+    if any(d.startswith("F8_") for d in dtypes) or _first(r"\.(weight_scale|scale_weight)$", tensors):
+        return Form("int8", "INT8") if "I8" in dtypes else Form("fp8", "FP8")
     if "I8" in dtypes:
-        return "int8", "INT8"
-    if _first(r"\.(weight_scale|scale_weight)$", tensors):
-        return "fp8", "FP8"
+        return Form("int8", "INT8")
     if not dtypes <= set(FLOATS):
-        return "other", ", ".join(sorted(dtypes - set(FLOATS)))
-    return "dense", "/".join(sorted(dtypes))
+        return Form("other", ", ".join(sorted(dtypes - set(FLOATS))))
+    return Form("dense", "/".join(sorted(dtypes)))
 
 
-def model_info(source: str | Path | TensorFiles) -> ModelInfo:
-    """Format, rank and sizes of a transformer that `load_transformer` reads. ValueError names what the file is."""
+def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = ("svdq-int4", "dense")) -> ModelInfo:
+    """Format, rank and sizes of a transformer in one of some formats. ValueError names what the file is otherwise."""
     files = source if isinstance(source, TensorFiles) else open_tensors(source)
     found = identify(files)
     found.require("model")
-    if found.format not in ("svdq-int4", "dense"):
+    form = found.form.id
+    if form not in formats:
         expected, remedy = EXPECTED["model"]
         raise ValueError(f"{files.path}: expected {expected}, found {found.what}; this format is not read, {remedy}")
     shapes: dict[str, Shape] = {}
@@ -215,13 +226,13 @@ def model_info(source: str | Path | TensorFiles) -> ModelInfo:
         if target := canonical_tensor(key):
             shapes[target[0]] = shape
         elif not key.endswith(UNUSED):
-            raise unexpected(files.path, key)
+            raise unexpected(files.path, key, "a Z-Image transformer", EXPECTED["model"][1])
     downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
-    if found.format == "svdq-int4" and not downs:
+    if form == "svdq-int4" and not downs:
         raise ValueError(f"{files.path}: expected proj_down tensors beside qweight, found none; download it again")
     return ModelInfo(
         files.path,
-        found.format,
+        form,
         rank=next(iter(downs.values()))[-1] if downs else 0,
         quantized_refiners=any("refiner" in name for name in downs),
         config=ZImageConfig(**_config_fields(files, shapes)),
@@ -230,10 +241,11 @@ def model_info(source: str | Path | TensorFiles) -> ModelInfo:
     )
 
 
-def unexpected(path: Path, key: str, what: str = "a Z-Image transformer") -> ValueError:
+def unexpected(path: Path, key: str, what: str, remedy: str) -> ValueError:
     """The refusal of a tensor that a model does not have."""
     return ValueError(
-        f"{path}: unexpected tensor {key!r}, which {what} does not have; this is another model or a damaged conversion"
+        f"{path}: unexpected tensor {key!r}, which {what} does not have; this is another model or a damaged "
+        f"conversion, {remedy}"
     )
 
 

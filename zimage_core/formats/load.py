@@ -1,29 +1,238 @@
-"""Reading Z-Image transformers from safetensors: the model with its weights, checked tensor by tensor.
+"""The strict loader: a model built without memory, and a file whose tensors are matched with it one by one.
 
-Everything is learnt from the file's header (metadata, names, dtypes, shapes), never from its name or the GPU.
-Loading is strict and goes tensor by tensor from the memory-mapped file to the device, so that host memory never
-holds a second copy. SVDQuant layout: `layout.py`.
+What the model needs is read from the module itself, on the meta device. Tensors go one at a time from the
+memory-mapped file to the device, so that host memory never holds a second copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .identify import FLOATS, GROUP_SIZE, model_info, unexpected
-from .names import FUSED_PARTS, SVDQ_LEAVES, UNUSED, canonical_tensor
-from .safetensors import TensorFiles, open_tensors
+from .identify import EXPECTED, FLOATS, GROUP_SIZE, ModelInfo, model_info, unexpected
+from .names import FUSED_PARTS, UNUSED, canonical_tensor
+from .safetensors import Shape, TensorFiles, open_tensors
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from ..models.controlnet import ControlNet
     from ..models.transformer import ZImageTransformer
+    from .weights import Stored
 
 TILE = 128
 RANK_TILE = 16
+HALVES = FLOATS[:2]
+CODES = ("I8", "U8")
+FORMATS = ("svdq-int4", "dense")
+"""Formats of transformers that are loaded."""
+
+Rename = Callable[[str], "tuple[str, str | None] | None"]
+"""A file's name of a tensor -> the model's, and which part of a fused one it is; None where nothing matches."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where in an open file each of a model's tensors is: target -> what makes up its rows, in order."""
+
+    files: TensorFiles
+    stored: Mapping[str, list[Stored]]
+
+    def get(self, target: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+        """A float or integer tensor, put together from its parts; on the CPU, in the file's dtype, maybe mapped."""
+        import torch
+
+        parts = [self.files.get(source.key).to(device, dtype) for source in self.stored[target]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def expected_tensors(model: nn.Module) -> dict[str, tuple[Shape, tuple[str, ...] | None]]:
+    """Every tensor that a model on the meta device needs: name -> (shape, dtypes allowed; None for any stored form).
+
+    ValueError for an SVDQuant linear of sizes that its layout cannot have.
+    """
+    from ..linear.svdq import SVDQLinear
+    from .stored import StoredWeight
+
+    expected: dict[str, tuple[Shape, tuple[str, ...] | None]]
+    expected = {name: (tuple(p.shape), FLOATS) for name, p in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, StoredWeight):
+            expected[f"{name}.weight"] = (module.shape, None)
+        elif isinstance(module, SVDQLinear):
+            n, k, rank = module.out_features, module.in_features, module.rank
+            if n % TILE or k % TILE or rank % RANK_TILE:
+                raise ValueError(
+                    f"{name}: the SVDQuant layout needs widths divisible by {TILE} and ranks by {RANK_TILE}, "
+                    f"found {n} x {k} at rank {rank}; this file cannot be a SVDQuant INT4 model"
+                )
+            expected |= {
+                f"{name}.qweight": ((n, k // 2), CODES),
+                f"{name}.wscales": ((k // GROUP_SIZE, n), HALVES),
+                f"{name}.smooth_factor": ((k,), HALVES),
+                f"{name}.proj_down": ((k, rank), HALVES),
+                f"{name}.proj_up": ((n, rank), HALVES),
+            }
+            if module.bias is not None:
+                expected[f"{name}.bias"] = ((n,), HALVES)
+    return expected
+
+
+def match_tensors(
+    files: TensorFiles,
+    found: Mapping[str, Stored],
+    model: nn.Module,
+    rename: Rename,
+    remedy: str,
+    unneeded: Callable[[str], bool] = lambda name: False,
+    what: str = "the model",
+    any_form: bool = False,
+) -> Sources:
+    """Where each tensor that a model on the meta device needs is in a file.
+
+    rename gives the model's name of a tensor and its part; unneeded tells which others may be there; any_form allows
+    every matrix to be stored small. ValueError, ending in the remedy, for tensors that are unknown, doubled, missing,
+    misshapen or of another type.
+    """
+    expected = expected_tensors(model)
+    named: dict[str, dict[str | None, str]] = {}
+    for key, stored in found.items():
+        target, part = rename(key) or (key, None)
+        if target not in expected:
+            if unneeded(target):
+                continue
+            raise unexpected(files.path, stored.key, what, remedy)
+        parts = named.setdefault(target, {})
+        if part in parts:
+            twin = found[parts[part]].key
+            raise ValueError(
+                f"{files.path}: {stored.key!r} and {twin!r} are the same tensor, expected only one; {remedy}"
+            )
+        parts[part] = key
+
+    sources = {}
+    for target, (shape, dtypes) in expected.items():
+        parts = named.get(target, {})
+        order: tuple[str | None, ...] = (None,)
+        if None not in parts:
+            order = next((p for m, p in FUSED_PARTS.items() if target.endswith(f"{m}.weight")), order)
+        missing = [part for part in order if part not in parts]
+        if missing:
+            name = repr(f"{target} (part {missing[0]})" if missing[0] else target)
+            raise ValueError(
+                f"{files.path}: expected tensor {name} of shape {shape}, found none; the file is incomplete, "
+                f"download it again or {remedy}"
+            )
+        sources[target] = [found[parts[part]] for part in order]
+        each = (shape[0] // len(order), *shape[1:]) if len(order) > 1 else shape
+        for stored in sources[target]:
+            _check(files, stored, each, None if any_form and len(shape) == 2 else dtypes, remedy)
+    return Sources(files, sources)
+
+
+def _check(files: TensorFiles, stored: Stored, shape: Shape, dtypes: tuple[str, ...] | None, remedy: str) -> None:
+    """ValueError unless a tensor has a shape, but for axes of length 1, and a type."""
+    dtype = files.tensors[stored.key][0]
+    if dtypes and (dtype not in dtypes or stored.form not in (dtype, "float")):
+        expected = " or ".join(", ".join(dtypes).rsplit(", ", 1))
+        raise ValueError(f"{files.path}: {stored.key!r}: expected dtype {expected}, found {dtype}; {remedy}")
+    if stored.shape != shape and [n for n in stored.shape if n != 1] != [n for n in shape if n != 1]:
+        raise ValueError(
+            f"{files.path}: {stored.key!r}: expected shape {shape}, found {stored.shape}; the file belongs to another "
+            f"model or is damaged, {remedy}"
+        )
+
+
+def fill(
+    model: nn.Module,
+    sources: Sources,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    copy: bool = True,
+) -> None:
+    """Give a model on the meta device its tensors, for inference; what is not quantized in dtype.
+
+    The model's `backend` prepares SVDQuant linears. Without copy, what the CPU takes as it is stays memory-mapped.
+    """
+    from torch import nn
+
+    from ..linear.svdq import SVDQLinear, SVDQWeights
+    from .stored import HostEmbedding, StoredWeight
+    from .weights import read_parts
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, StoredWeight):
+            place = "cpu" if isinstance(module, HostEmbedding) else device
+            for stored in sources.stored[f"{name}.weight"]:
+                parts = read_parts(sources.files, stored)
+                module.load(stored.form, {part: tensor.to(place) for part, tensor in parts.items()})
+        elif isinstance(module, SVDQLinear):
+            leaves = [key.rpartition(".")[2] for key in sources.stored if key.startswith(f"{name}.")]
+            packed = {leaf: sources.get(f"{name}.{leaf}", device) for leaf in leaves}
+            packed = {leaf: t if leaf == "qweight" else t.to(dtype) for leaf, t in packed.items()}
+            module.load(SVDQWeights.from_packed(packed), model.backend)
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            value = sources.get(f"{name}.{leaf}".lstrip("."), device)
+            value = value.to(dtype, copy=copy).reshape(parameter.shape)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- transformers
+
+
+@contextmanager
+def open_transformer(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[tuple[ModelInfo, TensorFiles]]:
+    """What a transformer file is, and the file opened; `match_transformer` checks its tensors."""
+    with open_tensors(path) as files:
+        yield model_info(files, formats), files
+
+
+def match_transformer(files: TensorFiles, model: ZImageTransformer, any_form: bool = False) -> Sources:
+    """Where each of a transformer's tensors is in an open file. ValueError as `match_tensors`."""
+    from .weights import find_weights
+
+    remedy = EXPECTED["model"][1]
+    unneeded = (*UNUSED, ".smooth_factor_orig")
+    return match_tensors(
+        files,
+        find_weights(files, remedy),
+        model,
+        canonical_tensor,
+        remedy,
+        lambda name: name.endswith(unneeded),
+        "a Z-Image transformer",
+        any_form,
+    )
+
+
+def build_transformer(info: ModelInfo) -> ZImageTransformer:
+    """The model of a transformer file, on the meta device."""
+    import torch
+
+    from ..linear.adapters import Linear
+    from ..linear.svdq import SVDQLinear
+    from ..models.transformer import ZImageTransformer
+
+    def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
+        return SVDQLinear(n_in, n_out, bias, rank=info.rank)
+
+    with torch.device("meta"):
+        return ZImageTransformer(
+            info.config,
+            linear=svdq if info.rank else Linear,
+            refiner_linear=svdq if info.quantized_refiners else Linear,
+        )
+
+
+def check_transformer(path: str | Path) -> ModelInfo:
+    """Format, rank and sizes of a file, from its header; ValueError unless `load_transformer` would take it."""
+    with open_transformer(path) as (info, files):
+        match_transformer(files, build_transformer(info))
+    return info
 
 
 def load_transformer(
@@ -42,155 +251,18 @@ def load_transformer(
     `backends.select`. Raises ValueError naming file, key, expected and found.
     """
     import torch
-    from torch import nn
 
-    from ..linear.adapters import Linear
     from ..linear.backends import select
-    from ..linear.svdq import SVDQLinear
     from ..models import ops
-    from ..models.transformer import ZImageTransformer
 
     dtype = dtype or torch.bfloat16
     device = torch.device(device)
     compute_device = torch.device(compute_device or device)
-    with open_tensors(path) as files:
-        info = model_info(files)
-        quantized = info.format == "svdq-int4"
-
-        def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
-            return SVDQLinear(n_in, n_out, bias, rank=info.rank)
-
-        with torch.device("meta"):
-            model = ZImageTransformer(
-                info.config,
-                linear=svdq if quantized else Linear,
-                refiner_linear=svdq if info.quantized_refiners else Linear,
-            )
-        model.backend = select(backend, precision, device=compute_device, dtype=dtype) if quantized else None
+    with open_transformer(path) as (info, files):
+        model = build_transformer(info)
+        sources = match_transformer(files, model)
+        model.backend = select(backend, precision, device=compute_device, dtype=dtype) if info.rank else None
         model.use(ops.select(backend, compute_device, dtype, info.config.head_dim))
-        read_weights(model, files, match_tensors(files, expected_tensors(model, info.rank)), device, dtype)
+        fill(model, sources, device, dtype)
     model.checkpoint = info
-    return model.eval()
-
-
-def read_weights(
-    model: ZImageTransformer | ControlNet,
-    files: TensorFiles,
-    sources: Mapping[str, Sequence[str]],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Fill a model built on the meta device, whose `backend` is set, from the keys of `match_tensors`."""
-    import torch
-    from torch import nn
-
-    from ..linear.svdq import SVDQLinear, SVDQWeights
-
-    def fetch(target: str) -> Tensor:
-        parts = [files.get(key).to(device) for key in sources[target]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SVDQLinear):
-            leaves = [leaf for leaf in (*SVDQ_LEAVES, "bias") if f"{name}.{leaf}" in sources]
-            packed = {leaf: fetch(f"{name}.{leaf}") for leaf in leaves if leaf != "smooth_factor_orig"}
-            packed = {k: v if k == "qweight" else v.to(dtype) for k, v in packed.items()}
-            module.load(SVDQWeights.from_packed(packed), model.backend)
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            value = fetch(f"{name}.{leaf}".lstrip(".")).to(dtype, copy=True).reshape(parameter.shape)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-
-
-def expected_tensors(
-    model: ZImageTransformer | ControlNet, rank: int
-) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Target tensor -> (shape, dtypes allowed) of everything that the model reads from its file."""
-    from ..linear.svdq import SVDQLinear
-
-    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        name: (tuple(p.shape), FLOATS) for name, p in model.named_parameters()
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, SVDQLinear):
-            n, k = module.out_features, module.in_features
-            if n % TILE or k % TILE or rank % RANK_TILE:
-                raise ValueError(
-                    f"{name}: the SVDQuant layout needs widths divisible by {TILE} and ranks by {RANK_TILE}, "
-                    f"found {n} x {k} at rank {rank}; this file cannot be a SVDQuant INT4 model"
-                )
-            half = FLOATS[:2]
-            expected |= {
-                f"{name}.qweight": ((n, k // 2), ("I8", "U8")),
-                f"{name}.wscales": ((k // GROUP_SIZE, n), half),
-                f"{name}.smooth_factor": ((k,), half),
-                f"{name}.proj_down": ((k, rank), half),
-                f"{name}.proj_up": ((n, rank), half),
-            }
-            if module.bias is not None:
-                expected[f"{name}.bias"] = ((n,), half)
-    return expected
-
-
-def match_tensors(
-    files: TensorFiles,
-    expected: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]],
-    names: Callable[[str], tuple[str, str | None] | None] = canonical_tensor,
-    ignore: str = "",
-    what: str = "a Z-Image transformer",
-) -> dict[str, list[str]]:
-    """Target tensor -> its source keys in row order; strict about unmatched, missing and misshapen ones.
-
-    names gives the model's name for a key; keys that begin with `ignore` are not read. what: the model, in errors.
-    """
-    found: dict[str, dict[str | None, str]] = {}
-    for key in files.tensors:
-        if ignore and key.startswith(ignore):
-            continue
-        target = names(key)
-        if target is None or (target[0] not in expected and not target[0].endswith(".smooth_factor_orig")):
-            if key.endswith(UNUSED):
-                continue
-            raise unexpected(files.path, key, what)
-        parts = found.setdefault(target[0], {})
-        if target[1] in parts:
-            raise ValueError(f"{files.path}: {key!r} and {parts[target[1]]!r} are the same tensor; download it again")
-        parts[target[1]] = key
-
-    sources = {}
-    for target, (shape, dtypes) in expected.items():
-        parts = found.get(target, {})
-        order: tuple[str | None, ...] = (None,)
-        if None not in parts:
-            order = next((p for m, p in FUSED_PARTS.items() if target.endswith(f"{m}.weight")), order)
-        missing = [p for p in order if p not in parts]
-        if missing:
-            what = target if missing == [None] else f"{target} (part {missing[0]})"
-            raise ValueError(
-                f"{files.path}: expected tensor {what!r} of shape {shape}, found none; "
-                "the file is incomplete, download it again"
-            )
-        keys = [parts[p] for p in order]
-        rows = 0
-        for key in keys:
-            dtype, stored = files.tensors[key]
-            if dtype not in dtypes:
-                raise ValueError(
-                    f"{files.path}: {key!r}: expected dtype {' or '.join(dtypes)}, found {dtype}; "
-                    "this format is not read, get the INT4 or BF16 file"
-                )
-            whole = len(keys) == 1
-            fits = stored == shape or (target.endswith("pad_token") and stored == shape[1:])
-            if not (fits if whole else len(stored) == len(shape) and stored[1:] == shape[1:]):
-                raise _misshapen(files.path, key, shape, stored)
-            rows += stored[0]
-        if len(keys) > 1 and (rows != shape[0] or any(files.tensors[k][1][0] != shape[0] // len(keys) for k in keys)):
-            raise _misshapen(files.path, keys[0], (shape[0] // len(keys), *shape[1:]), files.tensors[keys[0]][1])
-        sources[target] = keys
-    return sources
-
-
-def _misshapen(path: Path, key: str, expected: tuple[int, ...], found: tuple[int, ...]) -> ValueError:
-    return ValueError(
-        f"{path}: {key!r}: expected shape {expected}, found {found}; "
-        "the file belongs to another model or is damaged, download it again"
-    )
+    return model

@@ -1,11 +1,12 @@
-"""Names of the Z-Image transformer's tensors: from every published style to the model's own. No torch here.
+"""Names of tensors, from every published style to the models' own: transformer, text encoder, VAE, LoRAs. No torch.
 
 A source module either is a module of the model (`attention.to_out.0` -> `attention.to_out`) or one part of a
 fused one (`attention.to_q` -> rows "q" of `attention.to_qkv`). Checkpoints and LoRA files share the table.
 
-Styles: huggingface/diffusers `transformer_z_image.py@v0.42.1` (official Tongyi-MAI names), ComfyUI
+Styles of the transformer: huggingface/diffusers `transformer_z_image.py@v0.42.1` (official Tongyi-MAI names), ComfyUI
 `comfy/ldm/lumina/model.py@v0.33.0`, and nunchaku's SVDQuant files
-(nunchaku-ai/nunchaku `models/transformers/transformer_zimage.py`).
+(nunchaku-ai/nunchaku `models/transformers/transformer_zimage.py`). Of the VAE: diffusers and ComfyUI
+`comfy/ldm/modules/diffusionmodules/model.py@v0.33.0`. Of GGUF: llama.cpp's by way of gguf 0.19.
 """
 
 from __future__ import annotations
@@ -26,10 +27,8 @@ CONTROL = "control_"  # begins every key of a ControlNet, whose blocks are named
 FUSED_PARTS = {"attention.to_qkv": ("q", "k", "v"), "feed_forward.w3_w1": ("w3", "w1")}
 """Row order of the fused linears; w3 (values) comes before w1 (gates)."""
 
-SVDQ_LEAVES = ("qweight", "wscales", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up")
-
-UNUSED = ("norm_final.weight",)
-"""Left in some ComfyUI conversions from Lumina 2; Z-Image has no such norm and no loader reads it."""
+UNUSED = ("norm_final.weight", "scaled_fp8")
+"""A norm left in some ComfyUI conversions from Lumina 2, which Z-Image has not, and a mark of older FP8 files."""
 
 _BLOCK = r"((?:layers|noise_refiner|context_refiner)\.\d+)\."
 _MODULES: tuple[tuple[re.Pattern[str], str, str | None], ...] = tuple(
@@ -68,6 +67,34 @@ _OTHER_NAMES = (
     *("all_final_layer.2-1.linear", "final_layer.linear"),
     *("all_final_layer.2-1.adaLN_modulation.1", "final_layer.adaLN_modulation.1"),
 )
+
+_GGUF_LAYERS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_GGUF_OTHERS = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+_BFL_ROWS = (
+    (r"^(encoder|decoder)\.mid\.block_1\.", r"\1.mid_block.resnets.0."),
+    (r"^(encoder|decoder)\.mid\.block_2\.", r"\1.mid_block.resnets.1."),
+    (r"^(encoder|decoder)\.mid\.attn_1\.norm\.", r"\1.mid_block.attentions.0.group_norm."),
+    (r"^(encoder|decoder)\.mid\.attn_1\.(q|k|v)\.", r"\1.mid_block.attentions.0.to_\2."),
+    (r"^(encoder|decoder)\.mid\.attn_1\.proj_out\.", r"\1.mid_block.attentions.0.to_out.0."),
+    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+    (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
+    (r"^(.*(?:up|down)_blocks\.\d+)\.block\.", r"\1.resnets."),
+    (r"^(.*(?:up|down)_blocks\.\d+)\.(upsample|downsample)\.", r"\1.\2rs.0."),
+    (r"^(.*\.resnets\.\d+)\.nin_shortcut\.", r"\1.conv_shortcut."),
+)
+"""Black Forest Labs' names -> diffusers', applied in turn."""
 
 _LORA_PREFIX = re.compile(
     r"^(?:base_model\.model\.|(?:diffusion_model|transformer|model|dit|unet)[._]|lora_(?:unet|transformer)__?|lycoris_)+"
@@ -142,6 +169,26 @@ def diffusers_svdq_module(name: str) -> str:
     if name.startswith("final_layer."):
         return "all_final_layer.2-1" + name[len("final_layer") :]
     return name
+
+
+def encoder_tensor(key: str) -> tuple[str, None]:
+    """A text encoder tensor's key in transformers' or GGUF's style -> transformers' name without `model.`."""
+    stem, _, leaf = key.rpartition(".")
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
+        return f"layers.{match[1]}.{_GGUF_LAYERS.get(match[2], match[2])}.{leaf}", None
+    return f"{_GGUF_OTHERS[stem]}.{leaf}" if stem in _GGUF_OTHERS else key.removeprefix("model."), None
+
+
+def vae_tensor(key: str, levels: int) -> tuple[str, None]:
+    """A VAE tensor's key in Black Forest Labs' or diffusers' style -> diffusers' name.
+
+    levels: the resolutions, which the former count from the finest in the decoder and the latter from the coarsest.
+    """
+    if match := re.match(r"decoder\.up\.(\d+)\.", key):
+        key = f"decoder.up_blocks.{levels - 1 - int(match[1])}.{key[match.end() :]}"
+    for pattern, replacement in _BFL_ROWS:
+        key = re.sub(pattern, replacement, key)
+    return key, None
 
 
 def lora_target(name: str) -> tuple[str, str, str | None] | None:

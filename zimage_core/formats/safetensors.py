@@ -186,7 +186,14 @@ class TensorFiles:
 
 
 def open_tensors(path: str | Path) -> TensorFiles:
-    """One safetensors file, a folder with an index of shards, or a folder with one file."""
+    """One safetensors or GGUF file, a folder with an index of shards, or a folder with one file."""
+    from .gguf import MAGIC, GGUFFile
+
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:  # more than the longest header of a safetensors file
+                return GGUFFile(path)
     return TensorFiles(path)
 
 

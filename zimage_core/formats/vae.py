@@ -1,55 +1,22 @@
 """VAE files in diffusers' and Black Forest Labs' names: the config, and the strict load.
 
-Source: huggingface/diffusers `models/autoencoders/autoencoder_kl.py@v0.42.1`; ComfyUI
-`comfy/ldm/modules/diffusionmodules/model.py@v0.33.0` (the other names).
+Source: huggingface/diffusers `models/autoencoders/autoencoder_kl.py@v0.42.1`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ..models.vae import VAE, VAEConfig, check_dtype
 from .identify import EXPECTED, identify
+from .load import Sources, fill, match_tensors
+from .names import vae_tensor
 from .safetensors import TensorFiles, open_tensors
-
-BFL_ROWS = (
-    (r"^(encoder|decoder)\.mid\.block_1\.", r"\1.mid_block.resnets.0."),
-    (r"^(encoder|decoder)\.mid\.block_2\.", r"\1.mid_block.resnets.1."),
-    (r"^(encoder|decoder)\.mid\.attn_1\.norm\.", r"\1.mid_block.attentions.0.group_norm."),
-    (r"^(encoder|decoder)\.mid\.attn_1\.(q|k|v)\.", r"\1.mid_block.attentions.0.to_\2."),
-    (r"^(encoder|decoder)\.mid\.attn_1\.proj_out\.", r"\1.mid_block.attentions.0.to_out.0."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-    (r"^encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"^(.*\.resnets\.\d+)\.nin_shortcut\.", r"\1.conv_shortcut."),
-)
-"""Names of Black Forest Labs -> diffusers, applied in turn; `bfl_rows` adds those that depend on the number of levels,
-which the former count from the finest in the decoder and the latter from the coarsest."""
-
-
-def bfl_rows(levels: int) -> tuple[tuple[str, str], ...]:
-    """The anchored (pattern, replacement) rows for an autoencoder of `levels` resolutions."""
-    up = []
-    for level in range(levels):
-        block = f"decoder.up_blocks.{levels - 1 - level}"
-        up += [
-            (rf"^decoder\.up\.{level}\.block\.(\d+)\.", rf"{block}.resnets.\1."),
-            (rf"^decoder\.up\.{level}\.upsample\.", f"{block}.upsamplers.0."),
-        ]
-    return (*up, *BFL_ROWS)
-
-
-def rename_bfl(key: str, rows: tuple[tuple[str, str], ...]) -> str:
-    """BFL key -> diffusers key; a key that no row matches stays as it is."""
-    for pattern, replacement in rows:
-        key = re.sub(pattern, replacement, key)
-    return key
-
+from .weights import find_weights
 
 _REMEDY = EXPECTED["vae"][1]
 
@@ -111,66 +78,28 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
     return VAEConfig(tuple(shapes[key][0] for key in keys[:-1]), layers, latent_channels=shapes[keys[-1]][1])
 
 
-def _names(keys: list[str]) -> dict[str, str]:
-    """Our name -> key in the file, for either style; ValueError for a doubled tensor."""
-    levels = 1 + max((int(m[1]) for key in keys if (m := re.match(r"decoder\.up\.(\d+)\.", key))), default=-1)
-    rows = bfl_rows(levels) if levels else ()
-    names: dict[str, str] = {}
-    for key in keys:
-        if (twin := names.setdefault(rename_bfl(key, rows), key)) != key:
-            raise ValueError(f"{twin!r} and {key!r} are the same tensor, expected only one; {_REMEDY}")
-    return names
-
-
-def _check_tensors(
-    names: dict[str, str],
-    shapes: dict[str, tuple[int, ...]],
-    expected: dict[str, tuple[int, ...]],
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> None:
-    for name, key in names.items():
-        dtype, shape = tensors[key]
-        if name not in expected:
-            raise ValueError(f"unexpected tensor {key!r} of shape {shape}, expected none of that name; {_REMEDY}")
-        if shapes[name] != expected[name]:
-            raise ValueError(f"{key!r}: expected shape {expected[name]}, found {shape}; {_REMEDY}")
-        if dtype not in ("F32", "BF16", "F16"):
-            raise ValueError(f"{key!r}: expected dtype F32, BF16 or F16, found {dtype}; {_REMEDY}")
-    missing = [name for name in expected if name not in names]
-    if missing:
-        raise ValueError(
-            f"expected tensor {missing[0]!r} of shape {expected[missing[0]]}, found none ({len(missing)} are "
-            "missing); the file is incomplete, download it again"
-        )
-
-
 def read_vae_config(path: str | Path) -> VAEConfig:
     """The sizes of the VAE in a file or folder, from its header; errors as load_vae."""
-    return _identify(open_tensors(path))[0].config
+    with open_tensors(path) as files:
+        return _match(files)[0].config
 
 
-def _identify(files: TensorFiles) -> tuple[VAE, dict[str, str]]:
-    """The VAE of a checked file, without its weights, and our name -> key of each tensor."""
+def _match(files: TensorFiles) -> tuple[VAE, Sources]:
+    """The VAE of an open file, without its weights, and where each of its tensors is."""
     identify(files).require("vae")
+    found = find_weights(files, _REMEDY)
+    levels = 1 + max((int(m[1]) for key in found if (m := re.match(r"decoder\.up\.(\d+)\.", key))), default=0)
+    shapes = {vae_tensor(key, levels)[0]: stored.shape for key, stored in found.items()}
+    raw = files.metadata.get("config")
     try:
-        names = _names(list(files.keys()))
-        shapes = {name: files.tensors[key][1] for name, key in names.items()}
-        # BFL stores the attention's linear layers as 1x1 convolutions.
-        shapes = {
-            name: shape[:2] if ".attentions." in name and name != names[name] and shape[2:] == (1, 1) else shape
-            for name, shape in shapes.items()
-        }
-        raw = files.metadata.get("config")
         config = config_from_diffusers(json.loads(raw)) if raw else config_from_shapes(shapes)
-        with torch.device("meta"):
-            vae = VAE(config)
-        expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-        _check_tensors(names, shapes, expected, files.tensors)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{files.path}: expected JSON as config, found {raw!r} ({error}); {_REMEDY}") from None
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from None
-    return vae, names
+    with torch.device("meta"):
+        vae = VAE(config)
+    return vae, match_tensors(files, found, vae, lambda key: vae_tensor(key, levels), _REMEDY, what="this autoencoder")
 
 
 def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VAE:
@@ -182,10 +111,6 @@ def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     """
     check_dtype(dtype)
     with open_tensors(path) as files:
-        vae, names = _identify(files)
-        expected = {name: tensor.shape for name, tensor in vae.state_dict().items()}
-        state = {
-            name: files.get(key).reshape(expected[name]).to(device, dtype, copy=True) for name, key in names.items()
-        }
-    vae.load_state_dict(state, assign=True)
-    return vae.requires_grad_(False).eval()
+        vae, sources = _match(files)
+        fill(vae, sources, device, dtype)
+    return vae

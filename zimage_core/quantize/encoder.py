@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..formats.encoder import check_model, check_weights, read_config
-from ..formats.stored import ENCODER_REMEDY, GGUFEncoder, SafetensorsEncoder, blocked, open_encoder
-from ..models.text_encoder import TextEncoder, TextEncoderConfig
+from ..formats.encoder import ENCODER_REMEDY, EncoderFile, open_encoder
+from ..formats.weights import blocked
+from ..models.text_encoder import TextEncoderConfig
 from ..sizes import round_up
 from .writer import DTYPES, Header, StreamedFile
 
@@ -53,10 +53,8 @@ def quantize_encoder(
     if bits not in (8, 4):
         raise ValueError(f"bits: expected 8 or 4, found {bits}; use 8")
     src, dst = Path(src), Path(dst)
-    if (src / "text_encoder").is_dir():
-        src = src / "text_encoder"
     with open_encoder(src) as file:
-        config = _check_source(file, dst)
+        _check_source(file, dst)
         names = [name for name in file.weights if name != _HEAD]
         linears = [name.removesuffix(".weight") for name in names if _LINEAR.fullmatch(name)]
         form = _int8_parts if bits == 8 else _nvfp4_parts
@@ -67,11 +65,11 @@ def quantize_encoder(
             header |= {f"model.{key}": entry for key, entry in planned.items()}
         # The widest dtypes first, so that every tensor is aligned.
         header = dict(sorted(header.items(), key=lambda item: -DTYPES[item[1][0]].itemsize))
-        with StreamedFile(dst, header, _metadata(file.config, config, linears, bits)) as out:
+        with StreamedFile(dst, header, _metadata(file.text, file.config, linears, bits)) as out:
             for done, name in enumerate(names):
                 if progress:
                     progress(done, len(names), name)
-                tensor = file.read(name)["weight"]
+                tensor = file.files.get(file.weights[name].key)
                 if not tensor.isfinite().all():
                     raise ValueError(
                         f"{src}: {name}: expected finite weights, found NaN or infinity; download it again"
@@ -122,20 +120,17 @@ def _to_fp4(x: Tensor) -> Tensor:
     return (x / spacing).round_().mul_(spacing).clamp_(max=6)
 
 
-def _check_source(file: SafetensorsEncoder | GGUFEncoder, dst: Path) -> TextEncoderConfig:
-    """The source's sizes. ValueError if it cannot be quantized, or is the destination itself."""
-    check_model(file.weights, file.where)
-    config = read_config(file.config, file.weights, file.where)
-    expected = {name: tuple(t.shape) for name, t in TextEncoder(config, device="meta").state_dict().items()}
-    check_weights(file.weights, file.others, expected, file.where)
+def _check_source(file: EncoderFile, dst: Path) -> None:
+    """ValueError if a source cannot be quantized, or is the destination itself."""
+    file.match()
     for name, stored in file.weights.items():
         if stored.form != "float":
             raise ValueError(
-                f"{file.where}: {name}: expected BF16, F16 or F32, found {stored.form}, small already; {ENCODER_REMEDY}"
+                f"{file.files.path}: {name}: expected BF16, F16 or F32, found {stored.form}, small already; "
+                f"{ENCODER_REMEDY}"
             )
-    if any(dst.exists() and dst.samefile(path) for path in file.paths):
+    if any(dst.exists() and dst.samefile(header.path) for header in file.files.headers):
         raise ValueError(f"{dst}: is the source itself; choose another destination")
-    return config
 
 
 def _planned(name: str, shape: tuple[int, ...], bits: int) -> Header:

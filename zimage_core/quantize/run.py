@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..formats.load import open_transformer
 from ..formats.names import diffusers_svdq_module
 from ..linear.svdq import SVDQWeights
 from ..lora.apply import load_lora
@@ -30,7 +31,7 @@ from ..models.config import ZImageConfig
 from ..models.transformer import PIXELS_PER_CELL, Block
 from . import calibrate
 from .solver import svdq_calibrated, svdq_from_dense
-from .source import DenseSource, dense_info, open_dense
+from .source import SOURCES, DenseSource, match_source
 from .writer import StreamedFile, block_names, check_destination, file_metadata, plan_header, quantized_linears
 
 Progress = Callable[[int, int, str], None]
@@ -70,13 +71,12 @@ def quantize_checkpoint(
     check_request(dst, size, merge)
     src, dst, device = Path(src), Path(dst), torch.device(device)
     loras = [(load_lora(path), float(strength)) for path, strength in merge]
-    with open_dense(src) as files:
-        info = dense_info(files)
+    with open_transformer(src, SOURCES) as (info, files):
         if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
             raise ValueError(f"{dst}: is the source itself; choose another destination")
         header = plan_header(info.config, rank, skip_refiners)
         metadata = file_metadata(info.config, rank, skip_refiners)
-        source = DenseSource(files, info.config, loras, device)
+        source = DenseSource(files, info, loras, device)
         notes = None
         if cap_feats is not None:
             _check_captions(info.config, cap_feats, size)
@@ -98,7 +98,8 @@ def check_request(dst: str | Path, size: int, merge: Sequence[tuple[str | Path, 
 
 def check_source(src: str | Path) -> None:
     """ValueError if `quantize_checkpoint` would refuse the file or folder, from its header alone."""
-    dense_info(open_dense(Path(src)))
+    with open_transformer(src, SOURCES) as (info, files):
+        match_source(files, info)
 
 
 class TimeLeft:
@@ -211,7 +212,7 @@ class _Job:
     def _copy_plain(self) -> None:
         """Write the tensors that stay in bf16."""
         quantized = set(self.linears)
-        for name in self.source.keys:
+        for name in self.source.stored:
             module, _, leaf = name.rpartition(".")
             if module in quantized:
                 continue

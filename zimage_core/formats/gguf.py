@@ -1,0 +1,164 @@
+"""Reading GGUF: the header without torch or the `gguf` package, tensors memory-mapped.
+
+Source: ggml-org/ggml `docs/gguf.md`; gguf 0.19 (constants.py) for the sizes of blocks.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .safetensors import Header, TensorFiles, check_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAGIC = b"GGUF"
+# ggml's number of a type -> its name, weights of a block, bytes of a block
+_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+}
+QUANTIZED = {name: (block, size) for name, block, size in _TYPES.values() if block > 1}
+"""Types of several weights in a block: name -> (weights, bytes)."""
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?QqdQ"))
+_STRING, _ARRAY = 8, 9
+_MOST_AXES = 4
+
+
+class GGUFFile(TensorFiles):
+    """The tensors of a GGUF file by their own names; a tensor of blocks is read as rows of bytes.
+
+    fields: the metadata but for arrays, which are passed over: a vocabulary's strings are not used.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = check_file(path)
+        self.fields: dict[str, object] = {}
+        self.tensors = {}
+        self._place: dict[str, tuple[int, int]] = {}
+        try:
+            with self.path.open("rb") as file:
+                # Copy-on-write, because torch warns of read-only memory; nothing is written.
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._read()
+        except (ValueError, KeyError, OverflowError, struct.error) as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"{self.path}: its GGUF data are damaged or cut off ({text}); download it again") from None
+        self.metadata = {key: str(value) for key, value in self.fields.items()}
+        self.headers = [Header(self.path, self.tensors, self.metadata)]
+        if self.fields.get("split.count", 1) not in (0, 1):
+            raise ValueError(f"{self.path}: expected one GGUF file, found a part of a split one; merge its parts")
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass  # the tensors read from it keep it mapped
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as stored, (N, bytes of a row) where it has blocks."""
+        import torch
+
+        dtype, shape = self.tensors[name]
+        start, size = self._place[name]
+        data = torch.frombuffer(self._data, dtype=torch.uint8, count=size, offset=start)
+        if dtype in QUANTIZED:
+            return data.view(*shape[:-1], -1)
+        return data.view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]).view(shape)
+
+    def _read(self) -> None:
+        """Fields and tensors; struct.error, KeyError or ValueError where the file is damaged."""
+        place = len(MAGIC)
+
+        def number(kind: str) -> int:
+            nonlocal place
+            (found,) = struct.unpack_from(f"<{kind}", self._data, place)
+            place += struct.calcsize(f"<{kind}")
+            return found
+
+        def text() -> str:
+            nonlocal place
+            size = number("Q")
+            place += size
+            if place > len(self._data):
+                raise ValueError("a name goes past the end")
+            return self._data[place - size : place].decode("utf-8")
+
+        def value(kind: int) -> object:
+            nonlocal place
+            if kind == _STRING:
+                return text()
+            if kind != _ARRAY:
+                return number(_SCALARS[kind])
+            inner, count = number("I"), number("Q")
+            if inner == _STRING:
+                for _ in range(count):
+                    place += 8 + struct.unpack_from("<Q", self._data, place)[0]
+            elif inner == _ARRAY:
+                raise ValueError("an array of arrays")
+            else:
+                place += count * struct.calcsize(f"<{_SCALARS[inner]}")
+            return None
+
+        version = number("I")
+        if version & 0xFFFF == 0:
+            raise ValueError("it is big-endian, get a little-endian one")
+        tensors, fields = number("Q"), number("Q")
+        for _ in range(fields):
+            key = text()
+            if (found := value(number("I"))) is not None:
+                self.fields[key] = found
+        entries = []
+        for _ in range(tensors):
+            name, axes = text(), number("I")
+            if axes > _MOST_AXES or name in self._place:
+                raise ValueError(f"{name}: {axes} axes, or there twice")
+            shape = tuple(number("Q") for _ in range(axes))[::-1]
+            kind, block, size = _TYPES[number("I")]
+            if shape and shape[-1] % block:
+                raise ValueError(f"{name}: rows of {shape[-1]} weights in blocks of {block}")
+            self.tensors[name] = kind, shape
+            self._place[name] = 0, 0
+            entries.append((name, number("Q"), prod(shape) // block * size))
+        alignment = self.fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise ValueError(f"alignment {alignment}")
+        start = -(-place // alignment) * alignment
+        for name, offset, size in entries:
+            if start + offset + size > len(self._data):
+                raise ValueError(f"{name} goes past the end")
+            self._place[name] = start + offset, size
