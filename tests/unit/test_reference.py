@@ -10,6 +10,7 @@ import logging
 import sys
 import textwrap
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from zimage_core.linear import backends, layout
+from zimage_core.linear.adapters import Terms
 from zimage_core.linear.backends import kitchen, nunchaku, reference, select
 from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
 
@@ -263,6 +265,32 @@ def test_nunchaku_gets_what_its_kernels_take(path, engine):
     assert torch.equal(module.qweight, tensors["packed.qweight"])
     assert torch.equal(module(x), linear(weights, cpu(precision="w4a4"))(x))
     assert all(torch.equal(a, b) for a, b in zip(module.weights().tensors().values(), weights.tensors().values()))
+
+
+def test_nunchaku_is_kept_from_what_its_kernels_get_wrong(engine, monkeypatch):
+    """More ranks than its table of scales, no rows, more elements than 32 bits count, another dtype."""
+    weights = random_weights(128, 128, rank=32)
+    module = linear(weights, backends.Backend("nunchaku", "w4a4", nunchaku, ""))
+    plain = linear(weights, cpu(precision="w4a4"))
+    x = torch.randn(600, 128).bfloat16()
+    for rank, beside in ((992, False), (1008, True)):
+        terms = Terms(torch.randn(rank, 128).bfloat16(), torch.randn(128, rank).bfloat16())
+        for one in (module, plain):
+            one.set_adapter(terms)
+        assert (module.adapter is not None) is beside
+        # The pair beside the linear is rounded once more than in its branch.
+        assert torch.dist(module(x).float(), plain(x).float()) < 4e-3 * plain(x).float().norm()
+    with pytest.raises(ValueError, match="rank: expected up to 1024 for nunchaku, found 1040"):
+        wide = replace(weights, proj_down=torch.zeros(1040, 128), proj_up=torch.zeros(128, 1040))
+        nunchaku.prepare(wide, "w4a4")
+    for one in (module, plain):
+        one.set_adapter(None)
+    assert module(x[:0]).shape == (0, 128)
+    whole = module(x)
+    monkeypatch.setattr(nunchaku, "MAX_ELEMENTS", 128 * 300)
+    assert torch.equal(module(x), whole) and torch.equal(whole, plain(x))
+    with pytest.raises(ValueError, match="nunchaku: expected activations in torch.bfloat16, found torch.float16"):
+        module(x.half())
 
 
 @pytest.mark.parametrize("real", [True, False], ids=["installed", "emulated"])

@@ -2,6 +2,10 @@
 
 Its engine is not on PyPI: `pip install nunchaku` installs a statistics library.
 
+The kernels check little: more than MAX_RANK ranks give wrong results, no rows an error, more than MAX_ELEMENTS
+elements an illegal access, other dtypes garbage or an abort. So all of that is checked here. For K of 384 or more they
+add up in varying order, so that pictures of one seed may differ in the last bits from run to run.
+
 Legend: M rows, N out, K in, R rank, G = K / 64 groups.
 Source: nunchaku/ops/{quantize.py,gemm.py} and nunchaku/models/linear.py@92e4695.
 """
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 PRECISIONS = ("w4a4",)
 INT4_KERNELS = (75, 80, 86, 87, 89)
 ENGINE = "https://github.com/nunchaku-ai/nunchaku/releases"
+MAX_RANK = 1024  # 64 scales, one for 16 ranks
+MAX_ELEMENTS = 2**31 - 1  # of x and of y: they are indexed in 32 bits
+PAD_ROWS = 256  # a multiple of which the activations are padded to
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -54,7 +61,9 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
-    """The tensors as a file stores them."""
+    """The tensors as a file stores them. ValueError for a rank above MAX_RANK."""
+    if weights.rank > MAX_RANK:
+        raise ValueError(f"rank: expected up to {MAX_RANK} for nunchaku, found {weights.rank}; choose another backend")
     return weights.to_packed()
 
 
@@ -65,8 +74,10 @@ def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def join(
     prepared: Mapping[str, torch.Tensor], rank: int, pair: tuple[torch.Tensor, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
-    """The low-rank branch with a pair behind its first `rank`, or without."""
+) -> dict[str, torch.Tensor] | None:
+    """The low-rank branch with a pair behind its first `rank`, or without; None above MAX_RANK together."""
+    if pair is not None and rank + len(pair[0]) > MAX_RANK:
+        return None
     down = layout.unpack_proj_down(prepared["proj_down"])[:rank]
     up = layout.unpack_proj_up(prepared["proj_up"])[:, :rank]
     if pair is not None:
@@ -75,25 +86,34 @@ def join(
 
 
 def linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
-    """x (M, K) -> (M, N)."""
+    """x (M, K) -> (M, N). ValueError if x has another dtype than the weights."""
+    n = len(prepared["qweight"])
     if x.is_meta:
-        return allocate_w4a4(x, prepared["proj_down"].shape[1], len(prepared["qweight"]))
+        return allocate_w4a4(x, prepared["proj_down"].shape[1], n)
+    if x.dtype != prepared["wscales"].dtype:
+        raise ValueError(f"nunchaku: expected activations in {prepared['wscales'].dtype}, found {x.dtype}")
+    y, x = x.new_empty(len(x), n), x.contiguous()
+    rows = MAX_ELEMENTS // max(n, x.shape[1]) // PAD_ROWS * PAD_ROWS
+    with guard(x.device):
+        for start in range(0, len(x), rows):
+            _linear(x[start : start + rows], prepared, y[start : start + rows])
+    return y
+
+
+def _linear(x: torch.Tensor, prepared: Mapping[str, torch.Tensor], y: torch.Tensor) -> None:
     from nunchaku.ops.gemm import svdq_gemm_w4a4_cuda
     from nunchaku.ops.quantize import svdq_quantize_w4a4_act_fuse_lora_cuda
 
-    y = x.new_empty(len(x), len(prepared["qweight"]))
-    with guard(x.device):
-        codes, ascales, rank = svdq_quantize_w4a4_act_fuse_lora_cuda(
-            x.contiguous(), lora_down=prepared["proj_down"], smooth=prepared["smooth_factor"], pad_size=256
-        )
-        svdq_gemm_w4a4_cuda(
-            act=codes,
-            wgt=prepared["qweight"],
-            out=y,
-            ascales=ascales,
-            wscales=prepared["wscales"],
-            lora_act_in=rank,
-            lora_up=prepared["proj_up"],
-            bias=prepared.get("bias"),
-        )
-    return y
+    codes, ascales, rank = svdq_quantize_w4a4_act_fuse_lora_cuda(
+        x, lora_down=prepared["proj_down"], smooth=prepared["smooth_factor"], pad_size=PAD_ROWS
+    )
+    svdq_gemm_w4a4_cuda(
+        act=codes,
+        wgt=prepared["qweight"],
+        out=y,
+        ascales=ascales,
+        wscales=prepared["wscales"],
+        lora_act_in=rank,
+        lora_up=prepared["proj_up"],
+        bias=prepared.get("bias"),
+    )
