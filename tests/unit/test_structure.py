@@ -44,10 +44,12 @@ MAY_IMPORT = {
     "batch": {"", "formats", "linear", "pipeline", "sizes"},
     "bench": {"", "formats", "linear", "memory", "models", "pipeline", "sampler", "sizes"},
     "compare": set(),
+    "verify": {"bench", "formats", "linear", "models", "pipeline"},
     "cli": {
         "batch",
         "",
         "bench",
+        "verify",
         "compare",
         "demo",
         "formats",

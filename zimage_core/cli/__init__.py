@@ -13,11 +13,11 @@ import sys
 import warnings
 
 from .. import __version__
-from . import batch, bench, compare, doctor, download, generate, inspect, quantize, quantize_encoder
+from . import batch, bench, compare, doctor, download, generate, inspect, quantize, quantize_encoder, verify
 from .options import EXIT_INPUT, Parser
 
 EXIT_MEMORY, EXIT_INTERRUPT, EXIT_BROKEN_PIPE = 3, 130, 141
-COMMANDS = (generate, batch, download, quantize, quantize_encoder, inspect, compare, doctor, bench)
+COMMANDS = (generate, batch, download, quantize, quantize_encoder, inspect, compare, doctor, bench, verify)
 
 
 def main(argv: list[str] | None = None) -> int:
