@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from zimage_core.memory import graphs
 from zimage_core.memory.graphs import Graph, Graphs
 from zimage_core.memory.offload import BlockStreamer
 from zimage_core.models.config import ZImageConfig
+from zimage_core.models.transformer import Conditioning
 from zimage_core.sampler import draw_noise
 
 CONFIG = ZImageConfig(dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=64)
@@ -25,7 +27,7 @@ class Recorded(Graph):
 
     def __init__(self, model, latents, t, cond, pool):
         self.latents, self.t, self.source, self.pool = latents.clone(), t.clone(), cond, pool
-        self.cond = SimpleNamespace(**{name: tensor.clone() for name, tensor in graphs.tensors(cond).items()})
+        self.cond = replace(cond, **{name: tensor.clone() for name, tensor in graphs.tensors(cond).items()})
         self.graph = SimpleNamespace(replay=self._again)
         self.flow = torch.full_like(latents, math.nan)
         made.append(self)
@@ -56,7 +58,7 @@ made, watched = [], []
 def steps(monkeypatch):
     """A function that runs a step of given tokens, and whether the model itself ran."""
     made.clear(), watched.clear(), Watched.answers.clear()
-    monkeypatch.setattr(graphs, "room", lambda device: graphs.ROOM)
+    monkeypatch.setattr(graphs, "free_bytes", lambda device: graphs.FREE_BYTES)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     transformer, streamer = SimpleNamespace(backend=None, adapter_version=0), SimpleNamespace(addresses=1)
@@ -78,7 +80,8 @@ def steps(monkeypatch):
 
 def caption(tokens=32, seed=0):
     context = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(seed))
-    return SimpleNamespace(context=context, grid=(2, 2), image_tokens=32, mask=None)
+    angles = torch.zeros(1, 32 + tokens, 1, 4)
+    return Conditioning(context, angles, angles, mask=None, grid=(2, 2), image_tokens=32)
 
 
 def test_the_third_step_of_a_shape_is_captured_and_later_ones_replayed(steps):
@@ -96,8 +99,14 @@ def test_a_step_is_not_captured_while_it_is_unknown_what_takes_the_time_nor_wher
     assert len(watched) == 1
 
 
-def test_nor_where_the_gpu_has_no_room(steps, monkeypatch):
-    monkeypatch.setattr(graphs, "room", lambda device: graphs.ROOM - 1)
+def test_nor_with_a_controlnet(steps):
+    control = SimpleNamespace(net=None)
+    assert all(steps.step(replace(caption(), controls=(control,))) for _ in range(5))
+    assert not watched
+
+
+def test_nor_where_the_gpu_has_no_memory_left(steps, monkeypatch):
+    monkeypatch.setattr(graphs, "free_bytes", lambda device: graphs.FREE_BYTES - 1)
     assert all(steps.step(caption()) for _ in range(5))
 
 

@@ -1,10 +1,10 @@
-"""Steps replayed as CUDA graphs, where launching the thousand kernels of a step takes longer than running them.
+"""Replaying steps as CUDA graphs, where launching the thousand kernels of a step takes longer than running them.
 
-At 512 x 512 an H200 runs a step in 22 ms, and Python launches it in 35 to 45. The first run of a shape compiles
-kernels, the second is timed, and only where the host was the slower one is a later one captured; from then on the host
-launches once. The kernels and their order are the same, and so are the results, bit for bit.
+The first run of a shape compiles kernels, the second is timed, and only if the host was slower than the GPU a later run
+is captured; from then on the host launches once per step. Kernels and their order are the same, and so are the results,
+bit for bit. Timings are in benchmarks/README.md.
 
-A graph reads and writes fixed addresses: the inputs are copied to them, and a change of the weights' own drops it.
+A graph reads and writes fixed addresses: inputs are copied there, and other weights invalidate it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,18 +24,18 @@ from ..models.transformer import Conditioning, ZImageTransformer
 if TYPE_CHECKING:
     from .offload import BlockStreamer
 
-BACKENDS = ("triton", "reference")
-SHAPES = 4  # remembered at a time: prompt and negative prompt, of two sizes
-LAUNCH_BOUND = 1.1  # times the launching that the GPU may take for a step
-ROOM = 2**31  # bytes that must be free on the GPU: a graph keeps its activations
+BACKENDS = ("triton", "reference")  # whose kernels may be captured
+SHAPES = 4  # kept at a time: prompt and negative prompt, of two sizes
+LAUNCH_BOUND = 1.1  # a step is launch-bound if the GPU takes less than this times the host's time
+FREE_BYTES = 2**31  # that the GPU must have left: a graph keeps its activations
 
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 class Watch:
-    """How long the host took to launch a step, and the GPU to run it."""
+    """A context manager that times a step: on the host, which launches it, and on the GPU."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.begun, self.done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __enter__(self) -> None:
@@ -47,20 +47,21 @@ class Watch:
         self.host = time.perf_counter() - self.host
 
     def launch_bound(self) -> bool | None:
-        """Whether launching took the longer; None while the GPU is still at it, for nobody waits here."""
+        """Whether launching took longer than running; None while the GPU still runs the step."""
         if not self.done.query():
             return None
         return self.begun.elapsed_time(self.done) < LAUNCH_BOUND * 1000 * self.host
 
 
 class Graph:
-    """One captured step, the tensors that it reads, and the one that it writes."""
+    """One captured step with the tensors that it reads and writes."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning, pool):
+    def __init__(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning, pool: Any):
         self.latents, self.t, self.source = latents.clone(), t.clone(), cond
-        self.cond = replace(cond, **{name: tensor.clone() for name, tensor in tensors(cond).items()})
+        copies: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors(cond).items()}
+        self.cond = replace(cond, **copies)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.flow = model(self.latents, self.t, self.cond)
@@ -68,7 +69,7 @@ class Graph:
     @torch.inference_mode(False)
     @torch.no_grad()
     def replay(self, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """What the model gives for these inputs."""
+        """The model's result for these inputs, which have the shapes of the captured ones."""
         self.latents.copy_(latents)
         self.t.copy_(t)
         if cond is not self.source:
@@ -81,7 +82,7 @@ class Graph:
 
 @dataclass
 class Step:
-    """What is known of the steps of one shape; settled once it is decided whether they have a graph."""
+    """The steps of one shape; settled once it is decided whether they have a graph."""
 
     runs: int = 0
     watch: Watch | None = None
@@ -100,15 +101,15 @@ class Graphs:
         watch: Callable[[], Watch] = Watch,
     ):
         self._transformer, self._streamer, self._record, self._watch = transformer, streamer, record, watch
-        self._weights: Hashable = None  # what they were when the steps were recorded
+        self._weights: Hashable = None  # addresses and adapters that the graphs were captured with
         self._steps: OrderedDict[Hashable, Step] = OrderedDict()
-        self._pool = None
+        self._pool: Any = None
 
     @property
     def possible(self) -> bool:
-        """Whether steps can be captured: on an NVIDIA GPU, with nothing streamed, by kernels known to allow it.
+        """Whether steps can be captured: on an NVIDIA GPU, nothing streamed, by kernels that allow it.
 
-        And in memory of torch's own allocator: ComfyUI's default, cudaMallocAsync, has no pool for a graph.
+        torch's own allocator is required: ComfyUI's default, cudaMallocAsync, has no memory pool for graphs.
         """
         backend = self._transformer.backend
         known = backend is None or backend.name in BACKENDS
@@ -117,12 +118,17 @@ class Graphs:
         return torch.cuda.get_allocator_backend() == "native"
 
     def run(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """model(latents, t, cond), where model calls the transformer and nothing that differs between steps."""
+        """model(latents, t, cond), by a graph if there is one; model calls the transformer, alike in every step.
+
+        ControlNets work in some steps only and are not captured.
+        """
+        if cond.controls:
+            return model(latents, t, cond)
         with guard(latents.device):
             return self._run(model, latents, t, cond)
 
     def clear(self) -> None:
-        """Forget all graphs; their memory is free once torch's cache is emptied."""
+        """Drop all graphs; their memory is free once torch's cache is emptied."""
         while self._steps:
             self._drop_oldest()
         self._pool = None
@@ -133,21 +139,11 @@ class Graphs:
             torch.cuda.synchronize(step.graph.latents.device)  # it may be running
 
     def _run(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        weights = self._streamer.addresses, getattr(self._transformer, "adapter_version", 0)
-        if weights != self._weights:
-            self.clear()
-            self._weights = weights
-        shapes = {name: tensor.shape for name, tensor in tensors(cond).items()}
-        key = (latents.shape, latents.dtype, t.shape, cond.grid, cond.image_tokens, *shapes.items())
-        step = self._steps.setdefault(key, Step())
-        self._steps.move_to_end(key)
-        if len(self._steps) > SHAPES:
-            self._drop_oldest()
-
+        step = self._step(latents, t, cond)
         bound = step.watch.launch_bound() if step.watch and not step.settled else None
         if bound is not None:
             step.settled = True
-            if bound and room(latents.device) >= ROOM:
+            if bound and free_bytes(latents.device) >= FREE_BYTES:
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
                 step.graph = self._record(model, latents, t, cond, self._pool)
         if step.graph:
@@ -159,13 +155,27 @@ class Graphs:
         with step.watch:
             return model(latents, t, cond)
 
+    def _step(self, latents: Tensor, t: Tensor, cond: Conditioning) -> Step:
+        """The step of these shapes; all are dropped if weights changed."""
+        weights = self._streamer.addresses, getattr(self._transformer, "adapter_version", 0)
+        if weights != self._weights:
+            self.clear()
+            self._weights = weights
+        shapes = {name: tensor.shape for name, tensor in tensors(cond).items()}
+        key = (latents.shape, latents.dtype, t.shape, cond.grid, cond.image_tokens, *shapes.items())
+        step = self._steps.setdefault(key, Step())
+        self._steps.move_to_end(key)
+        if len(self._steps) > SHAPES:
+            self._drop_oldest()
+        return step
+
 
 def tensors(cond: Conditioning) -> dict[str, Tensor]:
-    """The tensors of a conditioning by the names of their fields."""
+    """The tensors of a conditioning by field name."""
     return {name: value for name, value in vars(cond).items() if isinstance(value, Tensor)}
 
 
-def room(device: torch.device) -> int:
-    """Bytes that are free on a GPU, those that torch holds in reserve counted."""
+def free_bytes(device: torch.device) -> int:
+    """Free bytes of a GPU, including those that torch reserves but does not use."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -28,7 +28,12 @@ class BlockStreamer:
     are then always on the device and count. Call `place` before each run: it takes up what has changed since.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], model: nn.Module | None = None, copies: Callable = copier):
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        model: nn.Module | None = None,
+        copies: Callable[[torch.device], CopyAtOnce] = copier,
+    ):
         self.blocks = list(blocks)
         self.device = CPU
         self.host: dict[int, HostBlock] = {}  # the blocks that are streamed
@@ -37,7 +42,7 @@ class BlockStreamer:
         self._model = model
         self._index = {id(block): i for i, block in enumerate(self.blocks)}
         self._make_copier = copies
-        self._copies: CopyAtOnce | None = None
+        self._copies = CopyAtOnce(CPU)
         self._homes: dict[int, HostBlock] = {}  # blocks whose tensors rest in a flat host buffer
         self._buffers: list[DeviceSlot] = []
         self._in_buffer: dict[int, int] = {}  # block -> slot that its copy was started into
@@ -169,10 +174,9 @@ class BlockStreamer:
 
     def _drop_slots(self) -> None:
         """Give the slots' memory back, not before the copies into it are over."""
-        if self._copies is not None:
-            self._copies.drain()
+        self._copies.drain()
         self._in_buffer.clear()
-        self._buffers, self._copies = [], None
+        self._buffers, self._copies = [], CopyAtOnce(CPU)
 
     def _start(self, index: int, busy: int | None = None) -> None:
         """Begin to copy a block into the slot that is free, unless that has begun already."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from ..sizes import round_up
 ALIGNMENT = 256
 BUFFERS = 2  # on the device, each as large as the largest block
 
-Slot = tuple[dict[str, "Tensor | None"], str, Tensor]
+Slot = tuple[dict[str, Any], str, Tensor]
 """Where a module keeps a tensor: its `_parameters` or `_buffers`, the name in it, the tensor."""
 
 

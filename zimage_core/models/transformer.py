@@ -28,6 +28,7 @@ from . import ops
 from .config import ZImageConfig
 
 if TYPE_CHECKING:
+    from ..linear.backends import Backend
     from .controlnet import PreparedControl
 
 TOKENS_MULTIPLE = 32
@@ -232,6 +233,7 @@ class ZImageTransformer(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.backend: Backend | None = None  # that of all quantized linears
         refiner_linear = refiner_linear or linear
         t_width = min(config.dim, ADALN_WIDTH)
         self.x_embedder = Linear(config.patch_dim, config.dim)
