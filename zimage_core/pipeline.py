@@ -236,16 +236,8 @@ class Pipeline:
         self.stages: list[Stage] = []
         self.seeds: list[int] | None = None
         self.loras: list[tuple[lora.Lora, float]] = []
-        self._on_meta = MetaModels(
-            files.model,
-            files.text_encoder,
-            files.vae,
-            device=device,
-            dtype=dtype,
-            vae_dtype=self._vae_dtype(),
-            backend=backend,
-            precision=precision,
-        )
+        paths = (files.model, files.text_encoder, files.vae)
+        self._on_meta = MetaModels(paths, device, dtype, self._vae_dtype(), backend, precision)
         self._tokenizer = None
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
         self._remembered = 0

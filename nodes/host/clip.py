@@ -122,7 +122,7 @@ class CoreEncoder(Adapted):
 
     def memory_estimation_function(self, tokens: dict, device=None) -> int:
         """`need` of the longest row; ComfyUI calls this before it places the layers."""
-        return self.need(max(map(len, tokens.get("zimage", ())), default=0))
+        return self.need(max(map(len, tokens.get("zimage", ())), default=1))
 
     def state_dict(self, *args, **kwargs) -> Any:
         """{name: empty tensor} of the linears as in ComfyUI's own encoder: for key maps, not for saving."""

@@ -174,7 +174,13 @@ def test_on_a_gpu_replays_are_the_same_bit_for_bit(precision):
     transformer = bench.random_model(CONFIG, device, torch.bfloat16, backend, 32)
     streamer = BlockStreamer(transformer.blocks, transformer)
     streamer.place(device, math.inf)
-    found = Graphs(transformer, streamer)
+    captured = []
+
+    def record(*args):
+        captured.append(Graph(*args))
+        return captured[-1]
+
+    found = Graphs(transformer, streamer, record)
     assert found.possible
     with torch.inference_mode():
         for seed in range(3):
@@ -185,5 +191,4 @@ def test_on_a_gpu_replays_are_the_same_bit_for_bit(precision):
                 t = torch.tensor([0.1 * i], device=device)
                 expected = transformer(latents, t, cond)
                 assert torch.equal(found.run(partial(transformer), latents, t, cond), expected)
-    (step,) = found._steps.values()
-    assert step.graph is not None, "a model this small is launch-bound on any GPU"
+    assert len(captured) == 1, "a model this small is launch-bound on any GPU"

@@ -181,8 +181,8 @@ def test_planned_weights_are_those_of_the_model(tiny_files):
     for dtype, precision in ((BF16, "w4a16"), (FP32, "w4a4")):
         options = {"dtype": dtype, "backend": "reference", "precision": precision}
         model = load_transformer(tiny_files["model"], **options)
-        paths = (tiny_files[name] for name in ("model", "text_encoder", "vae"))
-        planned = MetaModels(*paths, device=torch.device("cpu"), vae_dtype=FP32, **options)
+        files = tuple(tiny_files[name] for name in ("model", "text_encoder", "vae"))
+        planned = MetaModels(files, torch.device("cpu"), vae_dtype=FP32, **options)
         assert weights(planned.transformer.blocks, planned.transformer) == weights(model.blocks, model)
         encoder = load_text_encoder(tiny_files["text_encoder"], dtype=dtype)
         assert weights(planned.text_encoder.layers, planned.text_encoder.layers) == weights(

@@ -27,29 +27,29 @@ logger = logging.getLogger(__name__)
 
 
 def share_buffers(sizes: Sequence[int]) -> list[list[int]]:
-    """Which tensors of these sizes share a host buffer, by index.
+    """Indices of the tensors, of these sizes, that share a host buffer, buffer by buffer.
 
-    torch rounds page-locked buffers up to powers of two. Where that adds more than an eighth, as many tensors as fit
-    half of it lie together, the larger ones first, and so on with the rest.
+    torch rounds page-locked buffers up to powers of two. If that adds more than an eighth, a buffer of half that size
+    takes as many tensors as fit, large ones first, and the rest is divided in the same way.
     """
     groups, rest = [], list(range(len(sizes)))
     while rest:
         total = sum(sizes[i] for i in rest)
-        room = 1 << max(total - 1, 0).bit_length()
+        space = 1 << max(total - 1, 0).bit_length()
         group = []
-        if total > WHOLE and room > 1.125 * total:
-            room //= 2
+        if total > WHOLE and space > 1.125 * total:
+            space //= 2
             for i in sorted(rest, key=lambda i: -sizes[i]):
-                if sizes[i] <= room:
+                if sizes[i] <= space:
                     group.append(i)
-                    room -= sizes[i]
+                    space -= sizes[i]
         groups.append(sorted(group or rest))
         rest = [i for i in rest if i not in groups[-1]]
     return groups
 
 
 def _pinned(count: int) -> Tensor:
-    """Page-locked bytes, or ordinary ones where the system has no more of those."""
+    """Page-locked bytes, or pageable ones if the system refuses more."""
     try:
         return torch.empty(count, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
@@ -58,15 +58,15 @@ def _pinned(count: int) -> Tensor:
 
 
 class HostBlock:
-    """One block on the host: all its tensors are views of a flat (pinned) buffer, or of a few of them."""
+    """A block on the host: its tensors are views of one flat (pinned) buffer, or of a few."""
 
     def __init__(self, block: nn.Module, pin: bool):
         found = list(slots(block))
         sizes = [aligned_bytes(tensor) for _, _, tensor in found]
         self.bytes = sum(sizes)
         self.pinned = pin
-        self.buffers = []
-        laid: dict[int, tuple[Slot, tuple[int, ...], int]] = {}  # place, stride, offset in a slot in bytes
+        self.buffers: list[Tensor] = []
+        self.laid: list[tuple[Slot, tuple[int, ...], int]] = []  # place, stride, offset in a slot in bytes
         start = 0  # of the buffer in a slot
         for group in share_buffers(sizes):
             count = sum(sizes[i] for i in group)
@@ -76,22 +76,21 @@ class HostBlock:
                 stride = torch.empty_like(tensor, device="meta").stride()  # that of the tensor, without holes
                 home = holder[name] = typed_like(_view(flat, tensor, stride, offset), tensor)
                 home.copy_(tensor)
-                laid[i] = (holder, name, home), stride, start + offset
+                self.laid.append(((holder, name, home), stride, start + offset))
                 offset += sizes[i]
             self.buffers.append(flat)
             start += count
-        self.laid = [laid[i] for i in range(len(found))]
         self.places = [place for place, _, _ in self.laid]
         self.device = CPU  # where the block is, if it is valid
         self._at_home = contents(block)
         self._away: Contents = []
 
     def current(self) -> bool:
-        """False where the block's tensors are no longer at home (an adapter came or went, the block moved)."""
+        """Whether the block still uses the tensors here: no adapter was added or removed, and it did not move."""
         return unchanged(self._at_home)
 
     def send(self, block: nn.Module, device: torch.device) -> None:
-        """Have the block on a device until further notice."""
+        """Copy the block to a device, where it stays."""
         if device == self.device:
             return
         self.come_back()
@@ -103,17 +102,17 @@ class HostBlock:
             self.device, self._away = device, contents(block)
 
     def valid(self) -> bool:
-        """Whether the block is at home, or what is on the device came from here."""
+        """Whether the tensors here are those of the block, which uses them or a copy made by `send`."""
         return self.current() or bool(self._away) and unchanged(self._away)
 
     def come_back(self) -> None:
-        """Have the block use its tensors here; weights never change, so nothing is copied."""
+        """Let the block use the tensors here again; weights never change, so nothing is copied."""
         put(self.places)
         self.device, self._away = CPU, []
 
 
 def contents(module: nn.Module) -> Contents:
-    """What a module and those inside it hold, to find out later whether they still do."""
+    """The tensors and modules that a module and its parts hold, for `unchanged`."""
     kinds = ("_parameters", "_buffers", "_modules")
     holders = (getattr(part, kind) for part in module.modules() for kind in kinds)
     return [(holder, tuple(holder.values())) for holder in holders]
@@ -127,26 +126,28 @@ def unchanged(found: Contents) -> bool:
 
 
 def put(places: Sequence[Slot]) -> None:
-    """Put tensors where a module keeps them."""
+    """Set tensors as the parameters and buffers of their modules."""
     for holder, name, tensor in places:
         holder[name] = tensor
 
 
 def _view(flat: Tensor, like: Tensor, stride: tuple[int, ...], offset: int) -> Tensor:
-    """The bytes of a flat buffer from an offset on as a tensor of another's dtype and shape."""
+    """A view of a flat buffer, from an offset in bytes on, with the dtype and shape of another tensor."""
     return torch.as_strided(flat.view(like.dtype), like.shape, stride, offset // like.element_size())
 
 
 class DeviceSlot:
-    """A flat buffer on the device in which one streamed block at a time has its tensors."""
+    """A flat device buffer that holds one streamed block at a time."""
 
     def __init__(self, flat: Tensor):
         self.flat = flat
         self._views: WeakKeyDictionary[HostBlock, tuple] = WeakKeyDictionary()
 
     def views(self, home: HostBlock) -> tuple[list[tuple[Tensor, Tensor]], list[Slot]]:
-        """A block in this slot: the copies (target, source) that bring it, and its tensors there. Made once: the host,
-        which launches a step hardly faster than a GPU runs it, has no time for that in every step."""
+        """The copies (target, source) that bring a block here, and its tensors here.
+
+        Made once per block: making them in every step takes the host longer than it has.
+        """
         if home not in self._views:
             with torch.inference_mode(False), torch.no_grad():
                 parts = self.flat[: home.bytes].split([len(flat) for flat in home.buffers])
@@ -159,28 +160,28 @@ class DeviceSlot:
 
 
 class CopyAtOnce:
-    """Copies as plain torch does them, for devices without streams."""
+    """Synchronous copies, for devices without streams."""
 
     def __init__(self, device: torch.device):
         pass
 
     def start(self, slot: int, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Begin to fill a slot by copies (target, source), not before its last use is over."""
+        """Start the copies (target, source) into a slot, after its last use."""
         for target, source in copies:
             target.copy_(source)
 
     def wait(self, slot: int) -> None:
-        """Let what is computed from now on see what was last copied into a slot."""
+        """Make computation from now on wait for the last copies into a slot."""
 
     def used(self, slot: int) -> None:
-        """Say that everything that reads a slot has been given to the device."""
+        """Record that all computation that reads a slot has been launched."""
 
     def drain(self) -> None:
-        """Return when no copy is under way and nothing reads a slot any more."""
+        """Wait until no copy runs and nothing reads a slot."""
 
 
 class CopyOnStream(CopyAtOnce):
-    """Copies on a CUDA stream of their own, ordered against the computing stream by two events for each slot."""
+    """Copies on a CUDA stream of their own, ordered with the computing stream by two events per slot."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -209,5 +210,5 @@ class CopyOnStream(CopyAtOnce):
 
 
 def copier(device: torch.device) -> CopyAtOnce:
-    """What copies to a device."""
+    """The way to copy to a device."""
     return CopyOnStream(device) if device.type == "cuda" else CopyAtOnce(device)

@@ -22,10 +22,10 @@ from .placement import BUFFERS, change, fit, flat_bytes, module_bytes, slots
 
 
 class BlockStreamer:
-    """Places blocks on a device within a byte allowance and runs those that had to stay on the host.
+    """Places blocks on a device within a byte allowance, and streams the others from the host when they run.
 
-    Blocks are given in the order in which they run; `model`, if given, is what they belong to, whose other parts
-    are then always on the device and count. Call `place` before each run: it takes up what has changed since.
+    blocks: in the order in which they run; model: what they belong to, whose other parts are then always on the device
+    and count. Call `place` before each run: it takes account of tensors that were replaced.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class BlockStreamer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def leave(self) -> None:
-        """Send everything to the host; `place` brings it back."""
+        """Move everything to the host; `place` brings it back."""
         self._drop_slots()
         for i in range(len(self.blocks)):
             self._go_home(i, self.device.type == "cuda")
@@ -101,11 +101,11 @@ class BlockStreamer:
         self.device, self.host, self.used, self.addresses = CPU, {}, 0, None
 
     def run_block(self, stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
-        """Run one of the blocks, in the form in which models ask their hooks to do it."""
+        """`run` with the signature of the models' hooks."""
         return self.run(self._index[id(block)], functools.partial(block, x, *args))
 
     def run(self, index: int, compute: Callable[[], Tensor]) -> Tensor:
-        """compute() with block `index` on the device; starts to bring the next one."""
+        """compute() with block `index` on the device, while the next streamed block is copied."""
         if not self.host:
             return compute()
         if index not in self.host:
@@ -145,7 +145,7 @@ class BlockStreamer:
         return total
 
     def _go_home(self, index: int, pin: bool) -> None:
-        """Bring a block to its flat host buffer, which is made unless it has one that is still right."""
+        """Let a block use its flat host buffer; one is made if there is none or its tensors were replaced."""
         home = self._homes.get(index)
         if home is None or home.pinned < pin or not home.valid():
             self._homes[index] = HostBlock(self.blocks[index], pin)
@@ -155,7 +155,7 @@ class BlockStreamer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _take_up_changes(self, index: int) -> None:
-        """Bring the buffer of a block up to date whose tensors were replaced since `place`."""
+        """Renew the host buffer of a block whose tensors were replaced since `place`."""
         self._copies.drain()
         self._in_buffer.pop(index, None)
         self._go_home(index, self.host[index].pinned)
@@ -173,18 +173,18 @@ class BlockStreamer:
         self._copies = self._make_copier(self.device)
 
     def _drop_slots(self) -> None:
-        """Give the slots' memory back, not before the copies into it are over."""
+        """Free the slots once the copies into them are over."""
         self._copies.drain()
         self._in_buffer.clear()
         self._buffers, self._copies = [], CopyAtOnce(CPU)
 
     def _start(self, index: int, busy: int | None = None) -> None:
-        """Begin to copy a block into the slot that is free, unless that has begun already."""
+        """Start copying a block into the free slot, unless that has started already."""
         if index in self._in_buffer:
             return
         taken = {*self._in_buffer.values(), busy}
         free = [slot for slot in range(BUFFERS) if slot not in taken]
-        if not free:  # what was brought ahead is not what runs next: drop it
+        if not free:  # what was copied ahead is not what runs next
             free = [self._in_buffer.pop(next(iter(self._in_buffer)))]
         slot = self._in_buffer[index] = free[0]
         self._copies.start(slot, self._buffers[slot].views(self.host[index])[0])

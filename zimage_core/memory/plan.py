@@ -9,15 +9,17 @@ All sizes are bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from torch import nn
 
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import ZImageTransformer
 from ..models.vae import VAE, tile_sizes
 from ..sizes import GIB, readable
 from .meta import allocated
-from .placement import Weights, slots, weights
+from .placement import slots, weights
 from .stages import decoding_bytes, encoding_bytes, sampling_bytes
 
 MIB = 2**20
@@ -90,8 +92,13 @@ class Stage:
     note: str = ""
 
     @property
+    def needed(self) -> int:
+        """Bytes of the model alone."""
+        return self.on_device + self.activations
+
+    @property
     def peak(self) -> int:
-        return self.on_device + self.activations + self.other
+        return self.needed + self.other
 
 
 @dataclass(frozen=True)
@@ -171,81 +178,65 @@ def fragmentation(activations: int) -> int:
 def plan_pictures(
     request: Request, limits: Limits, *, transformer: ZImageTransformer, encoder: TextEncoder | None, vae: VAE
 ) -> Plan:
-    """Share a budget out between the stages of a request; the models are on the meta device.
+    """Share a budget out between the stages of a request.
 
-    encoder is None where all prompts are known. ValueError where the budget does not hold a stage even with every block
-    streamed.
+    The models may be on the meta device; encoder is None where all prompts are known. ValueError where the budget does
+    not hold a stage even with every block streamed.
     """
+    size = (request.height, request.width, request.pictures)
     stages = []
     if encoder is not None:
         activations = encoding_bytes(encoder, request.encoded)
-        found = weights(encoder.layers, encoder.layers)
-        stages.append(_streamed("text encoder", found, _rounding(encoder.layers), activations, request, limits))
-    activations = sampling_bytes(
-        transformer, request.height, request.width, request.pictures, request.captions, request.negative
-    )
-    found = weights(transformer.blocks, transformer)
-    sampling = _streamed("transformer", found, _rounding(transformer), activations, request, limits)
-    decoding, tile = _decoded(vae, sampling, request, limits)
-    return Plan(str(request), (*stages, sampling, decoding), limits.budget, limits.usable, tile or "auto")
+        stages.append(_stage("text encoder", encoder.layers, encoder.layers, activations, limits, limits.resident))
+    activations = sampling_bytes(transformer, *size, request.captions, request.negative)
+    vae_there = {name: count for name, count in limits.resident.items() if name != "transformer"}
+    stages.append(_stage("transformer", transformer, transformer.blocks, activations, limits, vae_there))
+    transformer_there = {"transformer": stages[-1].on_device}
+    down = vae.config.downscale
+    for tile in tile_sizes(request.height // down, request.width // down, down):
+        stage = _stage("VAE", vae, (), decoding_bytes(vae, *size, tile), limits, transformer_there)
+        if stage.needed <= limits.available:
+            break
+    stages.append(replace(stage, note=f"in tiles of {tile} cells") if tile else stage)
+    for stage in stages:
+        if stage.needed > limits.available:
+            raise _too_small(stage, request, limits)
+    return Plan(str(request), tuple(stages), limits.budget, limits.usable, tile or "auto")
 
 
-def _rounding(model) -> int:
-    """What the allocator takes for a model's tensors beyond their bytes."""
+def _stage(
+    name: str,
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    activations: int,
+    limits: Limits,
+    others: Mapping[str, int],
+) -> Stage:
+    """The stage of a model whose blocks are streamed as far as they must be; others: models that may stay beside it."""
+    found = weights(blocks, model)
     sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in slots(model)]
-    return sum(map(allocated, sizes)) - sum(sizes)
-
-
-def _streamed(name: str, found: Weights, rounding: int, activations: int, request: Request, limits: Limits) -> Stage:
-    """The stage of a model whose blocks are streamed as far as they must."""
+    rounding = sum(map(allocated, sizes)) - sum(sizes)  # what the allocator takes beyond the tensors' bytes
     allowance = limits.available - activations - fragmentation(activations) - rounding
     allowance = 0 if name in limits.streamed else allowance
     resident, on_device = found.within(allowance)
-    if on_device + activations > limits.available:
-        raise _too_small(name, on_device + activations, request, limits)
-    on_device += rounding * resident // max(len(found.blocks), 1)
-    beside = {other: count for other, count in limits.resident.items() if other != name} if limits.together else {}
+    others = others if limits.together else {}
     return Stage(
         name=name,
         weights=found.total,
-        on_device=on_device,
+        on_device=on_device + rounding * resident // max(len(found.blocks), 1),
         blocks=len(found.blocks),
         resident=resident,
         activations=activations,
-        other=limits.libraries + sum(beside.values()),
+        other=limits.libraries + sum(others.values()),
         allowance=allowance,
-        beside=tuple(beside),
+        beside=tuple(others),
     )
 
 
-def _decoded(vae: VAE, sampling: Stage, request: Request, limits: Limits) -> tuple[Stage, int | None]:
-    """The VAE's stage, and the edge of its tiles in cells: None for whole pictures, the largest that fits else."""
-    found, down = weights((), vae).total, vae.config.downscale
-    for tile in tile_sizes(request.height // down, request.width // down, down):
-        activations = decoding_bytes(vae, request.height, request.width, request.pictures, tile)
-        if found + activations <= limits.available:
-            break
-    else:
-        raise _too_small("VAE", found + activations, request, limits)
-    stage = Stage(
-        name="VAE",
-        weights=found,
-        on_device=found,
-        blocks=0,
-        resident=0,
-        activations=activations,
-        other=limits.libraries + (sampling.on_device if limits.together else 0),
-        allowance=limits.available,
-        beside=(sampling.name,) if limits.together else (),
-        note="" if tile is None else f"in tiles of {tile} cells",
-    )
-    return stage, tile
-
-
-def _too_small(name: str, needed: float, request: Request, limits: Limits) -> ValueError:
-    needed += limits.libraries
+def _too_small(stage: Stage, request: Request, limits: Limits) -> ValueError:
+    needed = stage.needed + limits.libraries
     least = next(b for b in range(2**26, 2**50, 2**26) if b - reserve(b) >= needed)
     return ValueError(
-        f"vram budget {readable(limits.budget or 0)}: the {name} needs {readable(needed)} for {request} even when all "
-        f"that can be streamed is; give at least {readable(least)}, or generate smaller or fewer pictures at a time"
+        f"vram budget {readable(limits.budget or 0)}: the {stage.name} needs {readable(needed)} for {request} even "
+        f"with every block streamed; give at least {readable(least)}, or generate smaller or fewer pictures at a time"
     )

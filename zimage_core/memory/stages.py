@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -30,47 +31,32 @@ CUBLAS = 2**25  # the workspace that torch gives cuBLAS on Hopper and later; a q
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
 class MetaModels:
     """The models of a pipeline on the meta device, each read when first asked for; errors as the loaders raise them.
 
-    device is that which they are planned for; backend and precision as `linear.backends.select` takes them.
+    files: of transformer, text encoder and VAE; device: where they are to run.
     """
 
-    def __init__(
-        self,
-        transformer: Path,
-        text_encoder: Path,
-        vae: Path,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        vae_dtype: torch.dtype,
-        backend: str = "auto",
-        precision: str = "auto",
-    ):
-        self._transformer = functools.partial(
-            load_transformer,
-            transformer,
-            device=META,
-            dtype=dtype,
-            backend=backend,
-            precision=precision,
-            compute_device=device,
-        )
-        self._text_encoder = functools.partial(load_text_encoder, text_encoder, device=META, dtype=dtype)
-        self._vae = functools.partial(load_vae, vae, device=META, dtype=vae_dtype)
+    files: tuple[Path, Path, Path]
+    device: torch.device
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    backend: str = "auto"
+    precision: str = "auto"
 
     @functools.cached_property
     def transformer(self) -> ZImageTransformer:
-        return self._transformer()
+        options = {"backend": self.backend, "precision": self.precision}
+        return load_transformer(self.files[0], device=META, dtype=self.dtype, compute_device=self.device, **options)
 
     @functools.cached_property
     def text_encoder(self) -> TextEncoder:
-        return self._text_encoder()
+        return load_text_encoder(self.files[1], device=META, dtype=self.dtype)
 
     @functools.cached_property
     def vae(self) -> VAE:
-        return self._vae()
+        return load_vae(self.files[2], device=META, dtype=self.vae_dtype)
 
 
 def encoding_bytes(encoder: TextEncoder, tokens: int) -> int:
