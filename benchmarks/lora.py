@@ -23,7 +23,7 @@ from zimage_core import bench
 from zimage_core.formats.load import load_transformer
 from zimage_core.linear.backends import select
 from zimage_core.lora import apply as lora
-from zimage_core.lora.apply import Lora
+from zimage_core.lora.read import Lora
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.transformer import ZImageTransformer
 

@@ -33,6 +33,7 @@ from .formats.identify import model_info
 from .formats.vae import load_vae
 from .linear import backends
 from .lora import apply as lora
+from .lora.read import Lora, load_lora
 from .memory import plan as planning
 from .memory.graphs import Graphs
 from .memory.offload import BlockStreamer
@@ -235,7 +236,7 @@ class Pipeline:
         self.plan: planning.Plan | None = None
         self.stages: list[Stage] = []
         self.seeds: list[int] | None = None
-        self.loras: list[tuple[lora.Lora, float]] = []
+        self.loras: list[tuple[Lora, float]] = []
         paths = (files.model, files.text_encoder, files.vae)
         self._on_meta = MetaModels(paths, device, dtype, self._vae_dtype(), backend, precision)
         self._tokenizer = None
@@ -355,12 +356,12 @@ class Pipeline:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.vram_budget / total), self.device)
 
-    def set_loras(self, loras: Iterable[tuple[str | Path | lora.Lora, float]]) -> None:
+    def set_loras(self, loras: Iterable[tuple[str | Path | Lora, float]]) -> None:
         """Draw with exactly these LoRAs from now on, (file or Lora, strength) each; the models are not read again.
 
         Raises ValueError for files that cannot be read; a LoRA that does not fit the models is told when drawing.
         """
-        chosen = [(x if isinstance(x, lora.Lora) else lora.load_lora(x), float(s)) for x, s in loras]
+        chosen = [(x if isinstance(x, Lora) else load_lora(x), float(s)) for x, s in loras]
         if any(found.text_encoder for found, _ in (*self.loras, *chosen)):
             self._prompts.clear()  # they were encoded under other weights
         self.loras = chosen

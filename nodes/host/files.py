@@ -10,7 +10,7 @@ from ...zimage_core.demo import demo_files, demo_loras
 from ...zimage_core.formats.encoder import open_encoder
 from ...zimage_core.formats.identify import identify, model_info
 from ...zimage_core.formats.safetensors import read_header
-from ...zimage_core.lora import apply as lora
+from ...zimage_core.lora.read import inspect
 
 DEMO = "bundled demo"
 DEMO_BF16 = Path(__file__).parents[2] / "demo_training" / "z-image-demo-bf16.safetensors"
@@ -85,7 +85,7 @@ def check_vae(name: str) -> None:
 
 def check_lora(name: str) -> None:
     """ValueError unless a file of `loras` is, by its header, a LoRA for Z-Image."""
-    lora.inspect(find("loras", name, "lora"))
+    inspect(find("loras", name, "lora"))
 
 
 def reads_encoder(path: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...zimage_core.lora.apply import Lora
+from ...zimage_core.lora.read import Lora
 from ...zimage_core.models.transformer import ZImageTransformer
 
 if TYPE_CHECKING:

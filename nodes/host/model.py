@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ...zimage_core.demo import LATENT_RGB
 from ...zimage_core.formats.load import load_transformer
-from ...zimage_core.lora import apply as lora
+from ...zimage_core.lora.apply import check
+from ...zimage_core.lora.read import Lora, inspect, load_lora
 from ...zimage_core.memory.stages import libraries, sampling_bytes
 from ...zimage_core.models.tokenizer import MAX_TOKENS
 from ...zimage_core.models.transformer import ZImageTransformer
@@ -236,7 +237,7 @@ class ZImagePatcher(StreamingPatcher):
                 "or 0 for what ComfyUI gives, or generate smaller or fewer pictures at a time"
             )
 
-    def add_lora(self, added: lora.Lora, strength: float) -> None:
+    def add_lora(self, added: Lora, strength: float) -> None:
         self.loras += ((added, strength),)
         self.patches_uuid = uuid.uuid4()
 
@@ -286,15 +287,15 @@ def add_loras(
     n = model.clone()
     for path, strength in paths:
         if isinstance(n, ZImagePatcher):
-            loaded = lora.load_lora(path)
-            loaded.check(n.module.transformer)
+            loaded = load_lora(path)
+            check(loaded, n.module.transformer)
             n.add_lora(loaded, strength)
             report = loaded.report
             lines.append(report.summary().replace(str(path), path.name))
         else:
             weights = comfy.utils.load_torch_file(str(path), safe_load=True)
             n = comfy.sd.load_lora_for_models(n, None, weights, strength, 0)[0]
-            report = lora.inspect(path)
+            report = inspect(path)
         if report.text_encoder:
             lines.append(
                 f"{path.name}: its {report.text_encoder} modules of the text encoder are left out: to apply them, put "

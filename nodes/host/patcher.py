@@ -13,7 +13,8 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
-from ...zimage_core.lora import apply as lora
+from ...zimage_core.lora.apply import apply as apply_loras
+from ...zimage_core.lora.read import Lora
 from ...zimage_core.memory.offload import BlockStreamer
 from ...zimage_core.memory.placement import Weights, weights
 from ...zimage_core.sizes import readable
@@ -104,7 +105,7 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.loras: tuple[tuple[lora.Lora, float], ...] = ()  # of our LoRA nodes; stock loaders' are in self.patches
+        self.loras: tuple[tuple[Lora, float], ...] = ()  # of our LoRA nodes; stock loaders' are in self.patches
 
     @property
     def module(self) -> Adapted:
@@ -141,7 +142,7 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
 
     def set_adapters(self, patches: dict) -> None:
         """Apply this clone's LoRAs, and those that stock loaders put into `patches`, to the shared module."""
-        lora.apply(self.module.core, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
+        apply_loras(self.module.core, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
 
     def patch_hooks(self, hooks):
         patches = {key: list(found) for key, found in self.patches.items()}

@@ -9,7 +9,7 @@ from torch import nn
 
 from zimage_core.linear.adapters import Linear
 from zimage_core.lora import apply as lora
-from zimage_core.lora.apply import Lora, load_lora
+from zimage_core.lora.read import Lora, load_lora
 
 MODULE = "layers.0.feed_forward.w2"
 N, K = 48, 96

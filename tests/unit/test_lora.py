@@ -19,7 +19,7 @@ from zimage_core.formats.stored import StoredLinear
 from zimage_core.linear.adapters import Linear
 from zimage_core.linear.svdq import SVDQLinear
 from zimage_core.lora import apply as lora
-from zimage_core.lora.apply import Lora, load_lora
+from zimage_core.lora.read import Lora, inspect, load_lora, read_plan
 from zimage_core.memory.placement import weights
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -87,6 +87,10 @@ def random_pairs(seed: int = 0, rank: int = 4, modules=MODULES) -> dict[str, tup
         name: (torch.randn(rank, k, generator=g) / k**0.5, 0.1 * torch.randn(n, rank, generator=g))
         for name, (n, k) in modules.items()
     }
+
+
+def from_pairs(pairs, name: str = "LoRA") -> Lora:
+    return Lora.from_tensors(written("DiffSynth", pairs), name)
 
 
 def merged_picture(dense, changes) -> torch.Tensor:
@@ -396,7 +400,7 @@ def test_biases_norms_and_pad_tokens_take_diffs(model, dense):
 
 def test_loras_stack_change_strength_and_leave_without_a_trace(model, dense):
     first, second = random_pairs(1), random_pairs(2, rank=3, modules=dict(list(MODULES.items())[:9]))
-    a, b = Lora.from_pairs(first), Lora.from_pairs(second)
+    a, b = from_pairs(first), from_pairs(second)
     before = picture(model)
     for strengths in ((1.0, 0.5), (0.3, -2.0), (-1.0, 0.0)):
         lora.apply(model, [(a, strengths[0]), (b, strengths[1])])
@@ -418,8 +422,8 @@ def test_loras_stack_change_strength_and_leave_without_a_trace(model, dense):
 
 def test_only_what_changes_is_made_again(model):
     everywhere, one = (
-        Lora.from_pairs(random_pairs(1)),
-        Lora.from_pairs(random_pairs(2, modules={"cap_embedder.1": (DIM, CAP)})),
+        from_pairs(random_pairs(1)),
+        from_pairs(random_pairs(2, modules={"cap_embedder.1": (DIM, CAP)})),
     )
     lora.apply(model, [(everywhere, 1.0)])
     kept = {n: m.adapter for n, m in model.named_modules() if hasattr(m, "set_adapter")}
@@ -438,7 +442,7 @@ def test_joined_low_rank_branches_are_exact_and_leave_no_trace(dense, monkeypatc
     pairs = random_pairs(modules={n: s for n, s in MODULES.items() if n.startswith("layers.0.") and "adaLN" not in n})
     linear, x = model.layers[0].feed_forward.w2, torch.randn(5, FFN)
     before, plain, weights = picture(model), linear(x), linear.weights()
-    lora.apply(model, [(Lora.from_pairs(pairs), 0.7)])
+    lora.apply(model, [(from_pairs(pairs), 0.7)])
     assert linear.adapter is None and linear.proj_down.shape == (32 + 16, FFN)
     assert linear.proj_up.shape == (DIM, 32 + 16)
     down, up = pairs["layers.0.feed_forward.w2"]
@@ -481,7 +485,7 @@ def test_adapters_are_buffers_that_move_with_the_model(model):
     lora.apply(
         model,
         [
-            (Lora.from_pairs(random_pairs()), 1.0),
+            (from_pairs(random_pairs()), 1.0),
             (Lora.from_tensors({f"{FORMATS[5][1]}.{x}": t for x, t in FORMATS[5][2].items()}), 1.0),
         ],
     )
@@ -498,7 +502,7 @@ def test_adapters_are_buffers_that_move_with_the_model(model):
 def test_refiner_loras_change_what_prepare_made_and_the_version_says_so(model):
     version = getattr(model, "adapter_version", 0)
     pairs = random_pairs(modules={n: s for n, s in MODULES.items() if n.startswith("context_refiner")})
-    lora.apply(model, [(Lora.from_pairs(pairs), 1.0)])
+    lora.apply(model, [(from_pairs(pairs), 1.0)])
     assert model.adapter_version == version + 1
 
 
@@ -560,7 +564,7 @@ def test_report(tmp_path, caplog):
     assert len(report.matched) == 4 and report.text_encoder == 1
     summary = report.summary()
     assert "something.else" in summary and "alpha is 0" in summary and "text encoder" in summary
-    header = lora.inspect(path)
+    header = inspect(path)
     assert (header.unmatched, header.warnings) == (report.unmatched, report.warnings)
 
 
@@ -641,10 +645,10 @@ def test_damaged_and_foreign_files_are_refused_in_a_sentence(tmp_path, tensors, 
     ],
 )
 def test_wrong_widths_are_refused_by_name_with_nothing_applied(model, module, down, up):
-    good = Lora.from_pairs(random_pairs())
+    good = from_pairs(random_pairs())
     lora.apply(model, [(good, 1.0)])
     before = picture(model)
-    bad = Lora.from_pairs({module: (torch.ones(down), torch.ones(up))}, name="bad.safetensors")
+    bad = from_pairs({module: (torch.ones(down), torch.ones(up))}, name="bad.safetensors")
     with pytest.raises(ValueError, match=f"bad.safetensors: {module}: expected"):
         lora.apply(model, [(good, 1.0), (bad, 1.0)])
     with pytest.raises(ValueError, match="finite strength"):
@@ -688,7 +692,7 @@ def test_a_full_size_plan_needs_no_tensors():
         for part in ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"):
             shapes[f"diffusion_model.layers.{i}.{part}.lora_A.weight"] = (32, config.dim)
             shapes[f"diffusion_model.layers.{i}.{part}.lora_B.weight"] = (config.dim, 32)
-    sources, report = lora.read_plan("real", shapes, {})
+    sources, report = read_plan("real", shapes, {})
     assert report.transformer == 60 and len(sources) == 120 and not report.unmatched
 
 
@@ -742,7 +746,7 @@ def test_pipeline_draws_with_loras_and_without_them_again(tiny_files, files):
 def test_the_plan_counts_loras_before_the_model_is_read(tiny_files, style, precision):
     """Weights as planned from headers are those of the model with its adapters, on the device and in a slot."""
     if style == "every linear":
-        chosen = [(Lora.from_pairs(random_pairs(rank=6)), 0.5), (Lora.from_pairs(random_pairs(1, 20)), 1.0)]
+        chosen = [(from_pairs(random_pairs(rank=6)), 0.5), (from_pairs(random_pairs(1, 20)), 1.0)]
     elif style == "norms and tokens":
         tensors = {"layers.0.attention_norm1.diff": torch.ones(DIM), "x_pad_token.diff": torch.ones(1, DIM)}
         chosen = [(Lora.from_tensors({f"diffusion_model.{k}": t for k, t in tensors.items()}), 1.0)]
@@ -769,7 +773,7 @@ def test_the_plan_counts_loras_before_the_model_is_read(tiny_files, style, preci
 
 def test_a_lora_that_does_not_fit_is_told_before_any_work(tiny_files):
     pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32")
-    pipe.set_loras([(Lora.from_pairs({"layers.7.attention.to_q": (torch.ones(1, DIM), torch.ones(DIM, 1))}), 1.0)])
+    pipe.set_loras([(from_pairs({"layers.7.attention.to_q": (torch.ones(1, DIM), torch.ones(DIM, 1))}), 1.0)])
     stages = []
     with pytest.raises(ValueError, match="expected a model with layers.7"):
         pipe("a cat", 32, 32, 1, on_stage=lambda *stage: stages.append(stage))

@@ -57,7 +57,7 @@ def inspect_file(path: Path) -> dict:
         "metadata": {name: " ".join(value.split()) for name, value in files.metadata.items()},
     }
     if found.role == "lora":
-        from ..lora.apply import inspect as inspect_lora
+        from ..lora.read import inspect as inspect_lora
 
         report = inspect_lora(path)
         facts |= {

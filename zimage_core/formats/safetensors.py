@@ -134,7 +134,7 @@ class TensorFiles:
             self._add(read_header(_only_file(folder) if folder else self.path))
         config = folder / "config.json" if folder else None
         if config and config.is_file():
-            self.metadata.setdefault("config", _text(config))
+            self.metadata.setdefault("config", read_text(config))
 
     def _add(self, header: Header) -> None:
         self.headers.append(header)
@@ -145,7 +145,7 @@ class TensorFiles:
     def _read_shards(self, index: Path) -> None:
         """Take each tensor from the shard that the index names for it."""
         try:
-            weight_map = json.loads(_text(index))["weight_map"]
+            weight_map = json.loads(read_text(index))["weight_map"]
             names = sorted(set(weight_map.values()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise ValueError(
@@ -206,7 +206,8 @@ def _only_file(folder: Path) -> Path:
     return files[0]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; ValueError where it is none or cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:

@@ -25,7 +25,7 @@ from .. import __version__
 from ..formats.load import open_transformer
 from ..formats.names import diffusers_svdq_module
 from ..linear.svdq import SVDQWeights
-from ..lora.apply import load_lora
+from ..lora.read import load_lora
 from ..memory.offload import BlockStreamer
 from ..models.config import ZImageConfig
 from ..models.transformer import PIXELS_PER_CELL, Block

@@ -15,7 +15,9 @@ from ..formats.safetensors import TensorFiles
 from ..formats.stored import dequantize
 from ..formats.weights import Stored, read_parts
 from ..linear.adapters import Linear
-from ..lora.apply import Bias, Delta, Lora, compose
+from ..lora.apply import check, compose
+from ..lora.deltas import Bias, Delta
+from ..lora.read import Lora
 from ..models.transformer import ZImageTransformer
 
 SOURCES = ("dense", "fp8", "svdq-int4")
@@ -49,7 +51,7 @@ class DenseSource:
         self.loras = ", ".join(lora.name for lora, _ in loras)
         self.changes: dict[str, list[tuple[Delta, float]]] = {}
         for lora, strength in loras:
-            for target, deltas in lora.check(model).items():
+            for target, deltas in check(lora, model).items():
                 self.changes.setdefault(target, []).extend((delta, strength) for delta in deltas)
 
     def get(self, name: str) -> Tensor:
