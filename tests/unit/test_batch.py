@@ -9,9 +9,9 @@ import io
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -396,13 +396,16 @@ def test_a_process_killed_at_random_moments_goes_on_where_it_was(tmp_path):
     list(batch.run(path, aim, generator=StandIn()))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     chance, kills = random.Random(0), 0
-    for _ in range(60):
-        process = subprocess.Popen([sys.executable, STANDIN, path, out, "0.01"], env=environment)
+    while True:
+        there = len(list(out.glob("*.png")))
+        process = subprocess.Popen([sys.executable, STANDIN, path, out, "0.02"], env=environment)
+        while process.poll() is None and len(list(out.glob("*.png"))) == there:
+            time.sleep(0.005)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.15 + chance.random())
+            process.wait(chance.random() / 2)
         if process.poll() is not None:
             break
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         kills += 1
     assert process.returncode == 0

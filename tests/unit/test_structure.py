@@ -229,13 +229,13 @@ def test_requirements_are_those_of_the_project_without_torch():
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     """Triton comes with torch; comfy-kitchen comes with ComfyUI; nunchaku's engine is not on PyPI."""
-    named = {"PIL": "pillow", "cv2": "opencv-python-headless"}
+    named = {"PIL": "pillow", "cv2": "opencv-python-headless", "websocket": "websocket-client"}
     found = set()
     for node in (node for path in sources(CORE) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names.append(node.module)
         found |= {named.get(top, top) for top in (name.partition(".")[0] for name in names)}
-    extras = [PROJECT["optional-dependencies"][name] for name in ("gguf", "canny", "arrow")]
+    extras = [PROJECT["optional-dependencies"][name] for name in ("gguf", "canny", "arrow", "ray", "comfyui-client")]
     declared = {re.split(r"[<>=;\[ ]", text)[0] for text in sum(extras, PROJECT["dependencies"])}
     assert found - set(sys.stdlib_module_names) == declared | {"triton", "comfy_kitchen", "nunchaku"}

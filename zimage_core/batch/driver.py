@@ -8,12 +8,15 @@ import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..sizes import readable
 from .rows import Cells, Columns, PictureColumns, Rows
 from .sink import Done, Sink
 from .work import CHUNK, Generator, Result, Task, Worker, journal_name, pinned
+
+if TYPE_CHECKING:
+    from .cluster import ClusterRun
 
 DEMO_SIZE, REAL_SIZE = 128, 1024
 BYTES_A_PIXEL = 1.6  # of a PNG of a photograph
@@ -153,20 +156,27 @@ def run(
     devices: Sequence[str] | None = None,
     generator: Generator | None = None,
     columns: Columns | None = None,
+    ray: str | None = None,
+    workers: tuple[int, int] | None = None,
     **options: Any,
-) -> Run:
+) -> Run | ClusterRun:
     """Generate what is missing of the rows; an iterator of results with counts (`Run`).
 
     rows: a .jsonl, .csv or .txt file, "-" for standard input, or mappings, with the columns of `PictureColumns`, `id`
     and `count`. sink: a folder, a URL, or a `Sink`. defaults: cells for rows that lack them. exact: every picture by
     itself. devices: a worker process on each; left out, one pipeline in this process. options: those of
-    `load_pipeline`. generator, columns: another engine's. All input is checked before this returns: ValueError for
-    rows, files, devices and places that cannot be used.
+    `load_pipeline`. generator, columns: another engine's. ray: the address of a cluster, "auto" or "local"; workers:
+    the least and the most workers there, by default as many as it has GPUs.
+    All input is checked before this returns: ValueError for rows, files, devices and places that cannot be used.
     """
     sink = sink if isinstance(sink, Sink) else Sink(sink)
     if columns is None:
         folder = Path(rows).parent if isinstance(rows, str | Path) and str(rows) != "-" else Path()
         columns = PictureColumns(folder, DEMO_SIZE if options.get("model") is None else REAL_SIZE)
+    if ray is not None:
+        from .cluster import ClusterRun
+
+        return ClusterRun(rows, sink, columns, defaults or {}, ray, workers, exact, options)
     started = Run(Rows(rows, columns, defaults), sink)
     try:
         engine = choose_engine(generator, devices, exact, sink, options)

@@ -94,6 +94,9 @@ class PictureGenerator:
             strength=settings.get("strength", 1.0),
         )
 
+    def close(self) -> None:
+        """Nothing: the pipeline goes with its process."""
+
     def _set_loras(self, row: Row) -> None:
         wanted = row.settings.get("loras", [])
         if wanted != self._loras:

@@ -4,8 +4,8 @@ A process that dies is started again. The rows that it was at when it died are t
 fail if they meet the same end; its other rows go back into the queue. Parent and child speak JSON, a line a message;
 no lock is shared, so a kill at any moment stops nobody else.
 
-    parent -> child   {options, exact, sink, journal}, then {tasks: [...]} whenever the child is idle, at last {stop}
-    child -> parent   {facts, device, plan} or {refused}, then {begin: [ids]}, {result}, {idle}
+    parent -> child   {options, exact, sink, journal}, {tasks: [...]} whenever the child is idle, {flush}, {stop}
+    child -> parent   {facts, device, plan} or {refused}, then {begin: [ids]}, {result}, {idle}, {flushed}
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class Processes:
 
         ValueError with what it refuses, RuntimeError where processes cannot live.
         """
+        self.sink.begin(journal_name())
         self._spawn(self.devices[0])
         while True:
             child, event = self.events.get()
@@ -112,7 +113,6 @@ class Processes:
     def results(self, tasks: Iterator[Task], total: int) -> Iterator[Result]:
         """Do the tasks, `total` of them; results in the order in which they come. Errors as in `start`."""
         self.left = total
-        self.sink.begin(journal_name())
         for device in self.devices[len(self.children) :]:
             self._spawn(device)
         while True:
@@ -120,8 +120,23 @@ class Processes:
                 if child.idle and (chunk := self._chunk(tasks)):
                     child.give(chunk)
             if self.left <= 0 and not self.again and not any(child.tasks for child in self.children):
-                return
+                break
             yield from self._heed(*self.events.get())
+        self._flush()
+
+    def _flush(self) -> None:
+        """Have all journals written, so that the results so far outlive everybody."""
+        for child in self.children:
+            child.send({"flush": True})
+        waiting = set(self.children)
+        while waiting:
+            child, event = self.events.get()
+            if event is None or "flushed" in event:
+                waiting.discard(child)
+            if event is None or "flushed" not in event:
+                for _ in self._heed(child, event):
+                    pass
+        self.sink.flush()
 
     def _chunk(self, tasks: Iterator[Task]) -> list[Task]:
         """The next rows for a process: fewer towards the end, so that all processes end together."""
@@ -233,7 +248,11 @@ def main() -> int:
         return 2
     tell({"facts": facts, "device": generator.made_with()["device"], "plan": generator.plan()})
     try:
-        while "tasks" in (message := messages.get()):
+        while "stop" not in (message := messages.get()):
+            if "flush" in message:
+                worker.sink.flush()
+                tell({"flushed": True})
+                continue
             for _ in worker.run([Task.from_json(task) for task in message["tasks"]]):
                 if stopped.is_set():
                     break

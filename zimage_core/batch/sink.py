@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from .rows import Row, digest
 
 MANIFEST, FAILED, JOURNAL, LOCK = "manifest.jsonl", "failed.jsonl", "journal/", ".lock"
 PART = ".part"
+BLOCK = 2**22
 OBJECT_STORES = {
     "s3",
     "s3a",
@@ -84,6 +86,8 @@ class Journal(Protocol):
     """Lines that outlive the process as soon as they are written (in object stores a little later)."""
 
     def write(self, line: bytes) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -179,6 +183,9 @@ class LocalJournal:
             if self.file.write(line) != len(line):
                 raise OSError("no space left on device")
 
+    def flush(self) -> None:
+        """Nothing: every line is written at once."""
+
     def close(self) -> None:
         self.file.close()
 
@@ -224,8 +231,13 @@ class Remote:
             self.fs.mv(part, target)
 
     def read_lines(self, name: str) -> Iterator[bytes]:
+        rest = b""
         with contextlib.suppress(FileNotFoundError), self.fs.open(self.path(name), "rb") as file:
-            yield from file
+            while block := file.read(BLOCK):  # some of pyarrow's files ask the server anew for every line
+                *lines, rest = (rest + block).split(b"\n")
+                yield from (line + b"\n" for line in lines)
+        if rest:
+            yield rest
 
     def files(self, under: str = "") -> Iterator[tuple[str, int]]:
         self.fs.invalidate_cache()
@@ -266,9 +278,12 @@ class RemoteJournal:
             self.begun = time.monotonic()
         self.lines.append(line)
         if len(self.lines) >= LINES or time.monotonic() - self.begun > SECONDS:
-            self.close()
+            self.flush()
 
     def close(self) -> None:
+        self.flush()
+
+    def flush(self) -> None:
         if self.lines:
             self.store.write(f"{self.stem}-{self.count:06}.jsonl", b"".join(self.lines))
             self.count += 1
@@ -334,8 +349,14 @@ class Sink:
         self.record({"id": row.id})
         self.store.remove(row.file)
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Write what the journal still holds."""
+        with self._lock:
+            if self._journal is not None:
+                self._journal.flush()
+
+    def close(self) -> None:
+        """End the journal."""
         with self._lock:
             if self._journal is not None:
                 self._journal.close()
@@ -422,7 +443,8 @@ def open_store(where: str, filesystem: Any = None) -> Store:
         wrapped = ArrowFSWrapper(filesystem)
         wrapped.type_name = filesystem.type_name
         filesystem = wrapped
-    return Remote(filesystem, path, where.partition("?")[0].rstrip("/"))
+    shown = re.sub(r"://[^/@]*@", "://", where.partition("?")[0]).rstrip("/")  # without secrets
+    return Remote(filesystem, path, shown)
 
 
 def from_url(url: str, scheme: str) -> tuple[Any, str]:
@@ -434,10 +456,10 @@ def from_url(url: str, scheme: str) -> tuple[Any, str]:
             try:
                 return fs.FileSystem.from_uri(url)
             except ArrowInvalid as error:
-                raise ValueError(f"{url}: {error}") from None
+                raise ValueError(f"{scheme}:// address: {error}") from None
     import fsspec
 
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url}: {error}") from None
+        raise ValueError(f"{scheme}:// address: {error}") from None

@@ -89,6 +89,10 @@ class Generator(Protocol):
         """A picture, or the bytes of a PNG, for each row of a group; ValueError, OSError or RuntimeError."""
         ...
 
+    def close(self) -> None:
+        """Give up what has been begun."""
+        ...
+
 
 class Worker:
     """Generates and writes. told(event) is called, from any thread, with what happens: `begin` before a batch with
@@ -171,6 +175,7 @@ class Worker:
 
     def close(self) -> None:
         """Wait until all is written; SinkError where something could not be."""
+        self.generator.close()
         self._writers.shutdown()
         self.sink.close()
         if self._broken:

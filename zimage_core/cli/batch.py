@@ -14,6 +14,9 @@ from .options import Commands, Parser, add_budget, add_models, add_runtime
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tqdm import tqdm
+
+    from ..batch.cluster import ClusterRun
     from ..batch.driver import Run
     from ..batch.work import Result
 
@@ -43,6 +46,14 @@ def add_parser(commands: Commands) -> Parser:
     add_models(p)
     p.add_argument("--exact", action="store_true", help="one picture at a time, bit for bit what `generate` makes")
     p.add_argument("--gpus", metavar="all|0,1", help="a process for each of these GPUs (default: one GPU)")
+    p.add_argument("--ray", metavar="auto|ADDRESS", help="workers on this Ray cluster; local starts one here")
+    p.add_argument("--workers", type=pool, metavar="N|MIN-MAX", help="on Ray (default: as many as it has GPUs)")
+    p.add_argument("--comfyui", metavar="URL", help="queue the rows in this ComfyUI, with the next three options")
+    p.add_argument("--workflow", type=Path, metavar="API.json", help="exported in ComfyUI with File > Export (API)")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="NODE.INPUT=COLUMN", help="where columns go; 5.seed=seed, say"
+    )
+    p.add_argument("--output", metavar="NODE", help="whose picture counts (default: the only one that shows any)")
     add_budget(p)
     add_runtime(p)
     p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4")
@@ -53,14 +64,15 @@ def add_parser(commands: Commands) -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Do what is missing, tell about failures, end with a summary."""
     begun = time.perf_counter()
-    started = start(args)
+    progress = Progress()
+    started = start(args, progress)
     there = started.rows - started.missing
     print(
         f"{started.rows} pictures, {there} of them are there, {started.missing} to generate; {started.note}",
         file=sys.stderr,
     )
     generated = 0
-    progress = Lines(started.missing)
+    progress.begin(started.missing)
     try:
         for result in started:
             generated += result.error is None
@@ -79,10 +91,14 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FAILED if started.failed else 0
 
 
-def start(args: argparse.Namespace) -> Run:
+def start(args: argparse.Namespace, progress: Progress) -> Run | ClusterRun:
     """The run that the options ask for; all input is checked."""
     from ..batch import run
 
+    if sum(map(bool, (args.ray, args.gpus, args.comfyui))) > 1:
+        raise ValueError("--gpus, --ray and --comfyui are three ways to do the work; choose one")
+    if args.comfyui:
+        return start_comfyui(args, progress)
     defaults: dict[str, Any] = {name: getattr(args, name) for name in DEFAULTS}
     if args.lora:
         defaults["lora"] = [str(Path(name).absolute()) for name in args.lora]
@@ -92,6 +108,8 @@ def start(args: argparse.Namespace) -> Run:
         defaults=defaults,
         exact=args.exact,
         devices=gpus(args.gpus) if args.gpus else None,
+        ray=args.ray,
+        workers=args.workers,
         model=args.model,
         text_encoder=args.text_encoder,
         vae=args.vae,
@@ -102,6 +120,32 @@ def start(args: argparse.Namespace) -> Run:
         precision=args.precision,
         vram_budget=args.vram_budget,
     )
+
+
+def start_comfyui(args: argparse.Namespace, progress: Progress) -> Run | ClusterRun:
+    """The run in a ComfyUI server; options of the pipeline mean nothing there."""
+    from ..batch import run
+    from ..batch.comfyui import ComfyUI, WorkflowColumns, read_workflow
+
+    if args.workflow is None:
+        raise ValueError("--comfyui needs --workflow, a workflow exported in ComfyUI with File > Export (API)")
+    given = [f"--{name}" for name in ("model", "lora", *DEFAULTS) if getattr(args, name) is not None]
+    if given:
+        raise ValueError(
+            f"{given[0].replace('_', '-')} has no effect in ComfyUI; set it in the workflow, or by a column"
+        )
+    columns = WorkflowColumns(read_workflow(args.workflow), args.set)
+    generator = ComfyUI(args.comfyui, args.workflow, args.output, progress.say)
+    return run(args.file, args.out, generator=generator, columns=columns)
+
+
+def pool(text: str) -> tuple[int, int]:
+    """ "4" or "1-8" -> the least and the most workers."""
+    least, dash, most = text.partition("-")
+    found = int(least), int(most if dash else least)
+    if not 1 <= found[0] <= found[1]:
+        raise argparse.ArgumentTypeError(f"expected N or MIN-MAX workers, found {text!r}")
+    return found
 
 
 def gpus(text: str) -> Sequence[str]:
@@ -119,23 +163,31 @@ def gpus(text: str) -> Sequence[str]:
     return [f"cuda:{int(part)}" for part in chosen]
 
 
-class Lines:
+class Progress:
     """Progress on stderr with rate and time left: a bar in a terminal, else a line a minute; failures as they come."""
 
-    def __init__(self, total: int):
+    def __init__(self) -> None:
+        self.bar: tqdm[None] | None = None
+
+    def begin(self, total: int) -> None:
         from tqdm import tqdm
 
-        terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, unit=" pictures", file=sys.stderr, disable=total == 0)
-        if not terminal:
-            self.bar.mininterval = QUIET_S
-            self.bar.maxinterval = QUIET_S
+        if not sys.stderr.isatty():
+            self.bar.mininterval = self.bar.maxinterval = QUIET_S
             self.bar.ncols = 0
 
     def step(self, result: Result) -> None:
-        if result.error is not None:
-            self.bar.write(f"zimage: {result.id}: {result.error}", file=sys.stderr)
-        self.bar.update()
+        if self.bar is not None:
+            if result.error is not None:
+                self.bar.write(f"zimage: {result.id}: {result.error}", file=sys.stderr)
+            self.bar.update()
+
+    def say(self, name: str, done: int, total: int) -> None:
+        """How far the picture at hand is."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{name} {done}/{total}")
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
