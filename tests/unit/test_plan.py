@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_core import cli, load_pipeline, pipeline
+from zimage_core import bench, cli, load_pipeline, pipeline
 from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.load import load_transformer
 from zimage_core.formats.stored import StoredLinear
@@ -28,6 +28,7 @@ from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.models.vae import VAE, VAEConfig
+from zimage_core.sampler import denoise
 from zimage_core.sizes import GIB
 
 ROOT = Path(__file__).parents[2]
@@ -241,6 +242,31 @@ def test_predictions_are_within_3_percent_of_what_was_measured(full_plan):
         streamed = predicted.stage("transformer").blocks - predicted.stage("transformer").resident
         assert streamed == row["streamed"]
         assert predicted.peak / GIB == pytest.approx(row["measured_gib"], rel=0.03)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("size", "precision"), [(512, None), (1024, None), (512, "w4a8"), (1024, "w4a8"), (512, "w4a16")]
+)
+def test_on_a_gpu_sampling_takes_what_was_counted(size, precision):
+    """Within 3 %, of which the allocator's reuse of freed blocks has its part."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    backend = precision and backends.select("triton", precision, device=device, dtype=BF16)
+    model = bench.random_model(CONFIG, device, BF16, backend, 256)
+    latents = torch.randn(1, 16, size // 8, size // 8, device=device)
+
+    def sample() -> None:
+        with torch.no_grad():
+            cond = model.prepare([torch.randn(64, CONFIG.cap_feat_dim, device=device, dtype=BF16)], size, size)
+            denoise(model, latents, torch.linspace(1, 0, 3), cond)
+
+    sample()  # compiles kernels and lets cuBLAS take its workspace
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    sample()
+    taken = torch.cuda.max_memory_allocated(device) - before
+    assert sampling_bytes(model, size, size, 1, [64]) == pytest.approx(taken, rel=0.03)
 
 
 # ---- sharing a budget out -------------------------------------------------------------------------------------

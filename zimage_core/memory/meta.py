@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from .placement import slots, typed_like
@@ -110,13 +110,14 @@ def peak_bytes(run: Callable[[LiveBytes], object]) -> int:
 
 
 def on_meta(module: M) -> M:
-    """A copy of a module whose parameters and buffers are on the meta device; all else is shared with it."""
+    """A copy of a module whose parameters and buffers are on the meta device, not counted; all else is shared."""
     twin = copy.copy(module)
-    for kind in ("_parameters", "_buffers"):
-        held = {
-            name: None if tensor is None else typed_like(tensor.to(META), tensor)
-            for name, tensor in getattr(module, kind).items()
-        }
-        setattr(twin, kind, held)
+    with _disable_current_modes():
+        for kind in ("_parameters", "_buffers"):
+            held = {
+                name: None if tensor is None else typed_like(tensor.to(META), tensor)
+                for name, tensor in getattr(module, kind).items()
+            }
+            setattr(twin, kind, held)
     twin._modules = {name: None if part is None else on_meta(part) for name, part in module._modules.items()}
     return twin
