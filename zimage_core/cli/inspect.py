@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect_file(path: Path) -> dict:
     """What a safetensors file or folder is: kind, sizes, metadata and, for a transformer, what would run it here."""
-    from ..formats.identify import identify, model_info
+    from ..formats.identify import identify
+    from ..formats.load import check_transformer
     from ..formats.safetensors import open_tensors, tensor_bytes
 
     files = open_tensors(path)
@@ -87,7 +88,7 @@ def inspect_file(path: Path) -> dict:
         }
     if found.role != "model":
         return facts
-    info = model_info(files)
+    info = check_transformer(path)
     config = info.config
     facts |= {
         "format": "SVDQuant INT4, group 64" if info.rank else f"dense {info.dtype}",

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
     if rope.get("rope_theta") is not None:
         data = {**data, "rope_theta": rope["rope_theta"]}
 
-    def number(name: str, default: float | None = None) -> float:
+    def number(name: str, default: float | None = None) -> Any:
         return _number(name, default if data.get(name) is None else data[name], where)
 
     return _checked_config(
@@ -90,7 +91,7 @@ def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
     )
 
 
-def _number(name: str, found: object, where: str) -> float:
+def _number(name: str, found: Any, where: str) -> Any:
     """A number of a config; ValueError unless it is of its kind and in the range that is built."""
     kind, most = _NUMBERS[name]
     if type(found) not in (int, kind) or not 0 < found <= most:
@@ -173,8 +174,9 @@ def open_encoder(path: str | Path) -> Iterator[EncoderFile]:
         if form.id in {row[0] for row in FORMATS} - set(_READ_FORMATS):
             raise ValueError(f"{path}: {form.key}: expected {READ}, found {form.words}; {ENCODER_REMEDY}")
         weights = {encoder_tensor(key)[0]: one for key, one in find_weights(files, ENCODER_REMEDY).items()}
-        gguf = isinstance(files, GGUFFile)
-        text = _gguf_config(files, weights) if gguf else _config_text(files.metadata, str(path))
+        text = _config_text(files.metadata, str(path))
+        if isinstance(files, GGUFFile):
+            text = _gguf_config(files, weights)
         q_norm = "layers.0.self_attn.q_norm.weight"
         if "layers.0.self_attn.q_proj.weight" in weights and q_norm not in weights:
             without = "Qwen2, Llama or the like without it"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .identify import EXPECTED, FLOATS, GROUP_SIZE, ModelInfo, model_info, unexpected
 from .names import FUSED_PARTS, UNUSED, canonical_tensor
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ..linear.backends import Backend
     from ..models.transformer import ZImageTransformer
     from .weights import Stored
 
@@ -163,6 +164,8 @@ def fill(
     from .stored import HostEmbedding, StoredWeight
     from .weights import read_parts
 
+    backend = cast("Backend", getattr(model, "backend", None))
+
     for name, module in list(model.named_modules()):
         if isinstance(module, StoredWeight):
             place = "cpu" if isinstance(module, HostEmbedding) else device
@@ -173,7 +176,7 @@ def fill(
             leaves = [key.rpartition(".")[2] for key in sources.stored if key.startswith(f"{name}.")]
             packed = {leaf: sources.get(f"{name}.{leaf}", device) for leaf in leaves}
             packed = {leaf: t if leaf == "qweight" else t.to(dtype) for leaf, t in packed.items()}
-            module.load(SVDQWeights.from_packed(packed), model.backend)
+            module.load(SVDQWeights.from_packed(packed), backend)
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             value = sources.get(f"{name}.{leaf}".lstrip("."), device)
             value = value.to(dtype, copy=copy).reshape(parameter.shape)

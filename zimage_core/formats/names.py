@@ -202,9 +202,8 @@ def lora_target(name: str) -> tuple[str, str, str | None] | None:
     dotted = _FLAT_OTHERS.get(flat)
     if (match := _FLAT_BLOCK.match(flat)) and (leaf := _FLAT_BLOCKS.get(match[3])):
         dotted = f"{match[1]}.{match[2]}.{leaf}"
-    if dotted:
-        module, part = canonical_module(dotted)
-        return "transformer", module, part
+    if dotted and (found := canonical_module(dotted)):
+        return "transformer", *found
     if match := _ENCODER.match(flat):
         return "text_encoder", f"layers.{match[1]}.{match[2]}.{match[3]}", None
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def config_from_diffusers(config: dict) -> VAEConfig:
     """A diffusers AutoencoderKL config as VAEConfig; ValueError for a field or value not known here."""
     if not isinstance(config, dict):
         raise ValueError(f"config: expected a JSON object, found {config!r}; {_REMEDY}")
-    ours = {
+    ours: dict[str, Any] = {
         name: tuple(config[name]) if isinstance(config[name], list) else config[name]
         for name in VAEConfig.__dataclass_fields__
         if name in config

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,34 @@ class Adapter(nn.Module):
             for (start, stop), (t,) in self.terms("outputs"):
                 y[:, start:stop] += transform(t, plain[:, start:stop])
         return y
+
+
+@runtime_checkable
+class Carrier(Protocol):
+    """A linear that can carry an adapter, whatever the form of its own weight."""
+
+    in_features: int
+    out_features: int
+
+    def set_adapter(self, terms: Terms | None) -> None:
+        """Carry these terms and no others."""
+
+    def dense_weight(self) -> Tensor:
+        """The weight (N, K) in fp32, without the adapter."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]: ...
+
+
+class Adapted(nn.Module):
+    """A model whose linears can carry adapters; its fields are `lora.apply`'s."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters: tuple[tuple[Any, float], ...] = ()  # each LoRA with its strength
+        self.adapter_plan: dict[str, list[tuple[Any, float]]] = {}  # the changes of each module
+        self.adapter_version = 0  # grows with every change: what was prepared before is out of date
 
 
 class Linear(nn.Linear):

@@ -15,7 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..linear.adapters import Rows, Terms
+from ..linear.adapters import Adapted, Carrier, Rows, Terms
+from ..models.text_encoder import TextEncoder
 from .deltas import OFT, Bias, Delta, Diff, LoKr, span
 from .read import REMEDY, Lora
 
@@ -25,7 +26,7 @@ RANK_MULTIPLE = 16  # kernels take low-rank branches in such steps; zeros fill u
 logger = logging.getLogger(__name__)
 
 
-def check(lora: Lora, model: nn.Module) -> dict[str, tuple[Delta, ...]]:
+def check(lora: Lora, model: Adapted) -> dict[str, tuple[Delta, ...]]:
     """The changes that the model has modules for, each of which fits. ValueError names what does not.
 
     The encoder's last layers, which Z-Image does not run, may be in the file."""
@@ -33,7 +34,7 @@ def check(lora: Lora, model: nn.Module) -> dict[str, tuple[Delta, ...]]:
     for target, deltas in lora.deltas(model).items():
         module = _module(model, target)
         if module is None:
-            if hasattr(model, "embed_tokens") and int(target.split(".")[1]) >= len(model.layers):
+            if isinstance(model, TextEncoder) and int(target.split(".")[1]) >= len(model.layers):
                 continue
             raise ValueError(
                 f"{lora.name}: {deltas[0].key}: expected a model with {target}, found none; {REMEDY} of this size"
@@ -45,7 +46,7 @@ def check(lora: Lora, model: nn.Module) -> dict[str, tuple[Delta, ...]]:
 
 
 def _check_fit(name: str, delta: Delta, target: str, module: nn.Module) -> None:
-    if not hasattr(module, "set_adapter"):
+    if not isinstance(module, Carrier):
         parameter = getattr(module, target if target.endswith("_token") else "weight", None)
         if not isinstance(delta, Diff) or parameter is None or delta.tensors["diff"].numel() != parameter.numel():
             wanted = "a diff" if parameter is None else f"a diff of {parameter.numel()} numbers"
@@ -74,7 +75,7 @@ def _words(delta: Delta) -> str:
 
 
 @torch.no_grad()
-def apply(model: nn.Module, loras: Iterable[tuple[Lora, float]]) -> None:
+def apply(model: Adapted, loras: Iterable[tuple[Lora, float]]) -> None:
     """Make a transformer's or text encoder's adapters exactly these LoRAs at these strengths.
 
     Modules whose changes stay the same are left alone. Where something changes, `model.adapter_version` grows: what was
@@ -82,7 +83,7 @@ def apply(model: nn.Module, loras: Iterable[tuple[Lora, float]]) -> None:
     that does not fit or a strength that is no number; after any other failure no adapter is left.
     """
     wanted = tuple((lora, float(strength)) for lora, strength in loras if strength != 0)
-    if wanted == getattr(model, "adapters", ()):
+    if wanted == model.adapters:
         return
     plan: dict[str, list[tuple[Delta, float]]] = {}
     for lora, strength in wanted:
@@ -93,7 +94,7 @@ def apply(model: nn.Module, loras: Iterable[tuple[Lora, float]]) -> None:
             logger.warning("%s: %s: ignored, Z-Image does not run this layer of the text encoder", lora.name, target)
         for target, deltas in found.items():
             plan.setdefault(target, []).extend((delta, strength) for delta in deltas)
-    old = getattr(model, "adapter_plan", {})
+    old = model.adapter_plan
     changed = [target for target in {**old, **plan} if old.get(target) != plan.get(target)]
     done = False
     try:
@@ -105,10 +106,10 @@ def apply(model: nn.Module, loras: Iterable[tuple[Lora, float]]) -> None:
             for target in {**old, **plan}:
                 _set(model, target, [])
         model.adapters, model.adapter_plan = (wanted, plan) if done else ((), {})
-        model.adapter_version = getattr(model, "adapter_version", 0) + bool(changed)
+        model.adapter_version += bool(changed)
 
 
-def _module(model: nn.Module, target: str) -> nn.Module | None:
+def _module(model: Adapted, target: str) -> nn.Module | None:
     """The module that holds a target, None where the model has none; pad tokens are the model's own."""
     try:
         return model if target.endswith("_token") else model.get_submodule(target)
@@ -116,19 +117,20 @@ def _module(model: nn.Module, target: str) -> nn.Module | None:
         return None
 
 
-def _set(model: nn.Module, target: str, deltas: list[tuple[Delta, float]]) -> None:
-    """Give one module these changes and no others."""
+def _set(model: Adapted, target: str, deltas: list[tuple[Delta, float]]) -> None:
+    """Give one module, which the model has, these changes and no others."""
     module, leaf = _module(model, target), target if target.endswith("_token") else "weight"
-    if hasattr(module, "set_adapter"):
+    if isinstance(module, Carrier):
         module.set_adapter(compose(deltas, module, target, _dtype(model)) if deltas else None)
         return
+    assert module is not None
     own = f"own_{leaf}"  # what the file holds, while the parameter is the sum
-    parameter = module._parameters[leaf]
-    if own in module._buffers:
-        parameter = nn.Parameter(module._buffers.pop(own), requires_grad=False)
+    parameter = module.get_parameter(leaf)
+    if (kept := module._buffers.pop(own, None)) is not None:
+        parameter = nn.Parameter(kept, requires_grad=False)
         module._parameters[leaf] = parameter
     if deltas:
-        total = parameter.float()
+        total: Tensor = parameter.float()
         for delta, strength in deltas:
             total = total + strength * delta.get("diff", parameter.device).view_as(parameter)
         module.register_buffer(own, parameter.detach(), persistent=False)
@@ -139,11 +141,13 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
-def compose(deltas: list[tuple[Delta, float]], linear: nn.Module, target: str, dtype: torch.dtype) -> Terms:
+def compose(deltas: list[tuple[Delta, float]], linear: Carrier, target: str, dtype: torch.dtype) -> Terms:
     """The terms of several changes of one linear, on its device: pairs concatenated, dense ones summed."""
     device = _device(linear)
     n, k = linear.out_features, linear.in_features
-    terms, downs, ups = Terms(), [], []
+    terms = Terms()
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
     dense: dict[Rows, Tensor] = {}
     bias = None
     for delta, strength in deltas:
@@ -155,8 +159,9 @@ def compose(deltas: list[tuple[Delta, float]], linear: nn.Module, target: str, d
         if isinstance(delta, OFT):
             terms.outputs.append((rows, (strength * delta.blocks(device)).to(dtype)))
             continue
-        gain, on_output = (None, False) if delta.magnitude is None else dora_gain(delta, linear, rows)
-        if gain is not None:
+        gain, on_output = None, False
+        if delta.magnitude is not None:
+            gain, on_output = dora_gain(delta, delta.magnitude, linear, rows)
             (terms.outputs if on_output else terms.inputs).append((rows, (strength * (gain - 1)).to(dtype)))
             gain = gain[:, None] if on_output else gain
         if pair := delta.pair(device):
@@ -168,9 +173,9 @@ def compose(deltas: list[tuple[Delta, float]], linear: nn.Module, target: str, d
             downs.append(down.to(dtype))
             ups.append(wide.to(dtype))
         elif isinstance(delta, LoKr) and gain is None:
-            w1, up, down = delta.factors(device)
-            down = None if down is None else down.to(dtype)
-            terms.krons.append((rows, (strength * w1).to(dtype), up.to(dtype), down))
+            w1, up, inner = delta.factors(device)
+            inner = None if inner is None else inner.to(dtype)
+            terms.krons.append((rows, (strength * w1).to(dtype), up.to(dtype), inner))
         else:
             change = strength * delta.matrix(device) * (1 if gain is None else gain)
             dense[rows] = dense[rows] + change if rows in dense else change
@@ -185,20 +190,20 @@ def compose(deltas: list[tuple[Delta, float]], linear: nn.Module, target: str, d
     return terms
 
 
-def dora_gain(delta: Delta, linear: nn.Module, rows: Rows) -> tuple[Tensor, bool]:
-    """m / |W + D| in fp32, and whether it stands on the output (N,) or on the input (K,).
+def dora_gain(delta: Delta, magnitude: Tensor, linear: Carrier, rows: Rows) -> tuple[Tensor, bool]:
+    """m / |W + D| in fp32 for DoRA's magnitude m, and whether it scales the output (N,) or the input (K,).
 
     Needs the dense weight once for each linear; kept from then on, as it does not depend on the strength."""
-    on_output = delta.magnitude.shape != (1, linear.in_features) and delta.magnitude.numel() == rows[1] - rows[0]
+    on_output = magnitude.shape != (1, linear.in_features) and magnitude.numel() == rows[1] - rows[0]
     kept = delta.gains.get(linear)
     if kept is None:
         weight = linear.dense_weight()[rows[0] : rows[1]]
         merged = weight + delta.matrix(weight.device)
         norm = merged.norm(dim=1 if on_output else 0).clamp_min(EPSILON)
-        kept = delta.magnitude.to(weight.device).float().flatten() / norm
+        kept = magnitude.to(weight.device).float().flatten() / norm
         delta.gains[linear] = kept
     return kept.to(_device(linear)), on_output
 
 
-def _device(linear: nn.Module) -> torch.device:
+def _device(linear: Carrier) -> torch.device:
     return next(t.device for t in (*linear.parameters(), *linear.buffers()))

@@ -25,11 +25,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..formats.names import FUSED_PARTS
 from ..formats.safetensors import Shape
-from ..linear.adapters import Rows
+from ..linear.adapters import Carrier, Rows
 
 Size = tuple[int | None, int | None]
 """(N, K) of a change; None where any fits."""
@@ -61,7 +61,7 @@ class Delta:
     scale: float = 1.0
     part: str | None = None
     magnitude: Tensor | None = None
-    gains: weakref.WeakKeyDictionary[nn.Module, Tensor] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
+    gains: weakref.WeakKeyDictionary[Carrier, Tensor] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
 
     def size(self) -> Size:
         """Of the weights that it changes."""

@@ -296,13 +296,11 @@ class PeftConfig:
 
     def scale(self, module: str, rank: int | None) -> float:
         """alpha / rank of a module whose file has no alpha of its own."""
-        alpha, rank = (
-            _by_pattern(self.alpha_pattern, module, self.alpha),
-            rank or _by_pattern(self.rank_pattern, module, self.rank),
-        )
-        if alpha is None or not rank:
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        width = rank or _by_pattern(self.rank_pattern, module, self.rank)
+        if alpha is None or not width:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+        return alpha / (math.sqrt(width) if self.rslora else width)
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linear.adapters import Linear
+from ..linear.adapters import Adapted, Linear
 from .tokenizer import Tokenizer
 
 
@@ -133,7 +133,7 @@ def run_block(stage: str, index: int, block: nn.Module, x: Tensor, *args: object
     return block(x, *args)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Adapted):
     """Qwen3 up to its second-to-last hidden state; parameters are named as in transformers' Qwen3Model.
 
     `linear(in_features, out_features, bias=False, device=, dtype=)` builds every projection and

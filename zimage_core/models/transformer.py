@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linear.adapters import Linear
+from ..linear.adapters import Adapted, Linear
 from ..linear.svdq import smoothing
 from ..sizes import round_up
 from . import ops
@@ -222,7 +222,7 @@ def use_ops(model: nn.Module, chosen: ops.Ops) -> None:
             module.ops = chosen
 
 
-class ZImageTransformer(nn.Module):
+class ZImageTransformer(Adapted):
     """The model. `linear(in, out, bias)` builds the blocks' linears, `refiner_linear` the refiners' if given."""
 
     def __init__(
@@ -234,6 +234,7 @@ class ZImageTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.backend: Backend | None = None  # that of all quantized linears
+        self.checkpoint: Any = None  # what its file said: `formats.identify.ModelInfo`
         refiner_linear = refiner_linear or linear
         t_width = min(config.dim, ADALN_WIDTH)
         self.x_embedder = Linear(config.patch_dim, config.dim)
