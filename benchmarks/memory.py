@@ -90,7 +90,7 @@ def write_synthetic(
     paths = {part: folder / f"{name}.safetensors" for part, name in names.items()}
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(tensor: torch.Tensor) -> torch.Tensor:
+    def random_like(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 1:
             return torch.ones(tensor.shape, dtype=torch.bfloat16)
         fan_in = tensor[0].numel()
@@ -104,7 +104,7 @@ def write_synthetic(
         described = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
         state = {}
         for name, tensor in body.items():
-            state[name] = draw(tensor)
+            state[name] = random_like(tensor)
             if tensor.ndim == 2 and name != "embed_tokens.weight":  # as ComfyUI's own files: described, with a scale
                 scale = state[name].abs().amax().float() / FP8_MAX
                 layer = name.removesuffix("weight")
@@ -115,7 +115,7 @@ def write_synthetic(
     if not paths["vae"].exists():
         with torch.device("meta"):
             body = VAE(vae).state_dict()
-        save_file({k: draw(v).cpu() for k, v in body.items()}, paths["vae"])
+        save_file({k: random_like(v).cpu() for k, v in body.items()}, paths["vae"])
     return paths | {"tokenizer": demo_files()["tokenizer"]}
 
 
@@ -142,7 +142,7 @@ def free(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def draw(pipe: Pipeline, size: int, steps: int, seed: int = 0) -> tuple[torch.Tensor, float]:
+def generate(pipe: Pipeline, size: int, steps: int, seed: int = 0) -> tuple[torch.Tensor, float]:
     """The last latents of a picture, and the seconds that sampling took."""
     seen = {}
 
@@ -158,9 +158,9 @@ def measure(arguments: argparse.Namespace, size: int, budget: float | None) -> d
     pipe = pipeline(arguments, budget)
     limit(pipe.device, budget)
     free(pipe.device)
-    latents, _ = draw(pipe, size, arguments.steps)
+    latents, _ = generate(pipe, size, arguments.steps)
     plan, stages = pipe.plan, [stage for stage in pipe.stages if stage.device_peak is not None]
-    again = [draw(pipe, size, arguments.steps) for _ in range(TIMED)]
+    again = [generate(pipe, size, arguments.steps) for _ in range(TIMED)]
     found = {
         "latents": latents,
         "same": all(torch.equal(latents, others) for others, _ in again),
