@@ -1,4 +1,5 @@
-"""Files: headers, what a file is, tensor names of every style, and the strict load into the models.
+"""Files: what a file is (`identify`), its tensors (`safetensors`, `gguf`), their names and forms, and the strict loader.
 
-A new file format goes here. May import `models` and `linear`.
+A new kind of file, or a new stored form, gets a row in `identify`; a form that stays small in memory a function in
+`stored` and its tensors in `weights`. May import `models`, `linear` and `sizes`.
 """

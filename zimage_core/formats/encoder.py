@@ -142,12 +142,12 @@ class EncoderFile:
     text: str | None  # transformers' config as JSON, where the file brought one
     config: TextEncoderConfig
 
-    def match(self, linear=StoredLinear, embedding=HostEmbedding) -> Sources:
-        """Where each weight that a TextEncoder of these linears needs is; ValueError as `load.match_tensors`.
+    def match(self) -> Sources:
+        """Where each weight that a TextEncoder needs is; ValueError as `load.match_tensors`.
 
         Tensors that Qwen3 has and this body does not need (later layers, final norm, head) may be there or not.
         """
-        body = TextEncoder(self.config, linear, device="meta", embedding=embedding)
+        body = TextEncoder(self.config, StoredLinear, device="meta", embedding=HostEmbedding)
         later = {re.sub(r"^layers\.0\.", "", name) for name in expected_tensors(body)}
         later |= {"norm.weight", "lm_head.weight"}
 

@@ -42,11 +42,11 @@ class Sources:
     files: TensorFiles
     stored: Mapping[str, list[Stored]]
 
-    def get(self, target: str, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    def get(self, target: str, device: torch.device | str) -> Tensor:
         """A float or integer tensor, put together from its parts; on the CPU, in the file's dtype, maybe mapped."""
         import torch
 
-        parts = [self.files.get(source.key).to(device, dtype) for source in self.stored[target]]
+        parts = [self.files.get(source.key).to(device) for source in self.stored[target]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
