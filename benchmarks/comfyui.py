@@ -34,10 +34,10 @@ from memory import free
 from safetensors.torch import load_file, save_file
 
 from zimage_core import bench
+from zimage_core.device import choose_device, choose_dtype
 from zimage_core.formats.identify import model_info
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoderConfig
-from zimage_core.pipeline import choose_device, choose_dtype
 from zimage_core.quantize.writer import block_names
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,8 +37,8 @@ from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.stored import dequantize
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts
 from zimage_core.models.tokenizer import load_tokenizer
-from zimage_core.pipeline import host_peak, reset_host_peak
 from zimage_core.quantize.encoder import int8_rows, nvfp4_rows
+from zimage_core.recorder import host_peak, reset_host_peak
 
 ROOT = Path(__file__).resolve().parents[1]
 FP8_MAX, FP4_MAX = 448.0, 6.0

@@ -25,10 +25,10 @@ import torch
 from memory import write_synthetic
 
 from zimage_core import bench
+from zimage_core.device import choose_device, choose_dtype
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoderConfig
 from zimage_core.models.vae import VAEConfig
-from zimage_core.pipeline import choose_device, choose_dtype
 
 PROMPT = "A red fox in deep snow before a birch wood, early morning light, photograph"
 SEED = 7

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from zimage_core import bench
 from zimage_core.bench import Call
+from zimage_core.device import choose_device, choose_dtype
 from zimage_core.linear import backends, layout
 from zimage_core.linear.svdq import SVDQWeights
 from zimage_core.models.config import ZImageConfig
-from zimage_core.pipeline import choose_device, choose_dtype
 
 SQUARE = {"out": (3840, 3840)}
 DEMO_ROWS = 96

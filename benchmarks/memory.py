@@ -29,11 +29,14 @@ import torch
 
 from zimage_core import bench, load_pipeline
 from zimage_core.demo import demo_files
+from zimage_core.device import choose_device, choose_dtype
+from zimage_core.job import Pictures
 from zimage_core.memory.plan import Plan
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.models.vae import VAE, VAEConfig
-from zimage_core.pipeline import Pipeline, Stage, choose_device, choose_dtype
+from zimage_core.pipeline import Pipeline
+from zimage_core.recorder import Stage
 from zimage_core.sizes import GIB
 
 # size, budget in GiB, seconds of sampling allowed as a multiple of the resident run's (None: it only has to fit)
@@ -142,15 +145,15 @@ def free(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def generate(pipe: Pipeline, size: int, steps: int, seed: int = 0) -> tuple[torch.Tensor, float]:
-    """The last latents of a picture, and the seconds that sampling took."""
+def generate(pipe: Pipeline, size: int, steps: int, seed: int = 0) -> tuple[torch.Tensor, Pictures, float]:
+    """The last latents of a picture, what its call returns, and the seconds that sampling took."""
     seen = {}
 
     def keep(done: int, total: int, image: torch.Tensor) -> None:
         seen["latents"] = image.detach().cpu()
 
-    pipe(PROMPT, height=size, width=size, num_inference_steps=steps, generator=seed, on_step=keep)
-    return seen["latents"], next(stage.seconds for stage in pipe.stages if stage.name == "sample")
+    made = pipe(PROMPT, height=size, width=size, num_inference_steps=steps, generator=seed, on_step=keep)
+    return seen["latents"], made, next(stage.seconds for stage in made.stages if stage.name == "sample")
 
 
 def measure(arguments: argparse.Namespace, size: int, budget: float | None) -> dict:
@@ -158,13 +161,13 @@ def measure(arguments: argparse.Namespace, size: int, budget: float | None) -> d
     pipe = pipeline(arguments, budget)
     limit(pipe.device, budget)
     free(pipe.device)
-    latents, _ = generate(pipe, size, arguments.steps)
-    plan, stages = pipe.plan, [stage for stage in pipe.stages if stage.device_peak is not None]
+    latents, made, _ = generate(pipe, size, arguments.steps)
+    plan, stages = made.plan, [stage for stage in made.stages if stage.device_peak is not None]
     again = [generate(pipe, size, arguments.steps) for _ in range(TIMED)]
     found = {
         "latents": latents,
-        "same": all(torch.equal(latents, others) for others, _ in again),
-        "seconds": statistics.median(seconds for _, seconds in again),
+        "same": all(torch.equal(latents, others) for others, _, _ in again),
+        "seconds": statistics.median(seconds for *_, seconds in again),
         "plan": plan,
         "peak": max((stage.device_peak for stage in stages), default=None),
         "stages": compare_stages(plan, stages),

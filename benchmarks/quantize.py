@@ -24,11 +24,12 @@ import make_synthetic
 import torch
 
 from zimage_core import bench
+from zimage_core.device import choose_device
 from zimage_core.formats.identify import model_info
 from zimage_core.models.config import ZImageConfig
-from zimage_core.pipeline import choose_device, host_peak, reset_host_peak
 from zimage_core.quantize.run import quantize_checkpoint
 from zimage_core.quantize.solver import InputStats, gptq, low_rank, svdq_calibrated
+from zimage_core.recorder import host_peak, reset_host_peak
 
 SMALL = ZImageConfig(dim=384, n_heads=3, n_layers=1, n_refiner_layers=1, cap_feat_dim=64)
 CAPTION_TOKENS = 64

@@ -26,10 +26,10 @@ import torch
 
 from zimage_core import bench
 from zimage_core.bench import CAPTION_TOKENS, Call, Step
+from zimage_core.device import choose_device, choose_dtype
 from zimage_core.formats.identify import model_info
 from zimage_core.formats.load import load_transformer
 from zimage_core.models.config import ZImageConfig
-from zimage_core.pipeline import choose_device, choose_dtype
 
 TINY = ZImageConfig(384, 1, 1, 6, cap_feat_dim=64, axes_dims=(16, 24, 24))
 TINY_RANK = 16

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import __version__
+from .device import choose_device, choose_dtype
 from .formats.identify import model_info
 from .formats.load import load_transformer
 from .linear import backends, layout
@@ -40,7 +41,6 @@ from .memory.offload import BlockStreamer
 from .models import ops
 from .models.config import ZImageConfig
 from .models.transformer import ZImageTransformer
-from .pipeline import choose_device, choose_dtype
 from .sampler import draw_noise
 from .sizes import GIB
 

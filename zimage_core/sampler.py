@@ -7,17 +7,22 @@ steps the sigmas are also those of ComfyUI's `simple` scheduler at shift 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+import secrets
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .models.transformer import PIXELS_PER_CELL, Conditioning
 
-Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # ZImageTransformer, or its `forward` with hooks
-
 SHIFT = 3.0
 MAX_STEPS = 100
+SEEDS = 2**64
+
+Seeds = torch.Generator | int | Sequence[int] | None
+Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""ZImageTransformer, or its `forward` with hooks."""
 
 
 def shift_sigma(s: Tensor, shift: float = SHIFT) -> Tensor:
@@ -47,6 +52,29 @@ def draw_noise(generator: torch.Generator | int, batch: int, height: int, width:
         generator = torch.Generator("cpu").manual_seed(generator)
     cells = (height // PIXELS_PER_CELL, width // PIXELS_PER_CELL)
     return torch.randn((batch, channels, *cells), generator=generator, device="cpu", dtype=torch.float32)
+
+
+def starting_noise(generator: Seeds, count: int, height: int, width: int) -> tuple[Tensor, list[int] | None]:
+    """(count, 16, H/8, W/8) fp32 noise of a size in pixels, and the seed of each, None where a generator was given.
+
+    An int, or else a random one, seeds the first picture, the next int the next one. ValueError for seeds outside
+    0 .. 2^64 - 1, or not one for each picture, and for a generator that is not on the CPU.
+    """
+    if isinstance(generator, torch.Generator):
+        if generator.device.type != "cpu":
+            raise ValueError(f"generator: expected one on the cpu, found {generator.device}; give a seed instead")
+        return draw_noise(generator, count, height, width), None
+    if isinstance(generator, Sequence):
+        if len(generator) != count:
+            raise ValueError(f"seeds: expected {count}, one for each picture, found {len(generator)}")
+        seeds = [operator.index(seed) for seed in generator]
+    else:
+        first = secrets.randbelow(2**32) if generator is None else operator.index(generator)
+        seeds = [first, *((first + i) % SEEDS for i in range(1, count))]
+    for seed in seeds:
+        if not 0 <= seed < SEEDS:
+            raise ValueError(f"seed: expected 0 to 2^64 - 1, found {seed}")
+    return torch.cat([draw_noise(seed, 1, height, width) for seed in seeds]), seeds
 
 
 def predict_flow(model: Model, latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:

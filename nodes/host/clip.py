@@ -12,6 +12,7 @@ import folder_paths
 import torch
 from torch import nn
 
+from ...zimage_core.files import get_tokenizer
 from ...zimage_core.formats.encoder import load_text_encoder
 from ...zimage_core.memory.stages import encoding_bytes, libraries
 from ...zimage_core.models.text_encoder import TextEncoder
@@ -37,8 +38,6 @@ def load_clip(name: str) -> comfy.sd.CLIP:
 
 def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     """A CLIP of the core's text encoder and tokenizer."""
-    from ...zimage_core.pipeline import get_tokenizer
-
     root = Path(comfy.sd.__file__).parents[1]
     tokenizer = load_tokenizer(tokenizer_path or get_tokenizer(path, comfyui=root))
     device = comfy.model_management.text_encoder_device()

@@ -152,7 +152,7 @@ class DiffusionModel(Adapted):
         make = functools.partial(self.transformer.prepare, list(context), height, width, hooks)
         if custom(options):
             return make()
-        key = (height, width, hooks.rope, getattr(self.transformer, "adapter_version", 0))
+        key = (height, width, hooks.rope, self.transformer.adapter_version)
         return self.prepared.get((context,), key, make)
 
 

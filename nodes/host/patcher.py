@@ -13,6 +13,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
+from ...zimage_core.linear import adapters
 from ...zimage_core.lora.apply import apply as apply_loras
 from ...zimage_core.lora.read import Lora
 from ...zimage_core.memory.offload import BlockStreamer
@@ -65,7 +66,7 @@ class Adapted(nn.Module):
     this module: empty tensor of the dense shape}.
     """
 
-    def __init__(self, core: nn.Module, blocks: Sequence[nn.Module], shapes: dict[str, Tensor]):
+    def __init__(self, core: adapters.Adapted, blocks: Sequence[nn.Module], shapes: dict[str, Tensor]):
         super().__init__()
         self.core = core
         self.streamer = BlockStreamer(blocks, self.body)

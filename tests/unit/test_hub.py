@@ -26,7 +26,8 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 from filelock import FileLock
 
-from zimage_core import hub, pipeline
+from zimage_core import hub
+from zimage_core.files import find_files
 from zimage_core.models import tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -444,11 +445,11 @@ def test_the_pipeline_fetches_a_missing_tokenizer(tiny_files, tmp_path, monkeypa
     files = {**tiny_files, "text_encoder": encoder}
     download = hub.download_tokenizer
     monkeypatch.setattr(hub, "download_tokenizer", lambda: download(server.url))
-    assert pipeline.find_files(**files).tokenizer == tokenizer.cached_tokenizer() is not None
+    assert find_files(**files).tokenizer == tokenizer.cached_tokenizer() is not None
     shutil.rmtree(cache)
     server.error = (500, None)
     with pytest.raises(ValueError, match=r"found none; put Qwen3's .*Downloading it failed too: .*error 500"):
-        pipeline.find_files(**files)
+        find_files(**files)
 
 
 def run_cli(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

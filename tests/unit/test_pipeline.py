@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy
 import pytest
 import torch
 
-from zimage_core import load_pipeline, pipeline, sampler
+from zimage_core import device, files, job, load_pipeline, pipeline, recorder, sampler
 from zimage_core.formats.encoder import load_text_encoder
+from zimage_core.formats.load import load_transformer
+from zimage_core.formats.vae import load_vae
+from zimage_core.lora.read import Lora
 from zimage_core.models.text_encoder import encode_prompts
-from zimage_core.models.tokenizer import find_tokenizer, load_tokenizer
+from zimage_core.models.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from zimage_core.models.vae import decode_image
 
 SIZE = {"height": 32, "width": 48, "num_inference_steps": 2}
@@ -26,6 +31,7 @@ def pixels(pictures) -> numpy.ndarray:
 
 
 def names(draw) -> list[str]:
+    """The stages of a call, or of a pipeline's last one."""
     return [stage.name for stage in draw.stages]
 
 
@@ -44,7 +50,7 @@ def test_stages_run_in_order_and_a_known_prompt_needs_no_encoder(tiny_files):
     assert names(draw) == ["load text encoder", "encode prompt", "sample", "decode"]
 
 
-@pytest.mark.skipif(not pipeline.reset_host_peak(), reason="the system does not count a stage's own host memory")
+@pytest.mark.skipif(not recorder.reset_host_peak(), reason="the system does not count a stage's own host memory")
 def test_a_stage_has_its_own_host_peak(draw):
     """128 MiB touched and freed in one stage are in its peak and not in the next one's."""
 
@@ -58,39 +64,115 @@ def test_a_stage_has_its_own_host_peak(draw):
 
 
 def test_where_the_system_counts_no_stage_the_host_peak_is_left_out(draw, monkeypatch):
-    monkeypatch.setattr(pipeline, "reset_host_peak", lambda: False)
+    monkeypatch.setattr(recorder, "reset_host_peak", lambda: False)
     draw("a cat", **SIZE)
     assert {stage.host_peak for stage in draw.stages} == {None}
 
 
-def test_a_stage_has_its_own_device_peak(tiny_files, monkeypatch):
+def test_a_stage_has_its_own_device_peak(monkeypatch):
     """The counter begins anew, when the stage before is over, and is read when this one is."""
     log = []
-    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated", "max_memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda device, name=name: log.append(name) or len(log))
-    draw = load_pipeline(**tiny_files, device="cpu")
-    draw.device = torch.device("cuda:0")
+    record = recorder.Recorder(torch.device("cuda:0"))
     for stage in ("first", "second"):
-        with draw._stage(stage):
+        with record(stage):
             log.append(stage)
-    begin, end = ["synchronize", "reset_peak_memory_stats"], ["synchronize", "max_memory_allocated"]
+    begin = ["synchronize", "reset_peak_memory_stats"]
+    end = ["synchronize", "max_memory_allocated", "max_memory_reserved"]
     assert log == [*begin, "first", *end, *begin, "second", *end]
-    assert [stage.device_peak for stage in draw.stages] == [5, 10]
+    assert [(stage.device_peak, stage.device_reserved) for stage in record.stages] == [(5, 6), (11, 12)]
 
 
 def test_the_prompt_memory_is_bounded(draw, monkeypatch):
     monkeypatch.setattr(pipeline, "CACHED_PROMPTS", 2)
     draw(["one", "two", "three"], **SIZE)
-    assert list(draw._prompts) == ["two", "three"]
+    assert "encode prompt" not in names(draw(["two", "three"], **SIZE))
+    assert "encode prompt" in names(draw("one", **SIZE))
 
 
 def test_many_prompts_are_encoded_with_one_reading_of_the_encoder(draw):
-    prompts = [f"cat {i}" for i in range(pipeline.CACHED_PROMPTS + 3)]
-    draw.encode(prompts)
-    assert names(draw) == ["load text encoder", "encode prompt"]
+    prompts, seen = [f"cat {i}" for i in range(pipeline.CACHED_PROMPTS + 3)], []
+    draw.encode(prompts, on_stage=lambda name, steps: seen.append(name))
+    assert seen == ["load text encoder", "encode prompt"]
     for prompt in (prompts[0], prompts[-1]):
-        draw(prompt, **SIZE)
-        assert "encode prompt" not in names(draw)
+        assert "encode prompt" not in names(draw(prompt, **SIZE))
+
+
+def test_without_any_limit_the_encoder_is_read_once(tiny_files):
+    draw = load_pipeline(**tiny_files, device="cpu", dtype="float32", vram_budget=None)
+    first = draw("a cat", **SIZE, generator=1)
+    assert names(first) == WHOLE_RUN
+    assert names(draw("a dog", **SIZE)) == ["encode prompt", "sample", "decode"]
+    assert names(draw(["a bird", "a cat"], **SIZE)) == ["encode prompt", "sample", "decode"]
+    assert names(again := draw("a cat", **SIZE, generator=1)) == ["sample", "decode"]
+    assert numpy.array_equal(pixels(again), pixels(first))
+
+
+def test_a_prompt_is_tokenized_once(tiny_files, monkeypatch):
+    seen, plain = [], Tokenizer.__call__
+    monkeypatch.setattr(Tokenizer, "__call__", lambda self, text: seen.append(text) or plain(self, text))
+    draw = load_pipeline(**tiny_files, device="cpu", dtype="float32")
+    for _ in range(2):
+        draw(["a cat", "a dog", "a cat"], **SIZE, guidance_scale=1.0)
+    assert seen == ["a cat", "a dog", ""]
+
+
+def test_the_result_is_a_list_that_knows_what_the_call_did(draw):
+    first = draw("a cat", **SIZE, generator=7, num_images_per_prompt=2)
+    assert isinstance(first, list) and first.images == list(first) and len(first) == 2
+    assert [first[0].size, first[-1].mode] == [(48, 32), "RGB"]
+    second = draw("a dog", **SIZE, generator=torch.Generator().manual_seed(1))
+    assert (first.seeds, second.seeds, draw.seeds) == ([7, 8], None, None)
+    assert first.stages is not second.stages is draw.stages
+    assert first.plan.title.startswith("2 pictures of 48 x 32") and second.plan.title.startswith("1 picture")
+    assert first.backend.name == "reference" and first.backend.precision == "w4a16"
+
+
+def lora_of(pairs) -> Lora:
+    """A LoRA of {module: (down (r, K), up (N, r))}."""
+    halves = {f"{m}.lora_{half}.weight": t for m, pair in pairs.items() for half, t in zip(("down", "up"), pair)}
+    return Lora.from_tensors(halves)
+
+
+def test_threads_share_a_pipeline(tiny_files):
+    """Eight at once: each gets the picture of its own prompt, seed and LoRA, as when it is alone."""
+    draw = load_pipeline(**tiny_files, device="cpu", dtype="float32")
+    hidden = load_text_encoder(tiny_files["text_encoder"], dtype=torch.float32).config.hidden_size
+    dim = load_transformer(tiny_files["model"], dtype=torch.float32).config.dim
+    loras = []
+    for i in range(8):
+        g = torch.Generator().manual_seed(i)
+        pairs = {"layers.0.attention.to_q": (torch.randn(2, dim, generator=g), torch.randn(dim, 2, generator=g))}
+        if i % 2:  # the text encoder's features differ, too
+            down = torch.randn(2, hidden, generator=g)
+            pairs["lora_te_model_layers_0_self_attn_o_proj"] = down, torch.randn(hidden, 2, generator=g)
+        loras.append(lora_of(pairs))
+
+    def work(i):
+        chosen = [(loras[i], 0.5)]
+        draw.set_loras(chosen)  # for everyone: a call under way keeps its own
+        return draw(f"cat {i % 3}", **SIZE, generator=i, loras=chosen)
+
+    alone = [pixels(draw(f"cat {i % 3}", **SIZE, generator=i, loras=[(loras[i], 0.5)])) for i in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(work, [*range(8), *range(8)]))
+    for i, pictures in enumerate(found):
+        assert numpy.array_equal(pixels(pictures), alone[i % 8])
+        assert pictures.seeds == [i % 8] and names(pictures)[-2:] == ["sample", "decode"]
+
+
+def test_loras_set_during_a_call_are_for_the_next_one(draw, tiny_files):
+    dim = load_transformer(tiny_files["model"], dtype=torch.float32).config.dim
+    pair = torch.full((1, dim), 0.1), torch.full((dim, 1), 0.5)
+    other = [(lora_of({"layers.0.attention.to_q": pair}), 1.0)]
+    plain = pixels(draw("a cat", **SIZE, generator=1))
+    during = draw("a cat", **SIZE, generator=1, on_step=lambda *_: draw.set_loras(other))
+    assert numpy.array_equal(pixels(during), plain)
+    assert abs(pixels(draw("a cat", **SIZE, generator=1)) - plain).max() > 0
+    assert numpy.array_equal(pixels(draw("a cat", **SIZE, generator=1, loras=[])), plain)
+    draw.set_loras([])
+    assert numpy.array_equal(pixels(draw("a cat", **SIZE, generator=1)), plain)
 
 
 def test_each_picture_of_a_batch_may_have_a_seed_of_its_own(draw):
@@ -110,7 +192,8 @@ def test_it_composes_the_parts_and_nothing_else(draw, tiny_files):
     encoder = load_text_encoder(tiny_files["text_encoder"], dtype=torch.float32)
     tokenizer = load_tokenizer(find_tokenizer(tiny_files["text_encoder"]))
     positive, negative = encode_prompts(encoder, tokenizer, ["a cat", "a dog"])
-    model = draw.transformer
+    model = load_transformer(tiny_files["model"], dtype=torch.float32, precision="w4a16")
+    vae = load_vae(tiny_files["vae"], dtype=torch.float32)
     with torch.no_grad():
         cond, uncond = (model.prepare([feats], 32, 48) for feats in (positive, negative))
         latents = sampler.draw_noise(5, 1, 32, 48)
@@ -118,7 +201,7 @@ def test_it_composes_the_parts_and_nothing_else(draw, tiny_files):
         for i in range(2):
             pos, neg = (sampler.predict_flow(model, latents, sigmas[i], c) for c in (cond, uncond))
             latents = latents + (sigmas[i + 1] - sigmas[i]) * (pos + 2.0 * (pos - neg))
-    by_hand = decode_image(draw.vae, latents).mul(255).round().int().numpy()
+    by_hand = decode_image(vae, latents).mul(255).round().int().numpy()
     assert abs(by_hand - pixels([picture])).max() <= 1
     assert abs(pixels(draw("a cat", **SIZE, generator=5)) - by_hand).max() > 1
 
@@ -157,7 +240,7 @@ def test_guidance_zero_ignores_the_negative_prompt(draw):
     assert numpy.array_equal(pixels(draw("a cat", **SIZE, generator=1, negative_prompt="a dog")), plain)
 
 
-def test_an_image_is_a_starting_point(draw):
+def test_an_image_is_a_starting_point(draw, tiny_files):
     from PIL import Image
 
     ramp = numpy.tile(numpy.linspace(0, 255, 60, dtype=numpy.uint8)[None, :, None], (40, 1, 3))
@@ -167,8 +250,9 @@ def test_an_image_is_a_starting_point(draw):
     nearly = pixels(draw("a cat", image=image, strength=1e-6, height=32, width=48, **steps))
     assert names(draw)[-3:] == ["encode image", "sample", "decode"]
     assert nearly.shape[1:3] == (32, 48)
+    vae = load_vae(tiny_files["vae"], dtype=torch.float32)
     cropped = Image.fromarray(((tensor[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
-    round_trip = decode_image(draw.vae, draw.vae.encode(tensor)).mul(255).round().int().numpy()
+    round_trip = decode_image(vae, vae.encode(tensor)).mul(255).round().int().numpy()
     same = pixels(draw("a cat", image=cropped, strength=1e-6, **steps))
     assert abs(same - round_trip).max() <= 2
     text_only = pixels(draw("a cat", height=32, width=48, **steps))
@@ -231,9 +315,9 @@ def test_files_are_checked_before_anything_is_loaded(tiny_files, tmp_path):
         load_pipeline(tiny_files["model"], tiny_files["text_encoder"], tmp_path / "gone.safetensors")
     with pytest.raises(ValueError, match="expected a Z-Image transformer"):
         load_pipeline(**tiny_files | {"model": tiny_files["vae"]})
-    for device in ("cuda:77", "toaster"):
+    for name in ("cuda:77", "toaster"):
         with pytest.raises(ValueError, match="device"):
-            load_pipeline(**tiny_files, device=device)
+            load_pipeline(**tiny_files, device=name)
     for dtype in ("int8", "fast", torch.float64):
         with pytest.raises(ValueError, match="dtype"):
             load_pipeline(**tiny_files, dtype=dtype)
@@ -246,20 +330,21 @@ def test_a_whole_diffusers_folder(tiny_files, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "vae").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").symlink_to(tiny_files["text_encoder"].parent / "tokenizer.json")
-    files = pipeline.find_files(tmp_path)
-    assert [files.text_encoder.name, files.tokenizer.name, files.vae.name] == ["text_encoder", "tokenizer", "vae"]
-    assert not files.demo
+    found = files.find_files(tmp_path)
+    assert [found.text_encoder.name, found.tokenizer.name, found.vae.name] == ["text_encoder", "tokenizer", "vae"]
+    assert not found.demo
 
 
-def test_default_sizes(draw):
-    assert draw._size(None, None, None) == (1024, 1024)
-    assert draw._size(512, None, None) == (512, 1024)
+def test_default_sizes():
+    assert job.picture_size(None, None, (1024, 1024)) == (1024, 1024)
+    assert job.picture_size(512, None, (1024, 1024)) == (512, 1024)
+    assert job.picture_size(None, 48, (65, 40)) == (32, 48)
 
 
 def test_a_gpu_has_its_index(monkeypatch):
     """Some functions of torch.cuda, the memory limit's among them, take no device without one."""
     for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    choose = pipeline.choose_device
+    choose = device.choose_device
     assert choose(None) == choose("cuda") == torch.device("cuda", 1)
     assert choose("cuda:0") == torch.device("cuda", 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_core import bench, cli, load_pipeline, pipeline
+from zimage_core import bench, cli, load_pipeline, residents, sampler
 from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.load import load_transformer
 from zimage_core.formats.stored import StoredLinear
@@ -301,7 +301,7 @@ def test_a_budget_holds_one_model_at_a_time(full_plan, budget):
 
 def test_only_without_any_limit_do_models_stay(full_plan):
     held = {"transformer": 4 * GIB, "VAE": GIB // 6}
-    found = full_plan(None, resident=held, together=True)
+    found = full_plan(None, resident=held, stays=("transformer", "VAE"))
     assert found.stage("text encoder").beside == ("transformer", "VAE")
     assert found.stage("VAE").beside == ("transformer",)
     assert found.stage("VAE").peak > full_plan(None).stage("VAE").peak + 4 * GIB
@@ -397,24 +397,24 @@ def small(tiny_files, monkeypatch):
 
 def limit(pipe) -> None:
     """A budget with which no block stays (the model has only three)."""
-    pipe.vram_budget = None
-    pipe("a cat", **SIZE)
-    stage = pipe.plan.stage("transformer")
-    found = weights(pipe.transformer.blocks, pipe.transformer)
+    files = pipe.files
+    other = load_pipeline(
+        files.model, files.text_encoder, files.vae, device="cpu", dtype="float32", precision="w4a16", vram_budget=None
+    )
+    stage = other("a cat", **SIZE).plan.stage("transformer")
+    model = load_transformer(files.model, dtype=torch.float32, precision="w4a16")
+    found = weights(model.blocks, model)
     pipe.vram_budget = stage.peak - stage.on_device + found.rest + 2 * found.slot + 2**19
-    pipe.transformer, pipe._streamer, pipe.vae = None, None, None
-    pipe._prompts.clear()
 
 
 def test_a_budget_changes_nothing_in_the_picture(unlimited, small):
     (expected,) = unlimited("a cat", **SIZE)
     limit(small)
-    resident = []
     for _ in range(2):
-        (found,) = small("a cat", **SIZE, on_step=lambda *_: resident.append(small._streamer.resident))
-        assert found.tobytes() == expected.tobytes()
-        assert small.plan.peak <= small.plan.usable == small.vram_budget
-    assert resident == [0] * 4
+        found = small("a cat", **SIZE)
+        assert found[0].tobytes() == expected.tobytes()
+        assert found.plan.peak <= found.plan.usable == small.vram_budget
+        assert found.plan.stage("transformer").resident == 0
     (again,) = small("a dog", **SIZE, guidance_scale=2.0, negative_prompt="a cat")
     assert again.tobytes() == unlimited("a dog", **SIZE, guidance_scale=2.0, negative_prompt="a cat")[0].tobytes()
 
@@ -443,9 +443,9 @@ def together(monkeypatch):
 
     watch(BlockStreamer, "place", "transformer", when=of_transformer)
     watch(BlockStreamer, "leave", "transformer", comes=lambda *_: False, when=of_transformer)
-    watch(pipeline, "load_vae", "VAE")
+    watch(residents, "load_vae", "VAE")
     watch(VAE, "to", "VAE", comes=lambda vae, place: place != "cpu")  # a torch.device where it comes
-    load = pipeline.load_text_encoder
+    load = residents.load_text_encoder
 
     def load_encoder(*args, **options):
         note("text encoder", True)
@@ -453,7 +453,7 @@ def together(monkeypatch):
         weakref.finalize(encoder, note, "text encoder", False)
         return encoder
 
-    monkeypatch.setattr(pipeline, "load_text_encoder", load_encoder)
+    monkeypatch.setattr(residents, "load_text_encoder", load_encoder)
     return seen
 
 
@@ -474,9 +474,11 @@ def test_no_two_models_are_on_the_device(small, request, monkeypatch, budget):
 def test_without_any_limit_models_stay_for_the_next_picture(small, together):
     small.vram_budget = None
     for prompt in ("a cat", "a dog"):
-        small(prompt, **SIZE)
-    assert together[-1] == {"transformer", "VAE"}
-    assert small.plan.stage("VAE").beside == ("transformer",)
+        found = small(prompt, **SIZE)
+    assert together[-1] == {"text encoder", "transformer", "VAE"}
+    assert found.plan.stage("text encoder").beside == ("transformer", "VAE")
+    assert found.plan.stage("transformer").beside == ("text encoder", "VAE")
+    assert found.plan.stage("VAE").beside == ("text encoder", "transformer")
 
 
 def test_the_command_line_has_one_model_at_a_time_without_a_budget_too(tiny_files, tmp_path, monkeypatch, capsys):
@@ -494,9 +496,8 @@ def test_the_command_line_has_one_model_at_a_time_without_a_budget_too(tiny_file
 
         monkeypatch.setattr(owner, name, load)
 
-    watch(pipeline, "load_text_encoder")
-    watch(pipeline.checkpoint, "load_transformer")
-    watch(pipeline, "load_vae")
+    for name in ("load_text_encoder", "load_transformer", "load_vae"):
+        watch(residents, name)
     options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
     size = ["--width=48", "--height=64", "--steps=1", "--seed=1", f"--out={tmp_path / 'cat.png'}"]
     assert cli.main(["generate", "a cat", "--device=cpu", "--json", *options, *size]) == 0
@@ -509,8 +510,9 @@ def test_a_pipeline_for_once_draws_again_all_the_same(unlimited, tiny_files):
     once = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a16", once=True)
     (expected,) = unlimited("a cat", **SIZE)
     for _ in range(2):
-        assert once("a cat", **SIZE)[0].tobytes() == expected.tobytes()
-        assert once.transformer is None and once.plan.stage("VAE").beside == ()
+        found = once("a cat", **SIZE)
+        assert found[0].tobytes() == expected.tobytes()
+        assert found.plan.stage("VAE").beside == () and "load transformer" in [stage.name for stage in found.stages]
 
 
 def test_a_budget_that_is_too_small_is_told_before_any_work(small):
@@ -525,36 +527,40 @@ def test_a_budget_that_is_too_small_is_told_before_any_work(small):
 
 def test_out_of_memory_while_sampling_streams_everything_once_and_is_remembered(unlimited, small, monkeypatch, caplog):
     (expected,) = unlimited("a cat", **SIZE)
-    block, failures = small, []
-    run = type(unlimited)._denoise
+    failures, denoise = [], sampler.denoise
 
-    def denoise(self, *args):
-        if self._streamer.resident:
-            failures.append(self._streamer.resident)
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
-        return run(self, *args)
+    def fails(model, latents, *args, **options):
+        if latents.is_meta:  # for the plan
+            return denoise(model, latents, *args, **options)
+        failures.append(len(failures))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
-    monkeypatch.setattr(type(unlimited), "_denoise", denoise)
-    assert block("a cat", **SIZE)[0].tobytes() == expected.tobytes()
+    def fails_once(*args, **options):
+        return (denoise if failures else fails)(*args, **options)
+
+    monkeypatch.setattr(sampler, "denoise", fails_once)
+    assert small("a cat", **SIZE)[0].tobytes() == expected.tobytes()
     assert len(failures) == 1 and "trying again with every block of it streamed" in caplog.text
-    assert block("a cat", **SIZE)[0].tobytes() == expected.tobytes()
-    assert len(failures) == 1, "the next picture of that size is streamed at once"
-    assert block.plan.stage("transformer").resident == 0, "and its plan says so"
+    again = small("a cat", **SIZE)
+    assert again[0].tobytes() == expected.tobytes()
+    assert again.plan.stage("transformer").resident == 0, "the next picture of that size is streamed at once"
+    smaller = small("a cat", **SIZE | {"height": 32}).plan.stage("transformer")
+    assert smaller.resident == smaller.blocks, "a smaller one is tried with resident blocks again"
+    monkeypatch.setattr(sampler, "denoise", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        block("a cat", **SIZE | {"height": 32})  # smaller: tried with resident blocks again ...
-        monkeypatch.setattr(type(unlimited), "_denoise", always_fails)
-        block("a cat", **SIZE)
+        small("a cat", **SIZE)  # with everything streamed there is no second attempt
+    assert len(failures) == 2
     monkeypatch.undo()
-    assert block("a cat", **SIZE)[0].tobytes() == expected.tobytes()
+    assert small("a cat", **SIZE)[0].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("what", ["load text encoder", "place text encoder", "encode", "load", "place"])
 def test_out_of_memory_on_the_way_to_the_device_is_survived_too(tiny_files, unlimited, monkeypatch, caplog, what):
     (expected,) = unlimited("a cat", **SIZE)
     owner, name = {
-        "load text encoder": (pipeline, "load_text_encoder"),
-        "encode": (pipeline, "encode_prompts"),
-        "load": (pipeline.checkpoint, "load_transformer"),
+        "load text encoder": (residents, "load_text_encoder"),
+        "encode": (residents, "encode_tokens"),
+        "load": (residents, "load_transformer"),
     }.get(what, (BlockStreamer, "place"))
     plain, failed = getattr(owner, name), []
 
@@ -567,21 +573,18 @@ def test_out_of_memory_on_the_way_to_the_device_is_survived_too(tiny_files, unli
 
     monkeypatch.setattr(owner, name, once)
     pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a16")
-    assert pipe("a cat", **SIZE)[0].tobytes() == expected.tobytes()
+    found = pipe("a cat", **SIZE)
+    assert found[0].tobytes() == expected.tobytes()
     assert failed and "trying again with every block of it streamed" in caplog.text
     model = "text encoder" if "encode" in what else "transformer"
-    assert pipe.plan.stage(model).resident == 0 and f"out of memory in the {model}" in caplog.text
-
-
-def always_fails(self, *args):
-    raise torch.OutOfMemoryError("CUDA out of memory")
+    assert found.plan.stage(model).resident == 0 and f"out of memory in the {model}" in caplog.text
 
 
 def test_the_plan_for_json_and_for_people(unlimited, full_plan):
-    unlimited("a cat", **SIZE)
-    facts = unlimited.plan.facts()
+    made = unlimited("a cat", **SIZE).plan
+    facts = made.facts()
     assert facts["budget_gib"] is None and facts["stages"][-1]["name"] == "VAE"
-    lines = unlimited.plan.table().splitlines()
+    lines = made.table().splitlines()
     assert lines[0].startswith("1 picture of 48 x 64, no limit, predicted peak")
     assert len({line.rindex(".") for line in lines[2:]}) == 1
     assert lines[1].split()[0] == "MiB" and full_plan(None).table().splitlines()[1].split()[0] == "GiB"

@@ -47,8 +47,8 @@ def diagnose() -> dict[str, object]:
         return facts
     import torch
 
+    from ..device import choose_device, choose_dtype
     from ..linear.backends import report
-    from ..pipeline import choose_device, choose_dtype
 
     device = choose_device(None)
     dtype = choose_dtype(None, device)
@@ -66,7 +66,7 @@ def diagnose() -> dict[str, object]:
 
 def what_runs(quantized: bool) -> str:
     """The device, backend and precision that `auto` would choose on this machine."""
-    from ..pipeline import choose_device, choose_dtype
+    from ..device import choose_device, choose_dtype
 
     device = choose_device(None)
     dtype = choose_dtype(None, device)

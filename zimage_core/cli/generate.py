@@ -16,7 +16,7 @@ from .output import Progress, gib, output_paths, save_png
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..pipeline import Pipeline
+    from ..pipeline import Pictures, Pipeline
 
 
 def add_parser(commands: Commands) -> Parser:
@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     pipeline.hold_budget()
     pipeline.set_loras(args.lora)
     pictures = generate(pipeline, args, image)
-    used = settings(pipeline, args, pictures[0].size)
-    saved = save(pictures, pipeline.seeds, targets, args, used)
+    used = settings(pipeline, args, pictures)
+    saved = save(pictures, targets, args, used)
     if args.json:
         stages = [
             {
@@ -81,15 +81,15 @@ def run(args: argparse.Namespace) -> int:
                 "device_peak_gib": gib(stage.device_peak),
                 "host_peak_gib": gib(stage.host_peak),
             }
-            for stage in pipeline.stages
+            for stage in pictures.stages
         ]
         seconds = round(time.perf_counter() - started, 4)
         facts = {"images": saved, "prompt": args.prompt, **used, "seconds": seconds, "stages": stages}
-        print(json.dumps(facts | {"plan": pipeline.plan.facts()}))
+        print(json.dumps(facts | {"plan": pictures.plan.facts()}))
     return 0
 
 
-def generate(pipeline: Pipeline, args: argparse.Namespace, image: Image.Image | None) -> list[Image.Image]:
+def generate(pipeline: Pipeline, args: argparse.Namespace, image: Image.Image | None) -> Pictures:
     """The pictures, with a progress bar for each stage."""
     progress = Progress()
     try:
@@ -111,12 +111,12 @@ def generate(pipeline: Pipeline, args: argparse.Namespace, image: Image.Image | 
         progress.finish()
 
 
-def settings(pipeline: Pipeline, args: argparse.Namespace, size: tuple[int, int]) -> dict[str, object]:
-    """What the pictures were made with, as the PNG files and --json have it; size: (width, height)."""
-    backend = pipeline.used_backend
+def settings(pipeline: Pipeline, args: argparse.Namespace, pictures: Pictures) -> dict[str, object]:
+    """What the pictures were made with, as the PNG files and --json have it."""
+    backend = pictures.backend
     found: dict[str, object] = {
-        "width": size[0],
-        "height": size[1],
+        "width": pictures[0].width,
+        "height": pictures[0].height,
         "steps": args.steps,
         "guidance": args.guidance,
         "model": "bundled demo" if args.model is None else Path(args.model).name,
@@ -133,15 +133,11 @@ def settings(pipeline: Pipeline, args: argparse.Namespace, size: tuple[int, int]
 
 
 def save(
-    pictures: Sequence[Image.Image],
-    seeds: Sequence[int],
-    targets: Sequence[Path],
-    args: argparse.Namespace,
-    used: dict[str, object],
+    pictures: Pictures, targets: Sequence[Path], args: argparse.Namespace, used: dict[str, object]
 ) -> list[dict[str, object]]:
     """Write each picture with its texts and print its path; returns path and seed of each, for --json."""
     saved: list[dict[str, object]] = []
-    for i, (picture, seed) in enumerate(zip(pictures, seeds)):
+    for i, (picture, seed) in enumerate(zip(pictures, pictures.seeds or ())):
         path = targets[i] if targets else Path(f"zimage-{seed}.png")
         texts = {"prompt": args.prompt, "seed": str(seed), "settings": json.dumps(used)}
         if args.negative_prompt:

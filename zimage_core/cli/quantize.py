@@ -40,7 +40,7 @@ def add_parser(commands: Commands) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Write the INT4 file, calibrated where there is a text encoder, and print its path."""
-    from ..pipeline import choose_device
+    from ..device import choose_device
     from ..quantize.run import TimeLeft, calibration_defaults, check_request, quantize_checkpoint
 
     device = choose_device(args.device)

@@ -20,7 +20,7 @@ def add_parser(commands: Commands) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file and print its path."""
-    from ..pipeline import choose_device
+    from ..device import choose_device
     from ..quantize.encoder import quantize_encoder
 
     device = choose_device(args.device)

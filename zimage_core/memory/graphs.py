@@ -157,7 +157,7 @@ class Graphs:
 
     def _step(self, latents: Tensor, t: Tensor, cond: Conditioning) -> Step:
         """The step of these shapes; all are dropped if weights changed."""
-        weights = self._streamer.addresses, getattr(self._transformer, "adapter_version", 0)
+        weights = self._streamer.addresses, self._transformer.adapter_version
         if weights != self._weights:
             self.clear()
             self._weights = weights

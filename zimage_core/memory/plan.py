@@ -2,7 +2,7 @@
 
 Text encoder, transformer and VAE are on the device one after the other, so a budget must hold the largest of three
 stages: weights that stay, two slots for streamed blocks, and everything that grows with the picture, which `stages`
-counts. Only without any limit do the transformer and the VAE stay for the next picture; the encoder never does.
+counts. Only without any limit do models stay for the next picture.
 All sizes are bytes.
 """
 
@@ -51,14 +51,14 @@ class Limits:
     """What may be used of the device.
 
     budget: None for no limit. libraries: what cuBLAS and the like hold for good. streamed: models of which no block may
-    stay. together: transformer and VAE stay on the device through the others' stages; resident: what they have there
-    now, from the picture before.
+    stay. stays: models that stay on the device through the others' stages; resident: what models have there now, from
+    the picture before.
     """
 
     budget: int | None = None
     libraries: int = 0
     streamed: Collection[str] = ()
-    together: bool = False
+    stays: Collection[str] = ()
     resident: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -184,17 +184,16 @@ def plan_pictures(
     not hold a stage even with every block streamed.
     """
     size = (request.height, request.width, request.pictures)
+    there = {name: count for name, count in limits.resident.items() if name in limits.stays}
     stages = []
     if encoder is not None:
         activations = encoding_bytes(encoder, request.encoded)
-        stages.append(_stage("text encoder", encoder.layers, encoder.layers, activations, limits, limits.resident))
+        stages.append(_stage("text encoder", encoder.layers, encoder.layers, activations, limits, there))
     activations = sampling_bytes(transformer, *size, request.captions, request.negative)
-    vae_there = {name: count for name, count in limits.resident.items() if name != "transformer"}
-    stages.append(_stage("transformer", transformer, transformer.blocks, activations, limits, vae_there))
-    transformer_there = {"transformer": stages[-1].on_device}
+    stages.append(_stage("transformer", transformer, transformer.blocks, activations, limits, there))
     down = vae.config.downscale
     for tile in tile_sizes(request.height // down, request.width // down, down):
-        stage = _stage("VAE", vae, (), decoding_bytes(vae, *size, tile), limits, transformer_there)
+        stage = _stage("VAE", vae, (), decoding_bytes(vae, *size, tile), limits, there)
         if stage.needed <= limits.available:
             break
     stages.append(replace(stage, note=f"in tiles of {tile} cells") if tile else stage)
@@ -210,20 +209,26 @@ def _stage(
     blocks: Iterable[nn.Module],
     activations: int,
     limits: Limits,
-    others: Mapping[str, int],
+    there: dict[str, int],
 ) -> Stage:
-    """The stage of a model whose blocks are streamed as far as they must be; others: models that may stay beside it."""
+    """The stage of a model whose blocks are streamed as far as they must be.
+
+    there: bytes of the models that stay on the device; this one is added if it does.
+    """
     found = weights(blocks, model)
     sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in slots(model)]
     rounding = sum(map(allocated, sizes)) - sum(sizes)  # what the allocator takes beyond the tensors' bytes
     allowance = limits.available - activations - fragmentation(activations) - rounding
     allowance = 0 if name in limits.streamed else allowance
     resident, on_device = found.within(allowance)
-    others = others if limits.together else {}
+    on_device += rounding * resident // max(len(found.blocks), 1)
+    others = {other: count for other, count in there.items() if other != name}
+    if name in limits.stays:
+        there[name] = on_device
     return Stage(
         name=name,
         weights=found.total,
-        on_device=on_device + rounding * resident // max(len(found.blocks), 1),
+        on_device=on_device,
         blocks=len(found.blocks),
         resident=resident,
         activations=activations,

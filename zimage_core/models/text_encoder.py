@@ -10,8 +10,9 @@ Legend: B batch, L tokens, C width, H heads, G key/value heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,21 +182,26 @@ class TextEncoder(Adapted):
 
 
 @torch.no_grad()
-def encode_prompts(
-    encoder: TextEncoder, tokenizer: Tokenizer, prompts: str | Sequence[str], **options: object
-) -> list[Tensor]:
-    """Caption features (L, C) of each prompt, run one by one and unpadded, on the encoder's device in its dtype.
+def encode_tokens(encoder: TextEncoder, prompts: Iterable[list[int]], where: str, **options: Any) -> list[Tensor]:
+    """Caption features (L, C) of each prompt's token ids, run one by one and unpadded, on the encoder's device.
 
-    options go to the encoder (`run_block`, `device`). Raises ValueError where the tokenizer's ids exceed the
-    encoder's vocabulary.
+    options go to the encoder (`run_block`, `device`). Raises ValueError, which names the tokenizer by `where`, for ids
+    that exceed the encoder's vocabulary.
     """
     features = []
-    for prompt in [prompts] if isinstance(prompts, str) else prompts:
-        ids = tokenizer(prompt)
+    for ids in prompts:
         if max(ids) >= encoder.config.vocab_size:
             raise ValueError(
-                f"{tokenizer.where}: expected token ids below {encoder.config.vocab_size}, the text encoder's "
-                f"vocabulary, found {max(ids)}; use the tokenizer that belongs to the encoder"
+                f"{where}: expected token ids below {encoder.config.vocab_size}, the text encoder's vocabulary, "
+                f"found {max(ids)}; use the tokenizer that belongs to the encoder"
             )
         features.append(encoder(torch.tensor([ids], device=encoder.device), **options)[0])
     return features
+
+
+def encode_prompts(
+    encoder: TextEncoder, tokenizer: Tokenizer, prompts: str | Sequence[str], **options: Any
+) -> list[Tensor]:
+    """`encode_tokens` of prompts."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return encode_tokens(encoder, map(tokenizer, texts), tokenizer.where, **options)

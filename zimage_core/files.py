@@ -1,0 +1,71 @@
+"""Which files make up a pipeline: transformer, text encoder, tokenizer and VAE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from .formats.identify import model_info
+from .models.tokenizer import find_tokenizer
+
+PathOption: TypeAlias = "str | Path | None"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one pipeline; `demo` where the transformer is the bundled model."""
+
+    model: Path
+    text_encoder: Path
+    tokenizer: Path
+    vae: Path
+    demo: bool = False
+
+
+def find_files(
+    model: PathOption = None, text_encoder: PathOption = None, vae: PathOption = None, tokenizer: PathOption = None
+) -> ModelFiles:
+    """The four files of a pipeline, all there; no model at all means the bundled demo.
+
+    `model` may be a whole diffusers folder, whose parts are then the defaults. The tokenizer is looked for beside
+    the encoder unless named. Raises ValueError for a transformer that cannot be read, or a part that is not named or
+    not there.
+    """
+    if model is None:
+        from .demo import demo_files
+
+        parts = demo_files()
+    elif (Path(model) / "transformer").is_dir():
+        parts = {name: Path(model) / name for name in ("text_encoder", "tokenizer", "vae")}
+        parts["model"] = Path(model) / "transformer"
+    else:
+        parts = {"model": Path(model)}
+    model_info(parts["model"])
+    if text_encoder is not None:
+        parts.pop("tokenizer", None)
+    named = {"text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    parts |= {name: Path(path) for name, path in named.items() if path is not None}
+    for name, what in (("text_encoder", "Qwen3-4B text encoder"), ("vae", "16-channel VAE")):
+        if name not in parts:
+            option = name.replace("_", "-")
+            raise ValueError(f"{model}: a {what} is needed beside the transformer; name it with --{option} ({name}=)")
+    for name, path in parts.items():
+        if not path.exists():
+            raise ValueError(f"{path}: the {name.replace('_', ' ')} is not there; check the path")
+    if "tokenizer" not in parts:
+        parts["tokenizer"] = get_tokenizer(parts["text_encoder"])
+    return ModelFiles(**parts, demo=model is None)
+
+
+def get_tokenizer(text_encoder: str | Path, comfyui: PathOption = None) -> Path:
+    """The folder of the tokenizer for an encoder, from this machine or else from the hub; ValueError for neither."""
+    try:
+        return find_tokenizer(text_encoder, comfyui)
+    except ValueError as missing:
+        from .hub import download_tokenizer
+
+        try:
+            return download_tokenizer()
+        except ValueError as error:
+            raise ValueError(f"{missing}. Downloading it failed too: {error}") from None

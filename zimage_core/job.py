@@ -1,0 +1,120 @@
+"""What one call of a pipeline asks for, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .linear.backends import Backend
+from .lora.read import Lora, load_lora
+from .memory import plan as planning
+from .recorder import Recorder, Stage
+from .residents import Loras
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PIXELS_MULTIPLE = 16
+LoraChoice = Iterable[tuple[str | Path | Lora, float]]
+
+
+class Pictures(list["Image.Image"]):
+    """The pictures (PIL) of one call, and what the call did.
+
+    seeds: one for each picture, None where a generator was given. stages: what each took. plan: as it was in the end.
+    backend: that of the transformer, None for a dense one.
+    """
+
+    def __init__(
+        self,
+        pictures: Iterable[Image.Image],
+        seeds: list[int] | None,
+        stages: list[Stage],
+        plan: planning.Plan,
+        backend: Backend | None,
+    ):
+        super().__init__(pictures)
+        self.seeds, self.stages, self.plan, self.backend = seeds, stages, plan, backend
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures, under the name that diffusers gives them."""
+        return self
+
+
+@dataclass
+class Job:
+    """What one call asks for, and what is known of it so far.
+
+    texts: the prompts, `positive` many, and behind them the negative one where there is guidance. each: pictures of
+    every prompt. feats: cap_feats (L, C) on the host of the texts that are known; tokens: token ids of the others.
+    """
+
+    texts: list[str]
+    positive: int
+    each: int
+    height: int
+    width: int
+    loras: Loras
+    record: Recorder
+    feats: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    plan: planning.Plan = field(init=False)
+
+    @property
+    def guided(self) -> bool:
+        return len(self.texts) > self.positive
+
+    @property
+    def pictures(self) -> int:
+        return self.positive * self.each
+
+    def request(self) -> planning.Request:
+        """The call's sizes, for a plan."""
+        counts = [len(self.feats[text] if text in self.feats else self.tokens[text]) for text in self.texts]
+        return planning.Request(
+            height=self.height,
+            width=self.width,
+            pictures=self.pictures,
+            captions=counts[: self.positive] * (self.each if self.positive > 1 else 1),
+            negative=counts[-1] if self.guided else None,
+            encoded=max(map(len, self.tokens.values()), default=0),
+        )
+
+    @property
+    def captions(self) -> list[Tensor]:
+        """cap_feats of the prompts: one for all pictures, or one for each."""
+        found = [self.feats[text] for text in self.texts[: self.positive]]
+        return found if len(found) == 1 else [feats for feats in found for _ in range(self.each)]
+
+
+def load_loras(loras: LoraChoice) -> Loras:
+    """LoRAs and their strengths, read where files are given."""
+    return tuple((x if isinstance(x, Lora) else load_lora(x), float(s)) for x, s in loras)
+
+
+def encoder_loras(loras: Loras) -> Loras:
+    """Those that change the text encoder."""
+    return tuple((found, strength) for found, strength in loras if found.text_encoder)
+
+
+def picture_size(height: int | None, width: int | None, own: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels; left out, those of `own` (width, height), cut to multiples of 16.
+
+    Raises ValueError for others than positive multiples of 16.
+    """
+    sides = []
+    for name, side, default in (("height", height, own[1]), ("width", width, own[0])):
+        side = default // PIXELS_MULTIPLE * PIXELS_MULTIPLE if side is None else side
+        if side < PIXELS_MULTIPLE or side % PIXELS_MULTIPLE:
+            below = max(side // PIXELS_MULTIPLE, 1) * PIXELS_MULTIPLE
+            raise ValueError(
+                f"{name}: expected a multiple of {PIXELS_MULTIPLE} pixels, found {side}; the nearest are {below} "
+                f"and {below + PIXELS_MULTIPLE}"
+            )
+        sides.append(side)
+    return sides[0], sides[1]
