@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 TINY_MODEL = Path(__file__).parent / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
 
@@ -55,3 +61,46 @@ def tiny_files(tmp_path_factory) -> dict[str, Path]:
         "text_encoder": folder / "encoder.safetensors",
         "vae": folder / "vae.safetensors",
     }
+
+
+@pytest.fixture(scope="session")
+def outliers(tmp_path_factory) -> Path:
+    """A source of two blocks whose inputs have a few strong channels, as real ones do."""
+    import torch
+    from dense_files import CONFIG, diffusers_names
+    from safetensors.torch import save_file
+
+    from zimage_core.models.transformer import ZImageTransformer
+    from zimage_core.quantize.writer import diffusers_config
+
+    config = replace(CONFIG, n_layers=2, n_refiner_layers=0)
+    torch.manual_seed(4)
+    state = ZImageTransformer(config).to(torch.bfloat16).state_dict()
+    for name in (n for n in state if n.endswith(("attention_norm1.weight", "ffn_norm1.weight"))):
+        state[name] *= (2 * torch.rand(384)).exp()
+        state[name][torch.randperm(384)[:6]] *= 12
+    path = tmp_path_factory.mktemp("outliers") / "dense.safetensors"
+    save_file(diffusers_names(state), path, {"config": json.dumps(diffusers_config(config))})
+    return path
+
+
+@pytest.fixture(scope="session")
+def captions() -> list[torch.Tensor]:
+    """Features of two prompts for `outliers`."""
+    import torch
+    from dense_files import CONFIG
+
+    generator = torch.Generator().manual_seed(6)
+    return [torch.randn(tokens, CONFIG.cap_feat_dim, generator=generator) for tokens in (20, 40)]
+
+
+@pytest.fixture(scope="session")
+def calibrated(outliers, captions, tmp_path_factory) -> Path:
+    """`outliers` quantized for `captions`."""
+    from zimage_core.quantize.run import quantize_checkpoint
+
+    path = tmp_path_factory.mktemp("calibrated") / "q.safetensors"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* tokens to calibrate linears of", UserWarning)
+        quantize_checkpoint(outliers, path, rank=32, cap_feats=captions, size=96)
+    return path

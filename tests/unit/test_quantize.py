@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -10,18 +9,16 @@ import os
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from dense_files import CONFIG, diffusers_names, digest
 from safetensors.torch import load_file, save_file
 
 from zimage_core import __version__
 from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.load import load_transformer
-from zimage_core.formats.names import diffusers_svdq_module
 from zimage_core.formats.safetensors import read_header
 from zimage_core.linear.svdq import SVDQWeights
 from zimage_core.memory.offload import BlockStreamer
@@ -29,7 +26,6 @@ from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import encode_prompts
 from zimage_core.models.tokenizer import find_tokenizer, load_tokenizer
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.quantize import run as quantize
 from zimage_core.quantize.run import TimeLeft, calibration_captions, quantize_checkpoint
 from zimage_core.quantize.solver import low_rank, svdq_from_dense
 from zimage_core.quantize.writer import StreamedFile, diffusers_config, file_metadata, plan_header
@@ -38,25 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* tokens to calibrate linears o
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
-CONFIG = ZImageConfig(
-    dim=384, n_layers=1, n_refiner_layers=1, n_heads=6, cap_feat_dim=64, axes_dims=(16, 24, 24), axes_lens=(64, 64, 64)
-)
-
-
-def diffusers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's tensors under the official names, with q, k, v and w1, w3 apart."""
-    named = {}
-    for key, tensor in state.items():
-        module, _, leaf = key.rpartition(".")
-        if module.endswith("to_qkv"):
-            named |= {f"{module[:-3]}{p}.{leaf}": t.clone() for p, t in zip("qkv", tensor.chunk(3), strict=True)}
-        elif module.endswith("w3_w1"):
-            named |= {f"{module[:-5]}{p}.{leaf}": t.clone() for p, t in zip(("w3", "w1"), tensor.chunk(2), strict=True)}
-        elif module.endswith("w2"):
-            named[key] = tensor
-        else:
-            named[f"{diffusers_svdq_module(module)}.{leaf}" if module else key] = tensor
-    return named
 
 
 def comfy_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -85,10 +62,6 @@ def source(dense, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("source") / "dense.safetensors"
     save_file(diffusers_names(dense), path, {"config": json.dumps(diffusers_config(CONFIG))})
     return path
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_planned_header_is_the_real_files():
@@ -246,33 +219,6 @@ def test_nothing_is_left_when_interrupted(source, tmp_path):
     assert (tmp_path / "q").read_bytes() == b"the file that was there"
 
 
-@pytest.fixture(scope="module")
-def outliers(tmp_path_factory) -> Path:
-    """A source of two blocks whose inputs have a few strong channels, as real ones do."""
-    config = replace(CONFIG, n_layers=2, n_refiner_layers=0)
-    torch.manual_seed(4)
-    state = ZImageTransformer(config).to(torch.bfloat16).state_dict()
-    for name in (n for n in state if n.endswith(("attention_norm1.weight", "ffn_norm1.weight"))):
-        state[name] *= (2 * torch.rand(384)).exp()
-        state[name][torch.randperm(384)[:6]] *= 12
-    path = tmp_path_factory.mktemp("outliers") / "dense.safetensors"
-    save_file(diffusers_names(state), path, {"config": json.dumps(diffusers_config(config))})
-    return path
-
-
-@pytest.fixture(scope="module")
-def captions() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(6)
-    return [torch.randn(tokens, CONFIG.cap_feat_dim, generator=generator) for tokens in (20, 40)]
-
-
-@pytest.fixture(scope="module")
-def calibrated(outliers, captions, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("calibrated") / "q.safetensors"
-    quantize_checkpoint(outliers, path, rank=32, cap_feats=captions, size=96)
-    return path
-
-
 def model_output(path: Path, precision: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     latents = torch.randn(1, 16, 16, 16, generator=generator)
@@ -301,101 +247,6 @@ def test_calibrated_file_has_the_same_header_and_says_how_it_was_made(outliers, 
 
 
 LEFTOVERS = ["q.partial", "q.partial.finished"]
-SECOND_BLOCK = "block 2/2, attention.to_qkv"
-
-
-def assert_resumes(outliers, captions, calibrated, folder) -> None:
-    """The same call goes on from the last finished block and writes the file of an undisturbed run."""
-    assert sorted(os.listdir(folder)) == LEFTOVERS
-    reports = []
-    quantize_checkpoint(
-        outliers, folder / "q", rank=32, cap_feats=captions, size=96, progress=lambda *call: reports.append(call)
-    )
-    names = [report[2] for report in reports]
-    assert names[:2] == ["resumed after block 1/2", "resumed block 1/2, attention.to_qkv"]
-    assert names[5] == SECOND_BLOCK and reports[-1][0] == reports[-1][1]
-    assert os.listdir(folder) == ["q"]
-    assert digest(folder / "q") == digest(calibrated)
-
-
-def test_interrupted_calibration_goes_on_from_the_last_finished_block(outliers, captions, calibrated, tmp_path):
-    def interrupt(done: int, total: int, name: str) -> None:
-        if name == SECOND_BLOCK:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=interrupt)
-    assert_resumes(outliers, captions, calibrated, tmp_path)
-
-
-def test_killed_half_way_it_goes_on_too(outliers, captions, calibrated, tmp_path):
-    """A process that gets no chance to clean up leaves nothing under the final name, and what it finished serves."""
-    save_file({str(i): features for i, features in enumerate(captions)}, tmp_path / "captions")
-    code = (
-        "import os, signal, sys\n"
-        "from safetensors.torch import load_file\n"
-        "from zimage_core.quantize.run import quantize_checkpoint\n"
-        "def kill(done, total, name):\n"
-        f"    if name == {SECOND_BLOCK!r}: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "captions = [features for _, features in sorted(load_file(sys.argv[3]).items())]\n"
-        "quantize_checkpoint(sys.argv[1], sys.argv[2], rank=32, cap_feats=captions, size=96, progress=kill)\n"
-    )
-    out = tmp_path / "out"
-    out.mkdir()
-    command = [sys.executable, "-c", code, str(outliers), str(out / "q"), str(tmp_path / "captions")]
-    assert subprocess.run(command, cwd=Path(__file__).parents[2]).returncode == -9
-    assert_resumes(outliers, captions, calibrated, out)
-
-
-def test_a_disk_that_fills_up_half_way_gets_a_sentence_and_the_run_goes_on_later(
-    outliers, captions, calibrated, tmp_path, monkeypatch
-):
-    """Where the file system could not reserve the space; the full disk is played by the flush of the second block."""
-    sync, calls = os.fsync, []
-
-    def full(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) == 3:  # the first block's are the file and the list of finished blocks
-            raise OSError(28, "No space left on device")
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match="No space left on device; free 5 MiB there or choose another folder"):
-        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96)
-    monkeypatch.undo()
-    assert_resumes(outliers, captions, calibrated, tmp_path)
-
-
-def test_another_version_does_not_go_on_with_the_blocks_of_this_one(outliers, captions, tmp_path, monkeypatch):
-    def interrupt(done: int, total: int, name: str) -> None:
-        if name == SECOND_BLOCK:
-            raise KeyboardInterrupt
-
-    for version, warns in (("0.0.1", nullcontext()), ("0.0.2", pytest.warns(UserWarning, match="cannot be used"))):
-        monkeypatch.setattr(quantize, "__version__", version)
-        with warns, pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=interrupt)
-
-
-def test_a_failure_in_the_last_second_costs_nothing(outliers, captions, calibrated, tmp_path, monkeypatch):
-    def fail(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(ValueError, match=r"cannot be put in place \(Permission denied\); .* goes on from q.partial"):
-        quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96)
-    monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path)) == LEFTOVERS
-    reports = []
-    quantize_checkpoint(
-        outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96, progress=lambda *call: reports.append(call)
-    )
-    assert [report[2] for report in reports] == ["resumed after block 2/2", "q"]
-    assert reports[-1][0] == reports[-1][1]
-    assert os.listdir(tmp_path) == ["q"]
-    assert digest(tmp_path / "q") == digest(calibrated)
-
-
 HEADER, NOTES = {"b.x": ("BF16", (2, 3)), "c.x": ("BF16", (2, 3))}, {"n": ("F32", (1, 5)), "p": ("I64", (1,))}
 VALUES = {"b.x": torch.ones(2, 3).to(torch.bfloat16), "n": torch.rand(1, 5), "p": torch.tensor([7])}
 
