@@ -1,6 +1,6 @@
 """The same pictures from several models, side by side, with how far each is from the first model's.
 
-PSNR and SSIM tell how little a picture changed, not how good it is: a picture can differ in every leaf and be as
+PSNR and SSIM say how little a picture changed, not how good it is: a picture can differ in every leaf and be as
 good. The sheet is for the eye, the numbers are for sorting.
 
 Source: SSIM after Wang et al. 2004 (11 x 11 Gaussian window of sigma 1.5, K1 0.01, K2 0.03), mean over channels.
@@ -49,7 +49,9 @@ def ssim(a: Image.Image, b: Image.Image) -> float:
     """Structural similarity of two RGB pictures of one size. ValueError if sizes differ, or are below 11 x 11."""
     x, y = _pixels(a, b)
     if min(a.size) < WINDOW:
-        raise ValueError(f"pictures: expected at least {WINDOW} x {WINDOW} pixels, found {a.size}; draw larger ones")
+        raise ValueError(
+            f"pictures: expected at least {WINDOW} x {WINDOW} pixels, found {a.size}; generate larger ones"
+        )
     axis = torch.arange(WINDOW) - WINDOW // 2
     window = torch.exp(-axis.square() / (2 * SIGMA**2))
     window = torch.outer(window, window) / window.sum() ** 2
@@ -74,7 +76,7 @@ def compare(
     steps: int = 8,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Image.Image, list[Score]]:
-    """Draw the prompt for every seed with every model; the first is the measure of the others.
+    """Generate the prompt for every seed with every model; the first is the reference of the others.
 
     models: label -> what loads its pipeline, which is dropped before the next one is loaded. Returns the sheet, a
     row for each seed and a column for each model, and the scores of the other models.
@@ -98,7 +100,7 @@ def compare(
 def side_by_side(
     labels: Sequence[str], columns: Sequence[Sequence[Image.Image]], rows: Sequence[str], seeds: Sequence[int]
 ) -> tuple[Image.Image, list[Score]]:
-    """The sheet of pictures that are there, and the scores of every column but the first, which is the measure.
+    """The sheet of pictures that are there, and the scores of every column but the first, the reference.
 
     columns: for each label its pictures, one for each row; rows: captions of the first column; seeds: for the scores.
     ValueError where the pictures differ in size.
@@ -136,7 +138,7 @@ def sheet(
 
 
 def _fitted(pen, text: str, width: int) -> str:
-    """The end of a text, which tells file names apart, as far as it fits."""
+    """The end of a text, where file names differ, as far as it fits."""
     if pen.textlength(text) <= width:
         return text
     while text and pen.textlength("..." + text) > width:
@@ -147,6 +149,6 @@ def _fitted(pen, text: str, width: int) -> str:
 def _pixels(a: Image.Image, b: Image.Image) -> list[torch.Tensor]:
     """Two pictures as (3, H, W) fp32 in 0..1."""
     if a.size != b.size:
-        raise ValueError(f"pictures: expected one size, found {a.size} and {b.size}; draw both at the same size")
+        raise ValueError(f"pictures: expected one size, found {a.size} and {b.size}; generate both at the same size")
     raw = (torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8) for picture in (a, b))
     return [pixels.view(a.height, a.width, 3).permute(2, 0, 1) / 255 for pixels in raw]

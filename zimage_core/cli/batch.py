@@ -62,7 +62,7 @@ def add_parser(commands: Commands) -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what is missing, tell about failures, end with a summary."""
+    """Generate what is missing, report failures, end with a summary."""
     begun = time.perf_counter()
     progress = Progress()
     started = start(args, progress)

@@ -18,7 +18,7 @@ PACKAGES = ("safetensors", "transformers", "huggingface_hub", "diffusers", "trit
 
 
 def add_parser(commands: Commands) -> Parser:
-    p = commands.add_parser("doctor", help="tell what this machine can run, and why not")
+    p = commands.add_parser("doctor", help="what this machine can run, and why not")
     p.add_argument("--json", action="store_true", help="as one JSON object")
     return p
 

@@ -13,7 +13,7 @@ from .output import gib, print_facts
 
 
 def add_parser(commands: Commands) -> Parser:
-    p = commands.add_parser("inspect", help="tell what a safetensors file is, from its header")
+    p = commands.add_parser("inspect", help="what a safetensors file is, from its header")
     p.add_argument("file", type=Path)
     p.add_argument("--json", action="store_true", help="as one JSON object")
     return p
