@@ -52,5 +52,5 @@ class StandIn:
 if __name__ == "__main__":
     from zimage_core import batch
 
-    for _ in batch.run(sys.argv[1], sys.argv[2], generator=StandIn(float(sys.argv[3]))):
+    for _ in batch.run(sys.argv[1], sys.argv[2].removeprefix("--out="), generator=StandIn(*map(float, sys.argv[3:]))):
         pass

@@ -9,11 +9,13 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,6 +200,17 @@ def test_many_bad_rows_are_told_together_but_not_all():
     assert "row 1:" in str(error.value) and "row 5:" in str(error.value) and "row 6:" not in str(error.value)
 
 
+def test_the_page_on_batches_names_every_column():
+    text = (ROOT / "docs" / "batches.md").read_text(encoding="utf-8")
+    table = text.partition("| column | default |")[2].partition("\n\n")[0]
+    named = {
+        name
+        for line in table.splitlines()
+        for name in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")
+    }
+    assert named == PictureColumns.names | {"id", "count"}
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +305,32 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_the_next_goes_on(tmp_path,
     again = StandIn()
     list(batch.run(prompts(40), tmp_path, generator=again))
     assert len(state(tmp_path)) == 40 and len(again.generated) < 40
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "pyarrow"])
+def test_any_file_system_of_fsspec_or_pyarrow(kind, tmp_path):
+    filesystem = pytest.importorskip("pyarrow.fs").LocalFileSystem() if kind == "pyarrow" else fsspec.filesystem(kind)
+    where = str(tmp_path / "out")
+    rows = prompts(70)
+    rows[1]["id"] = "folder/deep/cat"
+    assert len(list(batch.run(rows, Sink(where, filesystem), generator=StandIn()))) == 70
+    sink = Sink(where, filesystem)
+    found = {record["id"]: record["sha256"] for record in sink.records()}
+    list(batch.run(rows, tmp_path / "aim", generator=StandIn()))
+    assert found == state(tmp_path / "aim")
+    assert {name for name, _ in sink.store.files()} == {f"{name}.png" for name in found} | {"manifest.jsonl"}
+    sink.store.remove("cat-003.png")
+    rows[5]["prompt"] = "edited"
+    again = StandIn()
+    list(batch.run(rows, Sink(where, filesystem), generator=again))
+    assert sorted(again.generated) == ["cat-003", "cat-005"]
+    with pytest.raises(ValueError, match="need a folder or URL"):
+        batch.run(rows, Sink(where, filesystem), devices=["cpu"])
+
+
+def test_a_url_of_an_unknown_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing:// address: "):
+        batch.run(prompts(1), "nothing://bucket/folder", generator=StandIn())
 
 
 # ---- kills ----------------------------------------------------------------------------------------------------
@@ -398,7 +437,7 @@ def test_a_process_killed_at_random_moments_goes_on_where_it_was(tmp_path):
     chance, kills = random.Random(0), 0
     while True:
         there = len(list(out.glob("*.png")))
-        process = subprocess.Popen([sys.executable, STANDIN, path, out, "0.02"], env=environment)
+        process = subprocess.Popen([sys.executable, STANDIN, path, f"--out={out}", "0.02"], env=environment)
         while process.poll() is None and len(list(out.glob("*.png"))) == there:
             time.sleep(0.005)
         with contextlib.suppress(subprocess.TimeoutExpired):

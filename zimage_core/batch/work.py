@@ -102,7 +102,7 @@ class Worker:
         self.generator = generator
         self.sink = sink
         self.told = told
-        self.made_with = {**generator.made_with(), "host": platform.node()}
+        self.made_with = {**generator.made_with(), "host": platform.node(), "pid": os.getpid()}
         self._writers = ThreadPoolExecutor(WRITERS)
         self._free = threading.BoundedSemaphore(WAITING)
         self._broken: SinkError | None = None
@@ -225,7 +225,7 @@ def png(picture: Image, row: Row, made_with: Mapping[str, object]) -> bytes:
 
     info = PngInfo()
     rest = {name: value for name, value in row.settings.items() if name not in ("prompt", "seed", "negative_prompt")}
-    kept = {name: value for name, value in made_with.items() if name not in ("host", "device")}
+    kept = {name: value for name, value in made_with.items() if name not in ("host", "pid", "device")}
     texts = {name: str(value) for name, value in row.settings.items() if name not in rest}
     texts |= {"settings": json.dumps(rest | kept), "Software": f"zimage-int4 {__version__}"}
     for name, text in texts.items():
