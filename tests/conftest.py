@@ -104,3 +104,28 @@ def calibrated(outliers, captions, tmp_path_factory) -> Path:
         warnings.filterwarnings("ignore", ".* tokens to calibrate linears of", UserWarning)
         quantize_checkpoint(outliers, path, rank=32, cap_feats=captions, size=96)
     return path
+
+
+@pytest.fixture(scope="session")
+def control_tensors():
+    """A function (ControlNetConfig) -> random weights of such a ControlNet under the trainer's names."""
+
+    def make(config):
+        import torch
+
+        from zimage_core.models.controlnet import ControlNet
+
+        gen, parts, named = torch.Generator().manual_seed(0), {"to_qkv": "qkv", "w3_w1": "31"}, {}
+        for name, tensor in ControlNet(config).state_dict().items():
+            tensor = torch.randn(tensor.shape, generator=gen) * (tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.1)
+            tensor += "norm" in name
+            key = "control_" + name.replace("x_embedder", "all_x_embedder.2-1").replace("to_out", "to_out.0")
+            leaf = next((leaf for leaf in parts if f".{leaf}." in name), None)
+            if leaf is None:
+                named[key] = tensor
+                continue
+            for part, rows in zip(parts[leaf], tensor.chunk(len(parts[leaf]))):
+                named[key.replace(leaf, ("to_" if leaf == "to_qkv" else "w") + part)] = rows.clone()
+        return named
+
+    return make

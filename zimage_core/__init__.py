@@ -9,13 +9,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .control import Control
     from .formats.load import load_transformer
     from .pipeline import Pipeline, load_pipeline
 
 __version__ = "0.2.0.dev0"
 
-_HOME = {"load_pipeline": "pipeline", "Pipeline": "pipeline", "load_transformer": "formats.load"}
-__all__ = ["Pipeline", "__version__", "load_pipeline", "load_transformer"]
+_HOME = {
+    "load_pipeline": "pipeline",
+    "Pipeline": "pipeline",
+    "Control": "control",
+    "load_transformer": "formats.load",
+}
+__all__ = ["Control", "Pipeline", "__version__", "load_pipeline", "load_transformer"]
 
 
 def __getattr__(name: str):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .control import Control, Edit
 from .linear.backends import Backend
 from .lora.read import Lora, load_lora
 from .memory import plan as planning
@@ -61,6 +62,8 @@ class Job:
     width: int
     loras: Loras
     record: Recorder
+    controls: tuple[Control, ...] = ()
+    edit: Edit | None = None
     feats: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     plan: planning.Plan = field(init=False)

@@ -39,10 +39,12 @@ def control_picture(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def check_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
-    """A mask in gray (mode L). ValueError for colours, another size than the picture's, or nothing to repaint."""
+    """A mask in gray (mode L). ValueError for colours, transparency, another size than the picture's, or all black."""
     if mask.size != image.size:
         found = "{} x {}".format(*mask.size)
         raise ValueError(f"mask: expected the picture's size {image.size[0]} x {image.size[1]}, found {found}")
+    if "A" in mask.getbands() and mask.getchannel("A").getextrema()[0] < 255:
+        raise ValueError("mask: expected black and white without transparency; save it without an alpha channel")
     bands = np.asarray(mask.convert("RGB"), dtype=np.int16)
     if np.ptp(bands, axis=2).max() > 8:  # more than JPEG leaves of a gray
         raise ValueError("mask: expected black and white, found colours; white is what is repainted")

@@ -14,6 +14,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import sampler
+from .control import Control, Given, check_controls, control_contexts, make_edit
 from .device import choose_device, choose_dtype
 from .files import ModelFiles, find_files
 from .job import PIXELS_MULTIPLE, Job, LoraChoice, Pictures, encoder_loras, load_loras, picture_size
@@ -31,6 +33,7 @@ from .memory.stages import MetaModels, libraries
 from .models.tokenizer import Tokenizer, load_tokenizer
 from .models.transformer import ZImageTransformer
 from .models.vae import decode_image, out_of_memory
+from .pictures import FEATHER, composite, fit, to_tensor
 from .recorder import OnStage, Recorder, Stage
 from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
 
@@ -144,6 +147,9 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         image: Image.Image | None = None,
         strength: float = 1.0,
+        mask: Image.Image | None = None,
+        feather: int = FEATHER,
+        control: Control | Sequence[Control] | None = None,
         loras: LoraChoice | None = None,
         on_stage: OnStage | None = None,
         on_step: OnStep | None = None,
@@ -153,8 +159,9 @@ class Pipeline:
         height, width: pixels, divisible by 16; left out, the image's own, else 1024 (128 for the bundled demo).
         generator: an int seed, with which picture i starts from the noise of seed + i, a seed for each picture, or a
         CPU torch.Generator; left out, a random seed. guidance_scale g > 0 follows pos + g (pos - neg). image, strength:
-        start from that picture, at 1 from noise alone; it is cropped to the size. loras: those of this call, else
-        those of `set_loras`.
+        start from that picture, at 1 from noise alone; it is cropped to the size. mask: repaint only what is white in
+        it, with an edge of `feather` pixels outside of it; all else stays as it is in `image`. control: one ControlNet
+        or several. loras: those of this call, else those of `set_loras`.
         on_stage(name, steps) before each stage; on_step(done, total, predicted latents), which stops the run early
         by returning False. Raises ValueError for sizes, counts and ranges that cannot be generated.
         """
@@ -168,15 +175,18 @@ class Pipeline:
         sigmas = sampler.get_sigmas(num_inference_steps, start=strength if image is not None else 1.0)
         noise, seeds = sampler.starting_noise(generator, len(prompts) * num_images_per_prompt, height, width)
         texts = prompts + [negative_prompt or ""] * (guidance_scale > 0)
+        edit = None if mask is None else make_edit(image, mask, width, height, feather)
+        controls = (control,) if isinstance(control, Control) else tuple(control or ())
+        controls = check_controls(controls, masked=edit is not None)
         chosen = None if loras is None else load_loras(loras)
 
         with self._lock:
             used = self._loras if chosen is None else chosen
             record = Recorder(self.device, on_stage)
-            job = Job(texts, len(prompts), num_images_per_prompt, height, width, used, record)
+            job = Job(texts, len(prompts), num_images_per_prompt, height, width, used, record, controls, edit)
             self._begin(job)
-            latents = noise if image is None else self._mix(job, image, noise, sigmas[0])
-            options = (latents, sigmas, guidance_scale, on_step)
+            given = self._encode_pictures(job, image, noise)
+            options = (given, sigmas, guidance_scale, on_step)
             latents, backend = self._attempt(job, "transformer", job.pictures * height * width, self._sample, *options)
             if self.once:
                 self._transformer = None
@@ -250,7 +260,12 @@ class Pipeline:
             resident=self._held(),
         )
         job.plan = planning.plan_pictures(
-            job.request(), limits, transformer=transformer, encoder=encoder, vae=self._on_meta.vae
+            job.request(),
+            limits,
+            transformer=transformer,
+            encoder=encoder,
+            vae=self._on_meta.vae,
+            controls=[self._on_meta.controlnet(control.model) for control in job.controls],
         )
         logger.info(job.plan.table())
 
@@ -290,8 +305,22 @@ class Pipeline:
         while len(self._captions) > max(CACHED_PROMPTS, self._remembered):
             self._captions.popitem(last=False)
 
+    def _encode_pictures(self, job: Job, image: Image.Image | None, noise: Tensor) -> Given:
+        """The latents that sampling begins with, from the pictures that a call was given."""
+        if image is None and not job.controls:
+            return Given(noise)
+        vae = self._load_vae(job)
+
+        def encode(picture: Tensor) -> Tensor:
+            return vae.model.encode(picture.to(self.device), job.plan.tiling).float().cpu()
+
+        with job.record("encode image"):
+            clean = None if image is None else encode(to_tensor(fit(image, job.width, job.height)))
+            contexts = control_contexts(job.controls, job.edit, job.width, job.height, encode)
+        return Given(noise, clean, contexts)
+
     def _sample(
-        self, job: Job, latents: Tensor, sigmas: Tensor, guidance: float, on_step: OnStep | None
+        self, job: Job, given: Given, sigmas: Tensor, guidance: float, on_step: OnStep | None
     ) -> tuple[Tensor, Backend | None]:
         """Latents (B, 16, H/8, W/8) on the device after all steps, and the backend that ran them."""
         stage = self._make_room(job, "transformer")
@@ -301,41 +330,35 @@ class Pipeline:
                     self.files.model, stage, self.device, self.dtype, self.backend, self.precision
                 )
         model = self._transformer
-        model.place(stage, job.loras)
+        model.place(stage, job.loras, [Path(control.model) for control in job.controls])
         with job.record("sample", len(sigmas) - 1):
             cond = model.prepare(job.captions, job.height, job.width)
-            negative = model.prepare([job.feats[job.texts[-1]]], job.height, job.width) if job.guided else None
+            cond = model.controlled(cond, zip(job.controls, given.contexts))
+            negative = None
+            if job.guided:
+                negative = model.prepare([job.feats[job.texts[-1]]], job.height, job.width)
+                negative = replace(negative, controls=cond.controls)
             latents = sampler.denoise(
                 model.steps(graphs=self.vram_budget is None),  # graphs keep memory, and are lost with the model
-                latents.to(self.device),
+                given.start(sigmas[0]).to(self.device),
                 sigmas,
                 cond,
                 negative=negative,
                 guidance=guidance,
                 on_step=on_step,
+                hold=None if job.edit is None else given.hold(job.edit, self.device),
             )
         return latents, model.model.backend
 
-    def _mix(self, job: Job, image: Image.Image, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Latents (B, 16, H/8, W/8) fp32 on the host of a picture, resized and cropped to the size, at a sigma."""
-        import numpy
-        from PIL import Image, ImageOps
-
-        image = ImageOps.fit(image.convert("RGB"), (job.width, job.height), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
-        vae = self._load_vae(job)
-        with job.record("encode image"):
-            clean = vae.model.encode(pixels.to(self.device) / 127.5 - 1, job.plan.tiling).float().cpu()
-        return (1 - sigma) * clean + sigma * noise
-
     def _decode(self, job: Job, latents: Tensor) -> list[Image.Image]:
-        """Pictures of scaled latents (B, 16, H/8, W/8)."""
+        """Pictures of scaled latents (B, 16, H/8, W/8), with what a mask keeps as it was."""
         from PIL import Image
 
         vae = self._load_vae(job)
         with job.record("decode"):
             pixels = decode_image(vae.model, latents, job.plan.tiling).mul(255).round().to("cpu", torch.uint8)
-        return [Image.fromarray(picture) for picture in pixels.numpy()]
+        pictures = [Image.fromarray(picture) for picture in pixels.numpy()]
+        return [composite(p, job.edit.source, job.edit.soft) for p in pictures] if job.edit else pictures
 
     def _load_vae(self, job: Job) -> ResidentVAE:
         """The VAE, on the device."""

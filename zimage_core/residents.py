@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .control import Control
+from .formats.controlnet import load_controlnet
 from .formats.encoder import load_text_encoder
 from .formats.load import load_transformer
 from .formats.vae import load_vae
@@ -21,6 +25,7 @@ from .memory import plan as planning
 from .memory.graphs import Graphs
 from .memory.offload import BlockStreamer
 from .memory.placement import module_bytes
+from .models.controlnet import ControlNet, run_order
 from .models.text_encoder import encode_tokens
 from .models.transformer import Conditioning, Hooks
 
@@ -57,21 +62,21 @@ class ResidentEncoder:
 
 
 class ResidentTransformer:
-    """The transformer, with CUDA graphs of its steps."""
+    """The transformer, with the ControlNets beside it and CUDA graphs of its steps."""
 
     def __init__(
         self, path: Path, stage: planning.Stage, device: torch.device, dtype: torch.dtype, backend: str, precision: str
     ):
         self._device = device
-        self.model = load_transformer(
-            path,
-            device=_read_to(stage, device),
-            dtype=dtype,
-            backend=backend,
-            precision=precision,
-            compute_device=device,
-        )
-        self._streamer = BlockStreamer(self.model.blocks, self.model)
+        self._options: dict[str, Any] = {"dtype": dtype, "backend": backend, "precision": precision}
+        self._options["compute_device"] = device
+        self.model = load_transformer(path, device=_read_to(stage, device), **self._options)
+        self._nets: dict[Path, ControlNet] = {}
+        self._assemble()
+
+    def _assemble(self) -> None:
+        nets = list(self._nets.values())
+        self._streamer = BlockStreamer(run_order(self.model, nets), nn.ModuleList([self.model, *nets]))
         self._graphs = Graphs(self.model, self._streamer)
         self._hooks = Hooks(run_block=self._streamer.run_block)
 
@@ -80,9 +85,17 @@ class ResidentTransformer:
         """Bytes of it on the device."""
         return self._streamer.used
 
-    def place(self, stage: planning.Stage, loras: Loras) -> None:
-        """Have it with exactly these LoRAs, with as many blocks on the device as the plan allows."""
+    def place(self, stage: planning.Stage, loras: Loras, controlnets: Collection[Path] = ()) -> None:
+        """Have it with exactly these LoRAs and ControlNets, with as many blocks on the device as the plan allows."""
         apply(self.model, loras)
+        if set(self._nets) != set(controlnets):
+            self.leave()
+            where = _read_to(stage, self._device)
+            self._nets = {
+                path: self._nets.get(path) or load_controlnet(path, device=where, **self._options)
+                for path in dict.fromkeys(controlnets)
+            }
+            self._assemble()
         self._streamer.place(self._device, stage.allowance)
 
     def leave(self) -> None:
@@ -94,10 +107,24 @@ class ResidentTransformer:
         """`ZImageTransformer.prepare`, with its blocks streamed."""
         return self.model.prepare(captions, height, width, self._hooks)
 
+    def controlled(self, cond: Conditioning, controls: Iterable[tuple[Control, Tensor]]) -> Conditioning:
+        """A conditioning with ControlNets, each with its control context."""
+        prepared = (
+            self._nets[Path(control.model)].prepare(
+                context, self.model, cond, control.strength, control.start, control.end
+            )
+            for control, context in controls
+        )
+        return replace(cond, controls=tuple(prepared))
+
     def steps(self, graphs: bool) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
-        """The model as a function (latents, t, cond) -> output; graphs: replay CUDA graphs of it where possible."""
+        """The model as a function (latents, t, cond) -> output; graphs: replay CUDA graphs of it where possible.
+
+        Beside a ControlNet steps are not replayed: a graph does not know its control picture.
+        """
         model = functools.partial(self.model, hooks=self._hooks)
-        return functools.partial(self._graphs.run, model) if graphs and self._graphs.possible else model
+        replayed = graphs and not self._nets and self._graphs.possible
+        return functools.partial(self._graphs.run, model) if replayed else model
 
 
 class ResidentVAE:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .models.transformer import PIXELS_PER_CELL, Conditioning
 SHIFT = 3.0
 MAX_STEPS = 100
 SEEDS = 2**64
+ROUNDING = 1e-5  # of a sigma in fp32, far below a step
 
 Seeds = torch.Generator | int | Sequence[int] | None
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -85,6 +87,16 @@ def predict_flow(model: Model, latents: Tensor, sigma: Tensor, cond: Conditionin
     return -model(latents, 1.0 - sigma.reshape(-1), cond)
 
 
+def at_sigma(cond: Conditioning, sigma: float) -> Conditioning:
+    """The conditioning with the ControlNets that work at a sigma.
+
+    How far the way from noise to picture is, is told as for evenly spaced steps, before the shift.
+    """
+    way = 1 - sigma / (SHIFT - (SHIFT - 1) * sigma) + ROUNDING
+    working = tuple(control for control in cond.controls if control.start <= way < control.end)
+    return cond if len(working) == len(cond.controls) else replace(cond, controls=working)
+
+
 def denoise(
     model: Model,
     latents: Tensor,
@@ -94,11 +106,13 @@ def denoise(
     negative: Conditioning | None = None,
     guidance: float = 0.0,
     on_step: Callable[[int, int, Tensor], bool | None] | None = None,
+    hold: Callable[[Tensor, float], Tensor] | None = None,
 ) -> Tensor:
     """Integrate the flow from sigmas[0] to sigmas[-1] with Euler steps; returns fp32 latents of the same shape.
 
     With guidance g > 0 the flow is pos + g (pos - neg), g + 1 in ComfyUI's terms, and `negative` is needed.
-    on_step(done, total, predicted image latents) after each step; returning False stops the run early.
+    on_step(done, total, predicted image latents) after each step; returning False stops the run early. hold(latents,
+    sigma) replaces the latents before the first step and after each, for what is known of the picture.
     """
     if guidance > 0 and negative is None:
         raise ValueError(f"guidance {guidance}: a negative prompt's conditioning is needed, none was given")
@@ -106,11 +120,16 @@ def denoise(
     total = len(sigmas) - 1
     steps = sigmas.tolist()
     device_sigmas = sigmas.to(latents.device)
+    if hold:
+        latents = hold(latents, steps[0])
     for i in range(total):
-        flow = predict_flow(model, latents, device_sigmas[i], cond)
+        flow = predict_flow(model, latents, device_sigmas[i], at_sigma(cond, steps[i]))
         if guidance > 0 and negative is not None:
-            flow = flow + guidance * (flow - predict_flow(model, latents, device_sigmas[i], negative))
+            against = predict_flow(model, latents, device_sigmas[i], at_sigma(negative, steps[i]))
+            flow = flow + guidance * (flow - against)
         before, latents = latents, latents + (steps[i + 1] - steps[i]) * flow
+        if hold:
+            latents = hold(latents, steps[i + 1])
         if on_step and on_step(i + 1, total, before - steps[i] * flow) is False:
             break
     return latents

@@ -11,28 +11,19 @@ from safetensors.torch import save_file
 from zimage_core.cli import main
 from zimage_core.formats.controlnet import control_info, load_controlnet
 from zimage_core.models.config import ControlNetConfig, ZImageConfig
-from zimage_core.models.controlnet import ControlNet
 
 SIZES = {"dim": 32, "n_heads": 2, "axes_dims": (4, 6, 6), "cap_feat_dim": 16}
-PARTS = {"to_qkv": ("to_q", "to_k", "to_v"), "w3_w1": ("w3", "w1")}
-
-
-def tensors(refiner: str, places, channels: int) -> dict[str, torch.Tensor]:
-    """A small ControlNet's weights under the trainer's names."""
-    torch.manual_seed(0)
-    net = ControlNet(ControlNetConfig(ZImageConfig(**SIZES), tuple(places), channels, refiner))
-    named = {}
-    for name, tensor in net.state_dict().items():
-        leaf = next((leaf for leaf in PARTS if f".{leaf}." in name), None)
-        for part, rows in zip(PARTS[leaf], tensor.chunk(len(PARTS[leaf]))) if leaf else [("", tensor)]:
-            key = name.replace(leaf, part) if leaf else name
-            key = key.replace("x_embedder", "all_x_embedder.2-1").replace("to_out", "to_out.0")
-            named[f"control_{key}"] = rows.clone()
-    return named
 
 
 @pytest.fixture
-def lite(tmp_path):
+def tensors(control_tensors):
+    """A function (refiner, places, channels) -> a small ControlNet's weights."""
+    base = ZImageConfig(**SIZES)
+    return lambda refiner, places, channels: control_tensors(ControlNetConfig(base, tuple(places), channels, refiner))
+
+
+@pytest.fixture
+def lite(tensors, tmp_path):
     """(weights of a lite ControlNet, a function that writes weights to a file)."""
 
     def write(named, **metadata):
@@ -52,7 +43,7 @@ def lite(tmp_path):
         ("2.1 lite", "hints", range(0, 30, 10), 33),
     ],
 )
-def test_variants(lite, variant, refiner, places, channels):
+def test_variants(lite, tensors, variant, refiner, places, channels):
     _, write = lite
     info = control_info(write(tensors(refiner, places, channels)))
     assert (info.variant, info.config.refiner, info.format, info.rank) == (variant, refiner, "dense", 0)
@@ -60,7 +51,7 @@ def test_variants(lite, variant, refiner, places, channels):
     assert len(load_controlnet(info.path, dtype=torch.float32).layers) == len(places)
 
 
-def test_2_0_is_known_by_its_untrained_refiner(lite):
+def test_2_0_is_known_by_its_untrained_refiner(lite, tensors):
     _, write = lite
     places = range(0, 30, 2)
     named = tensors("hints", places, 33)

@@ -21,6 +21,12 @@ class StraightLine:
         return cond * (self.image - self.noise)
 
 
+class Times(float):
+    """A conditioning that multiplies, without ControlNets."""
+
+    controls = ()
+
+
 @pytest.fixture
 def line():
     gen = torch.Generator().manual_seed(0)
@@ -80,7 +86,9 @@ def test_flow_has_one_sign_and_one_time(line):
 def test_euler_follows_the_line(line):
     seen = []
     sigmas = get_sigmas(8)
-    out = denoise(line, line.noise, sigmas, 1.0, on_step=lambda done, total, image: seen.append((done, total, image)))
+    out = denoise(
+        line, line.noise, sigmas, Times(1), on_step=lambda done, total, image: seen.append((done, total, image))
+    )
     torch.testing.assert_close(out, line.image, atol=1e-5, rtol=1e-5)
     assert [s[:2] for s in seen] == [(i, 8) for i in range(1, 9)]
     torch.testing.assert_close(torch.tensor(line.seen), 1 - sigmas[:-1])
@@ -90,13 +98,13 @@ def test_euler_follows_the_line(line):
 def test_guidance_is_added_to_the_positive(line):
     """pos + g (pos - neg), with pos twice and neg half of the line's flow."""
     sigmas = get_sigmas(1)
-    out = denoise(line, line.noise, sigmas, 2.0, negative=0.5, guidance=3.0)
+    out = denoise(line, line.noise, sigmas, Times(2), negative=Times(0.5), guidance=3.0)
     expected = line.noise - (2.0 + 3.0 * 1.5) * (line.noise - line.image)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="negative"):
-        denoise(line, line.noise, sigmas, 1.0, guidance=1.0)
+        denoise(line, line.noise, sigmas, Times(1), guidance=1.0)
 
 
 def test_a_callback_can_stop(line):
-    denoise(line, line.noise, get_sigmas(8), 1.0, on_step=lambda done, total, image: done < 3)
+    denoise(line, line.noise, get_sigmas(8), Times(1), on_step=lambda done, total, image: done < 3)
     assert len(line.seen) == 3

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Commands, Parser, add_budget, add_models, add_runtime, lora_option
+from .options import Commands, Parser, add_budget, add_models, add_runtime, control_option, lora_option, pad_option
 from .output import Progress, gib, output_paths, save_png
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..control import Control
     from ..pipeline import Pictures, Pipeline
 
 
@@ -39,7 +40,34 @@ def add_parser(commands: Commands) -> Parser:
         help="LoRA of any kind; may be given several times (strength 1 unless given, negative turns it round)",
     )
     p.add_argument("--image", type=Path, help="picture to start from")
-    p.add_argument("--strength", type=float, default=0.6, help="how far to go from --image, above 0 to 1 (default 0.6)")
+    p.add_argument(
+        "--strength", type=float, help="how far to go from --image, above 0 to 1 (default 0.6; 1 with --mask or --pad)"
+    )
+    p.add_argument("--mask", type=Path, help="picture of the same size, white where --image is to be repainted")
+    p.add_argument("--feather", type=int, default=8, help="pixels of soft edge around the mask (default 8)")
+    p.add_argument(
+        "--pad",
+        type=pad_option,
+        metavar="PIXELS|L,T,R,B",
+        help="borders to add to --image and to fill in (outpainting)",
+    )
+    p.add_argument(
+        "--control",
+        type=control_option,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH[:START-END]]",
+        help="ControlNet; may be given several times (strength 1, from 0 to 1 of the way unless given)",
+    )
+    p.add_argument(
+        "--control-image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="its control picture; one for each --control, or one for all",
+    )
+    p.add_argument("--canny", action="store_true", help="take the outlines of --control-image (needs OpenCV)")
     p.add_argument("--guidance", type=float, default=0.0, help="0 for Turbo (default), above 0 costs twice the time")
     add_budget(p)
     p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
@@ -53,7 +81,10 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     targets = output_paths(args.out, args.batch)
-    image = read_image(args.image) if args.image else None
+    image, mask = edited(args)
+    controls = read_controls(args)
+    if args.strength is None:
+        args.strength = 0.6 if mask is None else 1.0
     from ..pipeline import load_pipeline
 
     pipeline = load_pipeline(
@@ -70,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     )
     pipeline.hold_budget()
     pipeline.set_loras(args.lora)
-    pictures = generate(pipeline, args, image)
+    pictures = generate(pipeline, args, image, mask, controls)
     used = settings(pipeline, args, pictures)
     saved = save(pictures, targets, args, used)
     if args.json:
@@ -89,7 +120,43 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def generate(pipeline: Pipeline, args: argparse.Namespace, image: Image.Image | None) -> Pictures:
+def edited(args: argparse.Namespace) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture to start from, with its borders, and the mask of what is repainted."""
+    image = read_image(args.image) if args.image else None
+    mask = read_image(args.mask) if args.mask else None
+    if args.pad:
+        if image is None or mask:
+            raise ValueError(f"--pad: expected --image and no --mask, found {'no' if image is None else 'a'} picture")
+        from ..pictures import pad
+
+        image, mask = pad(image, *args.pad)
+    return image, mask
+
+
+def read_controls(args: argparse.Namespace) -> list[Control]:
+    """The ControlNets with their pictures. ValueError unless there is a picture for each, or one for all, or none."""
+    if args.control_image and not args.control:
+        raise ValueError("--control-image: expected a ControlNet with it, found none; name it with --control")
+    from ..control import Control
+    from ..pictures import canny
+
+    pictures: list[Image.Image | None] = [read_image(path) for path in args.control_image]
+    if args.canny:
+        pictures = [canny(picture) for picture in pictures if picture]
+    if len(pictures) < 2:
+        pictures = (pictures or [None]) * len(args.control)
+    if len(pictures) != len(args.control):
+        raise ValueError(f"--control-image: expected one, or {len(args.control)}, found {len(pictures)}")
+    return [Control(picture, *control) for picture, control in zip(pictures, args.control)]
+
+
+def generate(
+    pipeline: Pipeline,
+    args: argparse.Namespace,
+    image: Image.Image | None,
+    mask: Image.Image | None,
+    controls: list[Control],
+) -> Pictures:
     """The pictures, with a progress bar for each stage."""
     progress = Progress()
     try:
@@ -104,6 +171,9 @@ def generate(pipeline: Pipeline, args: argparse.Namespace, image: Image.Image | 
             num_images_per_prompt=args.batch,
             image=image,
             strength=args.strength,
+            mask=mask,
+            feather=args.feather,
+            control=controls,
             on_stage=progress.start,
             on_step=progress.step,
         )
@@ -129,6 +199,12 @@ def settings(pipeline: Pipeline, args: argparse.Namespace, pictures: Pictures) -
         found["loras"] = [[Path(path).name, strength] for path, strength in args.lora]
     if args.image:
         found |= {"image": args.image.name, "strength": args.strength}
+    if args.mask or args.pad:
+        found |= {"mask": args.mask.name} if args.mask else {"pad": args.pad}
+        found["feather"] = args.feather
+    if args.control:
+        found["controls"] = [[Path(path).name, *numbers] for path, *numbers in args.control]
+        found["control_images"] = [path.name for path in args.control_image]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import NoReturn, TypeAlias
 
 EXIT_INPUT = 2
@@ -44,6 +45,31 @@ def add_budget(parser: Parser) -> None:
         metavar="SIZE",
         help="GPU memory to use, 4GiB say; what does not fit is streamed from the host (default auto: what is free)",
     )
+
+
+_CONTROL = re.compile(
+    r"(?P<file>.+?)(?::(?P<strength>-?(?:\d+\.?\d*|\.\d+)|nan|inf)(?::(?P<start>\d*\.?\d+)-(?P<end>\d*\.?\d+))?)?"
+)
+
+
+def control_option(text: str) -> tuple[str, float, float, float]:
+    """FILE, FILE:STRENGTH or FILE:STRENGTH:START-END -> (file, strength, start, end)."""
+    match = _CONTROL.fullmatch(text)
+    if match is None:
+        return text, 1.0, 0.0, 1.0
+    return match["file"], float(match["strength"] or 1), float(match["start"] or 0), float(match["end"] or 1)
+
+
+def pad_option(text: str) -> tuple[int, int, int, int]:
+    """PIXELS or LEFT,TOP,RIGHT,BOTTOM -> the four borders."""
+    try:
+        borders = [int(number) for number in text.split(",")]
+    except ValueError:
+        borders = []
+    if len(borders) not in (1, 4):
+        raise argparse.ArgumentTypeError(f"expected PIXELS or LEFT,TOP,RIGHT,BOTTOM, found {text!r}")
+    left, top, right, bottom = borders * (4 // len(borders))
+    return left, top, right, bottom
 
 
 def add_device(parser: Parser) -> None:

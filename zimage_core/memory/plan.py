@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 
+from ..models.controlnet import ControlNet, run_order
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import ZImageTransformer
 from ..models.vae import VAE, tile_sizes
@@ -176,12 +177,19 @@ def fragmentation(activations: int) -> int:
 
 
 def plan_pictures(
-    request: Request, limits: Limits, *, transformer: ZImageTransformer, encoder: TextEncoder | None, vae: VAE
+    request: Request,
+    limits: Limits,
+    *,
+    transformer: ZImageTransformer,
+    encoder: TextEncoder | None,
+    vae: VAE,
+    controls: Sequence[ControlNet] = (),
 ) -> Plan:
     """Share a budget out between the stages of a request.
 
-    The models may be on the meta device; encoder is None where all prompts are known. ValueError where the budget does
-    not hold a stage even with every block streamed.
+    The models may be on the meta device; encoder is None where all prompts are known. controls: a ControlNet for each
+    control picture, run beside the transformer. ValueError where the budget does not hold a stage even with every block
+    streamed.
     """
     size = (request.height, request.width, request.pictures)
     there = {name: count for name, count in limits.resident.items() if name in limits.stays}
@@ -189,8 +197,10 @@ def plan_pictures(
     if encoder is not None:
         activations = encoding_bytes(encoder, request.encoded)
         stages.append(_stage("text encoder", encoder.layers, encoder.layers, activations, limits, there))
-    activations = sampling_bytes(transformer, *size, request.captions, request.negative)
-    stages.append(_stage("transformer", transformer, transformer.blocks, activations, limits, there))
+    activations = sampling_bytes(transformer, *size, request.captions, request.negative, controls)
+    nets = list(dict.fromkeys(controls))
+    whole = nn.ModuleList([transformer, *nets])
+    stages.append(_stage("transformer", whole, run_order(transformer, nets), activations, limits, there))
     down = vae.config.downscale
     for tile in tile_sizes(request.height // down, request.width // down, down):
         stage = _stage("VAE", vae, (), decoding_bytes(vae, *size, tile), limits, there)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from .. import sampler
+from ..formats.controlnet import load_controlnet
 from ..formats.encoder import load_text_encoder
 from ..formats.load import load_transformer
 from ..formats.vae import load_vae
+from ..models.controlnet import ControlNet
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import PIXELS_PER_CELL, TOKENS_MULTIPLE, Conditioning, Hooks, ZImageTransformer
 from ..models.vae import VAE, decode_image
@@ -44,11 +46,22 @@ class MetaModels:
     vae_dtype: torch.dtype
     backend: str = "auto"
     precision: str = "auto"
+    _controlnets: dict[Path, ControlNet] = field(default_factory=dict)
 
     @functools.cached_property
     def transformer(self) -> ZImageTransformer:
         options = {"backend": self.backend, "precision": self.precision}
         return load_transformer(self.files[0], device=META, dtype=self.dtype, compute_device=self.device, **options)
+
+    def controlnet(self, path: str | Path) -> ControlNet:
+        """A ControlNet for the transformer; ValueError also for one that was made for another."""
+        path = Path(path)
+        if path not in self._controlnets:
+            options = {"backend": self.backend, "precision": self.precision}
+            net = load_controlnet(path, device=META, dtype=self.dtype, compute_device=self.device, **options)
+            self._controlnets[path] = net
+        self._controlnets[path].check(self.transformer)
+        return self._controlnets[path]
 
     @functools.cached_property
     def text_encoder(self) -> TextEncoder:
@@ -77,10 +90,12 @@ def sampling_bytes(
     pictures: int,
     captions: Sequence[int],
     negative: int | None = None,
+    controls: Sequence[ControlNet] = (),
 ) -> int:
     """Preparing prompts and sampling pictures of height x width pixels together.
 
     captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompt.
+    controls: the ControlNets beside the transformer, one for each control picture.
     """
     prompts = [captions] if negative is None else [captions, [negative]]
     lengths = tuple(tuple(round_up(tokens, TOKENS_MULTIPLE) for tokens in prompt) for prompt in prompts)
@@ -92,8 +107,11 @@ def sampling_bytes(
             feats = [torch.empty(n, model.config.cap_feat_dim, dtype=model.dtype, device=META) for n in prompt]
             return model.prepare(feats, height, width, hooks)
 
-        cond, *others = map(prepare, lengths)
         cells = height // PIXELS_PER_CELL, width // PIXELS_PER_CELL
+        cond, *others = map(prepare, lengths)
+        contexts = [torch.empty(1, net.config.channels, *cells, device=META) for net in controls]
+        prepared = tuple(on_meta(net).prepare(x, model, cond) for net, x in zip(controls, contexts))
+        cond, *others = (replace(found, controls=prepared) for found in (cond, *others))
         sampler.denoise(
             functools.partial(model, hooks=hooks),
             torch.empty(pictures, model.config.in_channels, *cells, device=META),
@@ -104,7 +122,8 @@ def sampling_bytes(
             on_step=lambda *_: None,
         )
 
-    return _counted(transformer, (height, width, pictures, lengths), sample)
+    kinds = tuple((net.config, net.backend, net.x_embedder.weight.dtype) for net in controls)
+    return _counted(transformer, (height, width, pictures, lengths, kinds), sample)
 
 
 def decoding_bytes(vae: VAE, height: int, width: int, pictures: int = 1, tile: int | None = None) -> int:

@@ -100,6 +100,15 @@ class ControlNet(nn.Module):
         """All blocks in the order in which they run."""
         return [*self.noise_refiner, *self.layers]
 
+    def check(self, base: ZImageTransformer) -> None:
+        """ValueError for a base of another width or depth than the ControlNet's own."""
+        ours, theirs = self.config.base, base.config
+        if (ours.dim, ours.n_heads, ours.n_layers) != (theirs.dim, theirs.n_heads, theirs.n_layers):
+            raise ValueError(
+                f"ControlNet: made for a model of width {ours.dim} with {ours.n_layers} layers, this one has width "
+                f"{theirs.dim} and {theirs.n_layers}; use the ControlNet of this model"
+            )
+
     def prepare(
         self,
         context: Tensor,
@@ -111,28 +120,24 @@ class ControlNet(nn.Module):
     ) -> PreparedControl:
         """Embed a control context (1 or B, C, h, w), see `control_context`, for pictures of a base's conditioning.
 
-        ValueError for a base of another width or depth, or a context of another size.
+        ValueError for a base that `check` refuses, or a context of another size.
         """
-        ours, theirs = self.config.base, base.config
-        if (ours.dim, ours.n_heads, ours.n_layers) != (theirs.dim, theirs.n_heads, theirs.n_layers):
-            raise ValueError(
-                f"ControlNet: made for a model of width {ours.dim} with {ours.n_layers} layers, this one has width "
-                f"{theirs.dim} and {theirs.n_layers}; use the ControlNet of this model"
-            )
-        h, w = (cells * theirs.patch_size for cells in cond.grid)
+        self.check(base)
+        patch = base.config.patch_size
+        h, w = (cells * patch for cells in cond.grid)
         if context.ndim != 4 or context.shape[1:] != (self.config.channels, h, w):
             raise ValueError(
                 f"control context: expected (batch, {self.config.channels}, {h}, {w}), found {tuple(context.shape)}"
             )
         weight = self.x_embedder.weight
-        tokens = self.x_embedder(patchify(context.to(weight.device, weight.dtype), theirs.patch_size))
+        tokens = self.x_embedder(patchify(context.to(weight.device, weight.dtype), patch))
         pads = cond.image_tokens - tokens.shape[1]
         if pads:
             tokens = torch.cat((tokens, base.x_pad_token.to(tokens).expand(len(tokens), pads, -1)), dim=1)
         return PreparedControl(self, tokens, strength, start, end)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedControl:
     """A control picture as a ControlNet takes it, for one size: tokens (1 or B, L, D) in the weights' dtype.
 
@@ -193,6 +198,19 @@ class ControlRun:
         self.c, hint = self._run_block(self._stage, self._next, block, self.c, *self._args, *start)
         self._next += 1
         return hint
+
+
+def run_order(base: ZImageTransformer, nets: Sequence[ControlNet]) -> list[nn.Module]:
+    """The blocks of a base and the ControlNets beside it in the order in which they run in a step."""
+    found: list[nn.Module] = [*base.context_refiner]
+    for net in nets:
+        found += net.noise_refiner if net.config.refiner == "alone" else ()
+    for i, block in enumerate(base.noise_refiner):
+        found += [block, *(net.noise_refiner[i] for net in nets if net.config.refiner == "hints")]
+    layers = [iter(net.layers) for net in nets]
+    for i, block in enumerate(base.layers):
+        found += [block, *(next(own) for own, net in zip(layers, nets) if i in net.config.places)]
+    return found
 
 
 def inpainting_picture(image: Tensor, mask: Tensor) -> Tensor:
