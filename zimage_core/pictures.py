@@ -43,7 +43,7 @@ def check_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
     if mask.size != image.size:
         found = "{} x {}".format(*mask.size)
         raise ValueError(f"mask: expected the picture's size {image.size[0]} x {image.size[1]}, found {found}")
-    if "A" in mask.getbands() and mask.getchannel("A").getextrema()[0] < 255:
+    if "A" in mask.getbands() and np.asarray(mask.getchannel("A")).min() < 255:
         raise ValueError("mask: expected black and white without transparency; save it without an alpha channel")
     bands = np.asarray(mask.convert("RGB"), dtype=np.int16)
     if np.ptp(bands, axis=2).max() > 8:  # more than JPEG leaves of a gray

@@ -1,4 +1,4 @@
-"""`zimage quantize`: an SVDQuant INT4 file from a BF16 transformer."""
+"""`zimage quantize`: an SVDQuant INT4 file from a BF16 transformer or ControlNet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .options import Commands, Parser, lora_option
 from .output import Progress
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Commands) -> Parser:
-    p = commands.add_parser("quantize", help="write an SVDQuant INT4 file from a BF16 transformer")
-    p.add_argument("src", help="BF16 transformer, file or folder")
+    p = commands.add_parser("quantize", help="write an SVDQuant INT4 file from a BF16 transformer or ControlNet")
+    p.add_argument("src", help="BF16 transformer or ControlNet, file or folder")
     p.add_argument("dst", type=Path, help="safetensors file to write")
     p.add_argument("--rank", type=int, default=256, help="of the low-rank branch, a multiple of 16 (default 256)")
     p.add_argument("--text-encoder", type=Path, help="Qwen3-4B, to calibrate with (default: the one of SRC's folder)")
@@ -34,6 +34,16 @@ def add_parser(commands: Commands) -> Parser:
         help="LoRA to make part of the weights first; may be repeated",
     )
     p.add_argument("--skip-refiners", action="store_true", help="leave the refiners in bf16: larger file, less error")
+    p.add_argument("--base", type=Path, help="for a ControlNet: the model to calibrate beside, of any format")
+    p.add_argument("--vae", type=Path, help="for a ControlNet: the VAE that encodes its control pictures")
+    p.add_argument(
+        "--control-image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="for a ControlNet: control picture to calibrate with; may be repeated, prompts take them in turn",
+    )
     p.add_argument("--device", help="where to compute (default: a GPU if torch sees one)")
     return p
 
@@ -41,6 +51,8 @@ def add_parser(commands: Commands) -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Write the INT4 file, calibrated where there is a text encoder, and print its path."""
     from ..device import choose_device
+    from ..formats.identify import identify
+    from ..quantize.controlnet import quantize_controlnet
     from ..quantize.run import TimeLeft, calibration_defaults, check_request, quantize_checkpoint
 
     device = choose_device(args.device)
@@ -48,6 +60,14 @@ def run(args: argparse.Namespace) -> int:
     if args.size is not None:
         size = args.size
     check_request(args.dst, size, args.merge)
+    is_control = identify(args.src).role == "controlnet"
+    if is_control and (args.merge or args.skip_refiners):
+        raise ValueError(f"{args.src}: is a ControlNet, which takes neither --merge nor --skip-refiners")
+    if is_control and not args.no_calibration and not (args.base and args.vae and args.control_image):
+        print(
+            "zimage: a ControlNet is calibrated with --base, --vae, --control-image and --text-encoder", file=sys.stderr
+        )
+        args.no_calibration = True
     cap_feats = captions(args, prompts, device)
     progress, words = Progress("{desc} |{bar:28}| {percentage:3.0f}% {elapsed}{postfix}"), TimeLeft()
 
@@ -56,22 +76,36 @@ def run(args: argparse.Namespace) -> int:
         progress.step(done, total)
 
     progress.start("quantize", 1)
+    given: dict[str, Any] = {"rank": args.rank, "size": size, "device": device, "progress": show}
     try:
-        quantize_checkpoint(
-            args.src,
-            args.dst,
-            rank=args.rank,
-            cap_feats=cap_feats,
-            size=size,
-            merge=args.merge,
-            skip_refiners=args.skip_refiners,
-            device=device,
-            progress=show,
-        )
+        if is_control:
+            if cap_feats:
+                contexts = control_pictures(args, len(cap_feats), size, device)
+                given |= {"base": args.base, "cap_feats": cap_feats, "contexts": contexts}
+            quantize_controlnet(args.src, args.dst, **given)
+        else:
+            given |= {"cap_feats": cap_feats, "merge": args.merge, "skip_refiners": args.skip_refiners}
+            quantize_checkpoint(args.src, args.dst, **given)
     finally:
         progress.finish()
     print(args.dst)
     return 0
+
+
+def control_pictures(args: argparse.Namespace, count: int, size: int, device: torch.device) -> list[torch.Tensor]:
+    """A control context (C, size / 8, size / 8) for each of `count` prompts, from --control-image in turn."""
+    from ..control import Control, control_contexts
+    from ..formats.vae import load_vae
+    from .generate import read_image
+
+    vae = load_vae(args.vae, device=device)
+
+    def encode(picture: torch.Tensor) -> torch.Tensor:
+        return vae.encode(picture.to(device)).float().cpu()
+
+    controls = [Control(read_image(path), args.src) for path in args.control_image]
+    found = control_contexts(controls, None, size, size, encode)
+    return [found[i % len(found)][0] for i in range(count)]
 
 
 def captions(args: argparse.Namespace, prompts: Sequence[str], device: torch.device) -> list[torch.Tensor] | None:

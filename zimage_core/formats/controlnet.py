@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.config import ControlNetConfig, ZImageConfig
 from .identify import EXPECTED, FLOATS, identify, unexpected
-from .load import FORMATS, fill, match_tensors
+from .load import FORMATS, Sources, fill, match_tensors
 from .names import CONTROL, control_tensor
 from .safetensors import Shape, TensorFiles, open_tensors
 from .weights import find_weights
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from ..models.controlnet import ControlNet
 
@@ -137,6 +138,36 @@ def _refiner(files: TensorFiles, shapes: Mapping[str, Shape]) -> str:
     return "hints"
 
 
+def build_controlnet(info: ControlNetInfo) -> ControlNet:
+    """The model of a ControlNet's file, on the meta device."""
+    import torch
+
+    from ..linear.adapters import Linear
+    from ..linear.svdq import SVDQLinear
+    from ..models.controlnet import ControlNet
+
+    def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
+        return SVDQLinear(n_in, n_out, bias, rank=info.rank)
+
+    with torch.device("meta"):
+        return ControlNet(
+            info.config,
+            linear=svdq if info.rank else Linear,
+            refiner_linear=svdq if info.quantized_refiner else Linear,
+        )
+
+
+def match_controlnet(files: TensorFiles, info: ControlNetInfo, model: nn.Module) -> Sources:
+    """Where each of a ControlNet's tensors is in an open file. ValueError as `match_tensors`."""
+    remedy = EXPECTED["controlnet"][1]
+    unread = ("noise_refiner.",) if info.config.refiner == "layers" else ()
+
+    def unneeded(name: str) -> bool:
+        return name.startswith(unread) or name.endswith(".smooth_factor_orig")
+
+    return match_tensors(files, find_weights(files, remedy), model, control_tensor, remedy, unneeded, WHAT)
+
+
 def load_controlnet(
     path: str | Path,
     *,
@@ -148,38 +179,18 @@ def load_controlnet(
 ) -> ControlNet:
     """The ControlNet of a file or folder on a device; everything else as `load_transformer`."""
     import torch
-    from torch import nn
 
-    from ..linear.adapters import Linear
     from ..linear.backends import select
-    from ..linear.svdq import SVDQLinear
     from ..models import ops
-    from ..models.controlnet import ControlNet
 
     dtype = dtype or torch.bfloat16
     device = torch.device(device)
     compute_device = torch.device(compute_device or device)
     with open_tensors(path) as files:
         info = control_info(files)
-        quantized = info.format == "svdq-int4"
-
-        def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
-            return SVDQLinear(n_in, n_out, bias, rank=info.rank)
-
-        with torch.device("meta"):
-            model = ControlNet(
-                info.config,
-                linear=svdq if quantized else Linear,
-                refiner_linear=svdq if info.quantized_refiner else Linear,
-            )
-        model.backend = select(backend, precision, device=compute_device, dtype=dtype) if quantized else None
+        model = build_controlnet(info)
+        sources = match_controlnet(files, info, model)
+        model.backend = select(backend, precision, device=compute_device, dtype=dtype) if info.rank else None
         model.use(ops.select(backend, compute_device, dtype, info.config.base.head_dim))
-        unread = ("noise_refiner.",) if info.config.refiner == "layers" else ()
-
-        def unneeded(name: str) -> bool:
-            return name.startswith(unread) or name.endswith(".smooth_factor_orig")
-
-        remedy = EXPECTED["controlnet"][1]
-        found = find_weights(files, remedy)
-        fill(model, match_tensors(files, found, model, control_tensor, remedy, unneeded, WHAT), device, dtype)
+        fill(model, sources, device, dtype)
     return model

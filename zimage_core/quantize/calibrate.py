@@ -77,14 +77,23 @@ class Tapped(Exception):
 
 
 class TappedLinear(nn.Linear):
-    """A linear without bias that raises `Tapped` with its inputs while it is tapped."""
+    """A linear that raises `Tapped` with its inputs while it is tapped."""
 
     tapped = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tapped:
             raise Tapped(x)
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
+
+
+def chunked(x: Tensor, args: Sequence[object]) -> list[Chunk]:
+    """A block's arguments, x (S, L, D) and others of which some have S rows, a part of the samples at a time."""
+    size = max(CHUNK_TOKENS // x.shape[1], 1)
+    return [
+        tuple(t[i : i + size] if isinstance(t, Tensor) and len(t) == len(x) else t for t in (x, *args))
+        for i in range(0, len(x), size)
+    ]
 
 
 class Streamed:
@@ -114,11 +123,7 @@ class Streamed:
         """Run one block over x (S, L, D) in chunks, after the visitor if there is one."""
         name, block = f"{stage}.{index}", copy.deepcopy(block)
         self._load(block, name + ".")
-        size = max(CHUNK_TOKENS // x.shape[1], 1)
-        chunks = [
-            tuple(t[i : i + size] if isinstance(t, Tensor) and len(t) == len(x) else t for t in (x, *args))
-            for i in range(0, len(x), size)
-        ]
+        chunks = chunked(x, args)
         if self.visit:
             self.visit(name, block, chunks)
         x = torch.cat([block(*chunk) for chunk in chunks])
@@ -179,7 +184,9 @@ def visit_blocks(streamed: Streamed, cap_feats: Sequence[Tensor], samples: Sampl
     cond = streamed.prepare(cap_feats, height, width)
     chosen = samples.prompts.to(streamed.device)
     parts = {name: getattr(cond, name) for name in ("context", "cos", "sin", "mask")}
-    cond = replace(cond, **{name: t if t is None or len(t) == 1 else t[chosen] for name, t in parts.items()})
+    controls = tuple(replace(control, tokens=control.tokens[chosen]) for control in cond.controls)
+    parts = {name: t if t is None or len(t) == 1 else t[chosen] for name, t in parts.items()}
+    cond = replace(cond, controls=controls, **parts)
     streamed.predict_flow(samples.latents.to(streamed.device), samples.sigmas.to(streamed.device), cond)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,28 +59,19 @@ class DenseSource:
         parts = []
         for stored in self.stored[name]:
             parts.append(self._read(stored))
-            _check_numbers(parts[-1], f"{self.files.path}: {stored.key}", "get an undamaged file")
+            check_numbers(parts[-1], f"{self.files.path}: {stored.key}", "get an undamaged file")
         whole = torch.cat(parts)
         module, _, leaf = name.rpartition(".")
         changes = self.changes.get(module or name)
         if not changes:
             return whole
         merged = self._merged(whole, module, leaf, changes)
-        _check_numbers(merged, f"{self.loras}: merged into {name}", "lower its strength")
+        check_numbers(merged, f"{self.loras}: merged into {name}", "lower its strength")
         return merged
 
     def digest(self) -> str:
-        """A hash of names and of sixteen values of each tensor, the same however the file is sharded or named."""
-        found = hashlib.sha256()
-        for name, pieces in sorted(self.stored.items()):
-            parts = [self._read(stored).flatten() for stored in pieces]
-            count, place = sum(map(len, parts)), 0
-            found.update(f"{name} {count} {parts[0].dtype}".encode())
-            step = max(count // 16, 1)
-            for part in parts:  # the same values of a tensor, however it is cut into parts
-                found.update(part[-place % step :: step].float().cpu().numpy().tobytes())
-                place += len(part)
-        return found.hexdigest()[:16]
+        """As `digest` of all tensors."""
+        return digest(self.stored, self._read)
 
     def _read(self, stored: Stored) -> Tensor:
         """A tensor of the file on the device, in bf16 where the file has it smaller."""
@@ -109,7 +100,21 @@ class DenseSource:
         return torch.cat([linear(rows) for rows in torch.eye(tensor.shape[1], device=self.device).split(1024)]).T
 
 
-def _check_numbers(tensor: Tensor, where: str, remedy: str) -> None:
+def digest(sources: Mapping[str, list[Stored]], read: Callable[[Stored], Tensor]) -> str:
+    """A hash of names and of sixteen values of each tensor, the same however the file is sharded or named."""
+    found = hashlib.sha256()
+    for name, pieces in sorted(sources.items()):
+        parts = [read(stored).flatten() for stored in pieces]
+        count, place = sum(map(len, parts)), 0
+        found.update(f"{name} {count} {parts[0].dtype}".encode())
+        step = max(count // 16, 1)
+        for part in parts:  # the same values of a tensor, however it is cut into parts
+            found.update(part[-place % step :: step].float().cpu().numpy().tobytes())
+            place += len(part)
+    return found.hexdigest()[:16]
+
+
+def check_numbers(tensor: Tensor, where: str, remedy: str) -> None:
     """ValueError if a tensor holds NaN or numbers above `LARGEST`."""
     largest = tensor.abs().amax().item()  # NaN if there is one
     if not largest <= LARGEST:

@@ -97,7 +97,7 @@ def plan_header(config: ZImageConfig, rank: int, skip_refiners: bool = False) ->
 
     ValueError if the model's widths or the rank cannot be packed.
     """
-    _check_packable(config, rank)
+    check_packable(config, rank)
     dim, caption, pixels = config.dim, config.cap_feat_dim, config.patch_dim
     modulation = min(dim, ADALN_WIDTH)
     key = f"{config.patch_size}-1"
@@ -144,16 +144,25 @@ def plan_header(config: ZImageConfig, rank: int, skip_refiners: bool = False) ->
                 f"{linear}.proj_up": (n, rank),
             }
     header |= {name: ("BF16", shape) for name, shape in plain.items()}
+    return in_file_order(header)
+
+
+def in_file_order(header: Header) -> Header:
+    """The wider types first, so that all tensors are aligned, and by name."""
     return dict(sorted(header.items(), key=lambda item: (-ITEM_SIZE[item[1][0]], item[0])))
+
+
+def four_bits(rank: int, **more: object) -> str:
+    """The metadata `quantization_config` of INT4 weights and activations in groups."""
+    four_bit = {"dtype": "int4", "scale_dtype": None, "group_size": GROUP}
+    return json.dumps({"method": "svdquant", "weight": four_bit, "activation": four_bit, "rank": rank, **more})
 
 
 def file_metadata(config: ZImageConfig, rank: int, skip_refiners: bool = False) -> dict[str, str]:
     """The metadata by which nunchaku and compatible loaders recognize the file."""
-    four_bit = {"dtype": "int4", "scale_dtype": None, "group_size": GROUP}
-    quantization = {"method": "svdquant", "weight": four_bit, "activation": four_bit}
     return {
         "model_class": "NunchakuZImageTransformer2DModel",
-        "quantization_config": json.dumps(quantization | {"rank": rank, "skip_refiners": skip_refiners}),
+        "quantization_config": four_bits(rank, skip_refiners=skip_refiners),
         "config": json.dumps(diffusers_config(config), indent=2),
         "comfy_config": "{}",
     }
@@ -323,7 +332,8 @@ class StreamedFile:
         return ValueError(f"{self.path}: {error.strerror}; free {needed} there or choose another folder")
 
 
-def _check_packable(config: ZImageConfig, rank: int) -> None:
+def check_packable(config: ZImageConfig, rank: int) -> None:
+    """ValueError unless a block's linears of these sizes can be packed with a low-rank branch of this rank."""
     for name, (n, k) in quantized_linears(config).items():
         if n % 128 or k % 128:
             raise ValueError(f"{name}: expected multiples of 128, found {n} x {k}; it cannot be packed")

@@ -1,0 +1,269 @@
+"""BF16 ControlNet to an SVDQuant INT4 file of the transformers' conventions, plain or calibrated.
+
+Every linear of a block goes into 4 bits, before_proj and after_proj too; embedder, norms and modulation stay in bf16.
+Calibrated, a base that is loaded whole generates pictures beside the dense ControlNet, whose blocks are read one at a
+time and quantized for their actual inputs, as `calibrate` does it with a transformer's.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..formats.controlnet import REFINERS, ControlNetInfo, build_controlnet, control_info, match_controlnet
+from ..formats.load import Sources, load_transformer
+from ..formats.names import CONTROL, diffusers_svdq_module
+from ..formats.safetensors import TensorFiles, open_tensors
+from ..linear.layout import GROUP
+from ..linear.svdq import SVDQLinear, SVDQWeights
+from ..models.config import ControlNetConfig
+from ..models.controlnet import ControlBlock, ControlNet
+from ..models.transformer import Block, Conditioning, Hooks, ZImageTransformer
+from ..sampler import predict_flow
+from . import calibrate
+from .solver import svdq_calibrated, svdq_from_dense
+from .source import check_numbers, digest
+from .writer import Header, StreamedFile, check_destination, check_packable, four_bits, in_file_order
+
+Progress = Callable[[int, int, str], None]
+
+
+def quantize_controlnet(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    rank: int,
+    base: str | Path | None = None,
+    cap_feats: Sequence[Tensor] = (),
+    contexts: Sequence[Tensor] = (),
+    size: int = 512,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Write `dst`, a SVDQ INT4 file, from `src`, a dense ControlNet.
+
+    rank: a multiple of 16. base: a transformer of any format to calibrate with; without one, from the weights alone.
+    cap_feats: features (L, C) of the prompts, and contexts: a control context (C, size / 8, size / 8) for each, see
+    `models.controlnet.control_context`. progress(done, total, what) after each linear. `dst` is replaced at the end.
+    ValueError if the source is no dense ControlNet or holds NaN, or does not fit the base.
+    """
+    dst, device = Path(dst), torch.device(device)
+    check_destination(dst)
+    if base is not None and not len(cap_feats) == len(contexts) > 0:
+        raise ValueError(f"calibration: expected a control context a prompt, found {len(contexts)}, {len(cap_feats)}")
+    with open_tensors(src) as files:
+        info = control_info(files)
+        if info.rank:
+            raise ValueError(f"{src}: expected a BF16 ControlNet, found {info.format}; quantize its BF16 original")
+        if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
+            raise ValueError(f"{dst}: is the source itself; choose another destination")
+        check_packable(info.config.base, rank)
+        sources = match_controlnet(files, info, build_controlnet(info))
+        header = _plan_header(replace(info, rank=rank, quantized_refiner=True))
+        made: dict[str, object] = {"tool": "zimage-int4", "version": __version__, "method": "svd"}
+        made["source"] = digest(sources.stored, lambda stored: files.get(stored.key))
+        if base is not None:
+            seen = hashlib.sha256(b"".join(x.float().cpu().numpy().tobytes() for x in (*cap_feats, *contexts)))
+            made |= {"method": "smooth, svd, gptq; block by block", "prompts": len(cap_feats), "size": size}
+            made["captions"] = seen.hexdigest()[:16]
+        metadata = _metadata(info.config, rank) | {"quantized_by": json.dumps(made)}
+        with StreamedFile(dst, header, metadata) as out, torch.inference_mode():
+            job = _Job(files, sources, info, out, rank, device, progress)
+            job.run(base, cap_feats, contexts, size)
+
+
+def controlnet_config(config: ControlNetConfig) -> dict[str, object]:
+    """The configuration as diffusers writes it, with the sizes of the base that no tensor shows."""
+    base = config.base
+    return {
+        "_class_name": "ZImageControlNetModel",
+        "dim": base.dim,
+        "n_heads": base.n_heads,
+        "n_kv_heads": base.n_heads,
+        "n_layers": base.n_layers,
+        "n_refiner_layers": base.n_refiner_layers,
+        "axes_dims": list(base.axes_dims),
+        "norm_eps": base.norm_eps,
+        "qk_norm": True,
+        "control_in_dim": config.channels,
+        "control_layers_places": list(config.places),
+        "control_refiner_layers_places": list(range(base.n_refiner_layers)),
+        "add_control_noise_refiner": next(name for name, kind in REFINERS.items() if kind == config.refiner),
+    }
+
+
+def _metadata(config: ControlNetConfig, rank: int) -> dict[str, str]:
+    return {
+        "model_class": "ZImageControlNetModel",
+        "quantization_config": four_bits(rank),
+        "config": json.dumps(controlnet_config(config), indent=2),
+    }
+
+
+def _plan_header(info: ControlNetInfo) -> Header:
+    """Every tensor of the file that is written: name -> (dtype, shape)."""
+    header: Header = {}
+    for name, module in build_controlnet(info).named_modules():
+        stored = _stored(name)
+        plain = {leaf: tuple(p.shape) for leaf, p in module.named_parameters(recurse=False)}
+        if isinstance(module, SVDQLinear):
+            n, k, rank = module.out_features, module.in_features, module.rank
+            header[f"{stored}.qweight"] = ("I8", (n, k // 2))
+            plain = {"wscales": (k // GROUP, n), "smooth_factor": (k,), "smooth_factor_orig": (k,)}
+            plain |= {"proj_down": (k, rank), "proj_up": (n, rank)}
+            plain |= {"bias": (n,)} if module.bias is not None else {}
+        header |= {f"{stored}.{leaf}": ("BF16", shape) for leaf, shape in plain.items()}
+    return in_file_order(header)
+
+
+def _stored(module: str) -> str:
+    """The name that a module of the ControlNet has in a file."""
+    return CONTROL + diffusers_svdq_module(module)
+
+
+def _linears(block: nn.Module) -> list[str]:
+    """A block's linears, in the order of its forward pass."""
+    control = isinstance(block, ControlBlock)
+    first = ["before_proj"] if control and block.before_proj is not None else []
+    return [*first, *calibrate.LINEARS, *["after_proj"] * control]
+
+
+class _Beside:
+    """A base with a dense ControlNet beside it whose blocks stay in the file; `calibrate` takes it for a `Streamed`."""
+
+    def __init__(
+        self,
+        base: ZImageTransformer,
+        net: ControlNet,
+        fetch: Callable[[str], Tensor],
+        contexts: Tensor,
+        on_step: Callable[[], None],
+    ):
+        self.model, self.device, self.visit = base, base.device, None
+        self._net, self._fetch, self._contexts, self._on_step = net, fetch, contexts, on_step
+        self._seen: list[str] = []
+        self._load(net.x_embedder, "x_embedder.")
+        self.hooks = Hooks(run_block=self.run_block)
+
+    def run_block(self, stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Any:
+        """Run one block over x (S, L, D) in chunks; one of the ControlNet's after the visitor, if there is one."""
+        chunks = calibrate.chunked(x, args)
+        if not stage.startswith(CONTROL):
+            return torch.cat([block(*chunk) for chunk in chunks])
+        name, block = f"{stage.removeprefix(CONTROL)}.{index}", copy.deepcopy(block)
+        self._load(block, name + ".")
+        self._seen.append(name)
+        if self.visit and self._seen.count(name) == self._passes(stage):
+            self.visit(name, block, chunks)
+        results = [block(*chunk) for chunk in chunks]
+        if isinstance(results[0], tuple):
+            return tuple(map(torch.cat, zip(*results)))
+        return torch.cat(results)
+
+    def _passes(self, stage: str) -> int:
+        """How often a block runs in a step: its last run has all the tokens."""
+        return 2 if self._net.config.refiner == "layers" and stage.endswith("layers") else 1
+
+    def prepare(self, cap_feats: Sequence[Tensor], height: int, width: int) -> Conditioning:
+        """`ZImageTransformer.prepare`, with the control contexts."""
+        cond = self.model.prepare(cap_feats, height, width, self.hooks)
+        return replace(cond, controls=(self._net.prepare(self._contexts, self.model, cond),))
+
+    def predict_flow(self, latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """`sampler.predict_flow`, in which every block passes `run_block`."""
+        self._seen.clear()
+        if not self.visit:
+            self._on_step()
+        return predict_flow(partial(self.model, hooks=self.hooks), latents, sigma, cond)
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        dtype = self.model.dtype
+        state = {
+            name: self._fetch(prefix + name).to(self.device, dtype).reshape(meta.shape)
+            for name, meta in module.named_parameters()
+        }
+        module.load_state_dict(state, assign=True)
+
+
+class _Job:
+    """Quantizes one ControlNet into one file."""
+
+    def __init__(
+        self,
+        files: TensorFiles,
+        sources: Sources,
+        info: ControlNetInfo,
+        out: StreamedFile,
+        rank: int,
+        device: torch.device,
+        progress: Progress | None,
+    ):
+        self.files, self.sources, self.config, self.out = files, sources, info.config, out
+        self.rank, self.device, self.progress = rank, device, progress
+        with torch.device("meta"):
+            self.net = ControlNet(info.config, linear=calibrate.TappedLinear)
+        stacks = (("noise_refiner", self.net.noise_refiner), ("layers", self.net.layers))
+        self.linears = [
+            f"{stack}.{i}.{linear}" for stack, blocks in stacks for i, b in enumerate(blocks) for linear in _linears(b)
+        ]
+        self.done, self.total = 0, len(self.linears)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor on the device. ValueError if it holds NaN or too large numbers."""
+        tensor = self.sources.get(name, self.device)
+        check_numbers(tensor, f"{self.files.path}: {name}", "get an undamaged file")
+        return tensor
+
+    def run(self, base: str | Path | None, cap_feats: Sequence[Tensor], contexts: Sequence[Tensor], size: int) -> None:
+        """Write every tensor of the file."""
+        quantized = set(self.linears)
+        for name in self.sources.stored:
+            module, _, leaf = name.rpartition(".")
+            if module not in quantized:
+                stored = f"{_stored(module)}.{leaf}"
+                self.out.write(stored, self.get(name).to(torch.bfloat16).reshape(self.out.header[stored][1]))
+        if base is None:
+            for linear in self.linears:
+                self._write(linear, svdq_from_dense(self.get(f"{linear}.weight"), self.rank))
+            return
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        model = load_transformer(base, device=self.device, dtype=dtype, precision="w4a16")
+        self.net.check(model)
+        self.total += calibrate.STEPS
+        beside = _Beside(model, self.net, self.get, torch.stack(list(contexts)), partial(self._advance, "a step"))
+        streamed = cast(calibrate.Streamed, beside)
+        samples = calibrate.generate_samples(streamed, cap_feats, size)
+        calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
+
+    def _visit(self, name: str, block: Block, chunks: list[calibrate.Chunk]) -> None:
+        """Quantize a block's linears in place, each for its inputs from those before it."""
+        for linear in _linears(block):
+            module = cast(nn.Linear, block.get_submodule(linear))
+            weights = svdq_calibrated(module.weight, self.rank, calibrate.input_stats(block, linear, chunks))
+            self._write(f"{name}.{linear}", weights)
+            module.weight.copy_(weights.dequantize())
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _write(self, linear: str, weights: SVDQWeights) -> None:
+        if f"{linear}.bias" in self.sources.stored:
+            weights = replace(weights, bias=self.get(f"{linear}.bias").to(weights.wscales))
+        packed = weights.to_packed()
+        for leaf, tensor in (packed | {"smooth_factor_orig": packed["smooth_factor"]}).items():
+            self.out.write(f"{_stored(linear)}.{leaf}", tensor)
+        self._advance(linear)
+
+    def _advance(self, what: str) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total, what)
