@@ -1,6 +1,7 @@
 """The ComfyUI node classes of Z-Image INT4. Ids are for ever: saved workflows hold them."""
 
 from .conditioning import ZImagePromptEncode
+from .controlnet import ZImageControlNetApply, ZImageControlNetLoader
 from .loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
 from .lora import ZImageLoraLoader, ZImageLoraStack
 from .quantize import ZImageCompare, ZImageQuantize
@@ -18,6 +19,8 @@ NODE_CLASS_MAPPINGS = {
     "ZImageLoraStack": ZImageLoraStack,
     "ZImageQuantize": ZImageQuantize,
     "ZImageCompare": ZImageCompare,
+    "ZImageControlNetLoader": ZImageControlNetLoader,
+    "ZImageControlNetApply": ZImageControlNetApply,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -31,4 +34,6 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ZImageLoraStack": "Z-Image LoRA Stack",
     "ZImageQuantize": "Z-Image Quantize to INT4",
     "ZImageCompare": "Z-Image Compare",
+    "ZImageControlNetLoader": "Z-Image ControlNet Loader",
+    "ZImageControlNetApply": "Apply Z-Image ControlNet",
 }

@@ -7,12 +7,14 @@ from pathlib import Path
 import folder_paths
 
 from ...zimage_core.demo import demo_files, demo_loras
+from ...zimage_core.formats.controlnet import control_info
 from ...zimage_core.formats.encoder import open_encoder
 from ...zimage_core.formats.identify import identify, model_info
 from ...zimage_core.formats.safetensors import read_header
 from ...zimage_core.lora.read import inspect
 
 DEMO = "bundled demo"
+DEMO_CONTROLNET = demo_files()["model"].with_name("controlnet.safetensors")
 DEMO_BF16 = Path(__file__).parents[2] / "demo_training" / "z-image-demo-bf16.safetensors"
 EXTENSIONS = (".safetensors", ".sft")
 LATENT_CHANNELS = 16
@@ -35,9 +37,11 @@ def choices(folder: str, demo: str, folders_too: bool = False) -> list[str]:
 
 
 def demo_paths(kind: str) -> dict[str, Path]:
-    """{name in the lists: path} of the bundled files of a kind, which is one of `demo_files`, "lora" or "dense"."""
+    """{name in the lists: path} of the bundled files of a kind: of `demo_files`, "lora", "controlnet" or "dense"."""
     if kind == "lora":
         return {f"{DEMO}: {name}": path for name, path in demo_loras().items() if path.is_file()}
+    if kind == "controlnet":
+        return {f"{DEMO}: outlines": DEMO_CONTROLNET} if DEMO_CONTROLNET.is_file() else {}
     if kind == "dense":
         return {DEMO: DEMO_BF16} if DEMO_BF16.is_file() else {}
     return {DEMO: demo_files()[kind]}
@@ -66,6 +70,11 @@ def check_model(name: str) -> None:
     path = find("diffusion_models", name, "model")
     if name != DEMO:
         model_info(path)
+
+
+def check_control(name: str) -> None:
+    """ValueError unless a file of `model_patches` is a ControlNet that can be loaded."""
+    control_info(find("model_patches", name, "controlnet"))
 
 
 def check_encoder(name: str) -> None:

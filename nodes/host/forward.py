@@ -21,6 +21,7 @@ from torch import Tensor
 from ...zimage_core.memory.graphs import Graphs
 from ...zimage_core.models.transformer import Conditioning, Hooks, ZImageTransformer
 from ...zimage_core.sampler import predict_flow
+from .controlnet import with_controls
 from .lora import stock_state
 from .patcher import Adapted
 
@@ -129,7 +130,8 @@ class DiffusionModel(Adapted):
         x = comfy.ldm.common_dit.pad_to_patch_size(x, (patch, patch))
         hooks = Hooks(run_block=self.run_block, attention=functools.partial(attend, options), rope=rope(options))
         cond = self.prepare(context, x.shape[-2] * 8, x.shape[-1] * 8, hooks, options)
-        hooks = replace(hooks, run_block=PatchedRunner(self, options, x, cond))
+        run, cond = with_controls(PatchedRunner(self, options, x, cond), cond, self.transformer, options, x, timesteps)
+        hooks = replace(hooks, run_block=run)
         model: Callable[..., Tensor] = functools.partial(self.transformer, hooks=hooks)
         if self.replays(options):
             comfy.model_management.throw_exception_if_processing_interrupted()  # a replay does not call `run_block`

@@ -23,6 +23,7 @@ from ...zimage_core.formats.load import load_transformer
 from ...zimage_core.lora.apply import check
 from ...zimage_core.lora.read import Lora, inspect, load_lora
 from ...zimage_core.memory.stages import libraries, sampling_bytes
+from ...zimage_core.models.controlnet import ControlNet
 from ...zimage_core.models.tokenizer import MAX_TOKENS
 from ...zimage_core.models.transformer import ZImageTransformer
 from ...zimage_core.models.vae import out_of_memory
@@ -130,6 +131,8 @@ class ZImageModel(comfy.model_base.Lumina2):
         # Bytes of activations:
         self.expected = 0.0  # as ComfyUI last asked for them, for the run that it is loading for
         self.loaded_for = 0.0  # of the run that blocks were last placed for
+        self.beside: tuple[ControlNet, ...] = ()  # ControlNets of the run, and the bytes of the budget that are theirs
+        self.shared = 0.0
         self.too_much = math.inf  # from here on every block is streamed: a run as large was out of memory
 
     def extra_conds(self, **kwargs) -> dict:
@@ -166,7 +169,7 @@ class ZImageModel(comfy.model_base.Lumina2):
         transformer = self.diffusion_model.transformer
         batch, patch = input_shape[0], transformer.config.patch_size
         height, width = round_up(input_shape[-2], patch), round_up(input_shape[-1], patch)
-        need = sampling_bytes(transformer, 8 * height, 8 * width, batch, [MAX_TOKENS] * batch)
+        need = sampling_bytes(transformer, 8 * height, 8 * width, batch, [MAX_TOKENS] * batch, controls=self.beside)
         need += libraries(comfy.model_management.get_torch_device())
         memory = comfy.model_management
         if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
@@ -253,7 +256,7 @@ class ZImagePatcher(StreamingPatcher):
 
     def _place(self, device, allowance: float) -> int:
         if self.budget is not None:
-            allowance = min(allowance, self.budget - self.model.expected)
+            allowance = min(allowance, self.budget - self.model.expected - self.model.shared)
         if self.model.loaded_for >= self.model.too_much:
             allowance = 0
         self.module.budgeted = self.budget is not None

@@ -1,11 +1,15 @@
-"""Our ControlNet against ComfyUI's class, which leaves the captions and the pad tokens out: so do both here."""
+"""Our ControlNet in ComfyUI: its hints against ComfyUI's class, which leaves captions and pad tokens out, and the nodes
+on our MODEL and on ComfyUI's own."""
 
 from __future__ import annotations
 
 import importlib
+import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from test_model import TINY, conditioning, ksample, ours, stock  # noqa: F401  fixtures
 
 VARIANTS = {
     "v1": ("alone", (0, 5, 10, 15, 20, 25), 16),
@@ -89,3 +93,126 @@ def comfyui_names(net):
             for ours, comfyuis in (("to_qkv", "qkv"), ("to_out", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")):
                 name = name.replace(f"attention.{ours}", f"attention.{comfyuis}")
             yield "control_" + name, tensor
+
+
+class FakeVAE:
+    """Latents that belong to a picture: its means of 8 x 8 pixels, spread over 16 channels."""
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+        return torch.cat([cells.roll(i, 1) * (1 + 0.1 * i) for i in range(6)], 1)[:, :16]
+
+
+@pytest.fixture(scope="module")
+def controls(host, control_tensors):
+    """Names in models/model_patches of ControlNets for the tiny model."""
+    import folder_paths
+
+    config = host_module(host, "models.config")
+    base = host_module(host, "formats.identify").model_info(host.files.find("diffusion_models", TINY, "model")).config
+    root = folder_paths.get_folder_paths("diffusion_models")[0]
+    folder = __import__("pathlib").Path(root).parent / "model_patches"
+    folder.mkdir(exist_ok=True)
+    folder_paths.folder_names_and_paths["model_patches"] = ([str(folder)], {".safetensors"})
+    given = {"n_layers": base.n_layers, "axes_dims": base.axes_dims, "control_layers_places": [0]}
+    for name, channels, refiner in (("masked", 33, "hints"), ("plain", 16, "alone"), ("old", 33, "layers")):
+        weights = control_tensors(config.ControlNetConfig(base, (0,), channels, refiner))
+        metadata = given | {"n_refiner_layers": base.n_refiner_layers}
+        save_file(weights, folder / f"{name}.safetensors", {"config": json.dumps(metadata)})
+    return {
+        name: host.controlnet.load_control(f"{name}.safetensors", "torch", "w4a16")
+        for name in ("masked", "plain", "old")
+    }
+
+
+def host_module(host, name: str):
+    return importlib.import_module(f"{host.__name__.partition('.')[0]}.zimage_core.{name}")
+
+
+def image(seed: int = 0, size=(64, 96)) -> torch.Tensor:
+    return torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def square() -> torch.Tensor:
+    mask = torch.zeros(1, 64, 96)
+    mask[:, 16:40, 16:60] = 1
+    return mask
+
+
+def applied(host, model, control, image=None, source=None, mask=None, strength=0.7, start=0.0, end=1.0):
+    with torch.inference_mode():
+        return host.controlnet.apply_control(model, control, FakeVAE(), image, source, mask, strength, start, end)
+
+
+@pytest.mark.parametrize("name", ["masked", "plain", "old"])
+@torch.inference_mode()
+def test_our_model_and_the_stock_model_agree(host, ours, stock, controls, name):  # noqa: F811
+    plain = ksample(ours, conditioning())
+    found = ksample(applied(host, ours, controls[name], image()), conditioning())
+    assert relative(found, plain) > 0.02
+    assert relative(ksample(applied(host, stock, controls[name], image()), conditioning()), found) < 1e-4
+    assert torch.equal(ksample(ours, conditioning()), plain)
+
+
+@torch.inference_mode()
+def test_masks_batches_guidance_and_two_at_once(host, ours, stock, controls):  # noqa: F811
+    latent = {"samples": torch.zeros(2, 16, 8, 12)}
+    found = []
+    for model in (ours, stock):
+        model = applied(host, model, controls["masked"], None, image(1), square())
+        model = applied(host, model, controls["plain"], image(2), strength=0.4)
+        found.append(ksample(model, conditioning(20), conditioning(50, seed=1), cfg=2.0, latent=latent))
+    assert relative(*found) < 1e-4
+    one = applied(host, ours, controls["masked"], None, image(1), square())
+    assert relative(ksample(one, conditioning(20), conditioning(50, seed=1), cfg=2.0, latent=latent), found[0]) > 0.01
+
+
+@torch.inference_mode()
+def test_the_range_is_that_of_comfyuis_percents(host, ours, stock, controls):  # noqa: F811
+    whole = ksample(applied(host, ours, controls["masked"], image()), conditioning())
+    halves = []
+    for model in (ours, stock):
+        half = applied(host, model, controls["masked"], image(), end=0.5)
+        halves.append(ksample(half, conditioning()))
+        both = applied(host, half, controls["masked"], image(), start=0.5)
+        assert relative(ksample(both, conditioning()), whole) < 1e-4
+    assert relative(*halves) < 1e-4 and relative(halves[0], whole) > 0.01
+
+
+@torch.inference_mode()
+def test_sizes_that_are_padded_and_a_picture_of_another_size(host, ours, stock, controls):  # noqa: F811
+    latent = {"samples": torch.zeros(1, 16, 7, 13)}
+    models = (applied(host, model, controls["masked"], image(0, (50, 70))) for model in (ours, stock))
+    found = [ksample(model, conditioning(), latent=latent) for model in models]
+    assert relative(*found) < 1e-4
+
+
+def test_streamed_blocks(host, ours, controls, small_gpu):  # noqa: F811
+    """ComfyUI gives the ControlNet's patcher an allowance of its own."""
+    with torch.inference_mode():
+        expected = ksample(applied(host, ours, controls["masked"], image()), conditioning())
+        patcher = controls["masked"]
+        patcher.module.leave()
+        patcher._place(torch.device("cpu"), 0)
+        assert relative(ksample(applied(host, ours, patcher, image()), conditioning()), expected) < 1e-5
+
+
+def test_what_does_not_fit_gets_a_sentence(host, ours, controls):  # noqa: F811
+    for arguments, words in (
+        ({"image": image(), "strength": float("nan")}, "expected a finite number, found nan"),
+        ({"image": image(), "start": 0.5, "end": 0.5}, "expected 0 <= start < end <= 1"),
+        ({"image": image(), "mask": square()}, "belong together"),
+        ({}, "a control image is needed, or inpaint_image and mask"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            applied(host, ours, controls["masked"], **arguments)
+    with pytest.raises(ValueError, match="a control image is needed: connect one"):
+        applied(host, ours, controls["plain"], None, image(), square())
+    assert applied(host, ours, controls["plain"], image(), strength=0.0) is ours
+    with pytest.raises(ValueError, match="found an SVDQuant INT4 model"):
+        import folder_paths
+
+        folder_paths.folder_names_and_paths["model_patches"][0].append(
+            folder_paths.get_folder_paths("diffusion_models")[0]
+        )
+        host.files.check_control(TINY)

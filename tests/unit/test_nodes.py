@@ -31,6 +31,8 @@ IDS = (
     "ZImageLoraStack",
     "ZImageQuantize",
     "ZImageCompare",
+    "ZImageControlNetLoader",
+    "ZImageControlNetApply",
 )
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 REAL_FILES = {"svdq-int4_r256-z-image-turbo.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"}

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.size is not None:
         size = args.size
     check_request(args.dst, size, args.merge)
-    is_control = identify(args.src).role == "controlnet"
+    is_control = Path(args.src).exists() and identify(args.src).role == "controlnet"
     if is_control and (args.merge or args.skip_refiners):
         raise ValueError(f"{args.src}: is a ControlNet, which takes neither --merge nor --skip-refiners")
     if is_control and not args.no_calibration and not (args.base and args.vae and args.control_image):

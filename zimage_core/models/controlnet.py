@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linear.adapters import Linear
+from ..linear.adapters import Adapted, Linear
 from . import ops
 from .config import ControlNetConfig
 from .transformer import Block, Conditioning, LinearFactory, RunBlock, ZImageTransformer, attention, patchify, use_ops
@@ -68,10 +68,8 @@ class ControlBlock(Block):
         return x.clamp(-ops.FP16_MAX, ops.FP16_MAX).to(dtype) if dtype is torch.float16 else x.to(dtype)
 
 
-class ControlNet(nn.Module):
+class ControlNet(Adapted):
     """The model. `linear(in, out, bias)` builds the blocks' linears, `refiner_linear` the refiner's if given."""
-
-    backend: Backend | None = None  # of its quantized linears
 
     def __init__(
         self,
@@ -81,6 +79,7 @@ class ControlNet(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.backend: Backend | None = None  # that of all quantized linears
         refiner_linear = refiner_linear or linear
         self.x_embedder = Linear(config.patch_dim, config.base.dim)
         refiner: list[Block] = []
@@ -123,18 +122,19 @@ class ControlNet(nn.Module):
         ValueError for a base that `check` refuses, or a context of another size.
         """
         self.check(base)
-        patch = base.config.patch_size
-        h, w = (cells * patch for cells in cond.grid)
+        h, w = (cells * base.config.patch_size for cells in cond.grid)
         if context.ndim != 4 or context.shape[1:] != (self.config.channels, h, w):
             raise ValueError(
                 f"control context: expected (batch, {self.config.channels}, {h}, {w}), found {tuple(context.shape)}"
             )
+        return PreparedControl(self, self.embed(context, base.x_pad_token, cond.image_tokens), strength, start, end)
+
+    def embed(self, context: Tensor, pad_token: Tensor, tokens: int) -> Tensor:
+        """Tokens (1 or B, L, D) of a control context, padded with the base's token to L = `tokens`."""
         weight = self.x_embedder.weight
-        tokens = self.x_embedder(patchify(context.to(weight.device, weight.dtype), patch))
-        pads = cond.image_tokens - tokens.shape[1]
-        if pads:
-            tokens = torch.cat((tokens, base.x_pad_token.to(tokens).expand(len(tokens), pads, -1)), dim=1)
-        return PreparedControl(self, tokens, strength, start, end)
+        found = self.x_embedder(patchify(context.to(weight.device, weight.dtype), self.config.base.patch_size))
+        pads = tokens - found.shape[1]
+        return torch.cat((found, pad_token.to(found).expand(len(found), pads, -1)), dim=1) if pads else found
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,21 +178,26 @@ class ControlRun:
     def enter_layers(self, x: Tensor, args: tuple) -> None:
         """Likewise before its layers; these tokens x (B, L + Lc, D) end with the caption's."""
         while self._next < len(self._blocks):  # 2.0: its later layers change the control tokens all the same
-            self._hint()
+            self._run_next()
         self.c = torch.cat((self.c, x[:, self.c.shape[1] :].to(self.c.dtype)), dim=1)
         self._enter("layers", self.net.layers, self.net.config.places, x, args)
 
     def add_hint(self, index: int, x: Tensor) -> Tensor:
         """The result x of the base's block `index` of the stage, with this ControlNet's hint if one belongs there."""
-        return torch.add(x, self._hint(), alpha=self.strength) if index in self._places else x
+        hint = self.hint(index)
+        return x if hint is None else torch.add(x, hint, alpha=self.strength)
+
+    def hint(self, index: int) -> Tensor | None:
+        """What belongs to the result of the base's block `index`, before the strength; each is made once, in order."""
+        return self._run_next() if index in self._places else None
 
     def _enter(self, stage: str, blocks: Iterable[nn.Module], places: Sequence[int], x: Tensor, args: tuple) -> None:
         self._stage, self._blocks, self._places, self._args = f"control_{stage}", list(blocks), places, args
         self._start: tuple[Tensor, ...] = (x,) if self._blocks else ()  # as large as c, dropped with the first block
         self._next = 0
 
-    def _hint(self) -> Tensor:
-        """Run the next block of the stack."""
+    def _run_next(self) -> Tensor:
+        """The hint of the stack's next block."""
         start, self._start = self._start, ()
         block = self._blocks[self._next]
         self.c, hint = self._run_block(self._stage, self._next, block, self.c, *self._args, *start)

@@ -13,6 +13,8 @@ const NODES = new Set([
   "ZImageLoraStack",
   "ZImageQuantize",
   "ZImageCompare",
+  "ZImageControlNetLoader",
+  "ZImageControlNetApply",
 ])
 const OURS = /zimage_core|nodes[\\/]host[\\/]/ // a stock sampler that ran our model
 
