@@ -87,14 +87,6 @@ class ZImageLoraStack:
             )
         return {"required": inputs, "hidden": {"unique_id": "UNIQUE_ID"}}
 
-    @classmethod
-    def VALIDATE_INPUTS(cls, lora_1, lora_2, lora_3, lora_4):
-        for name in (lora_1, lora_2, lora_3, lora_4):
-            answer = True if name == NO_LORA else messages.checked(check_lora, name)
-            if answer is not True:
-                return answer
-        return True
-
     def load(
         self, model, lora_1, strength_1, lora_2, strength_2, lora_3, strength_3, lora_4, strength_4, unique_id=None
     ):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .host import messages
-from .host.files import NO_LORA, check_lora, choices
-from .host.quantize import check_new_name, check_source, compare, quantize, sources
+from .host.files import NO_LORA, choices
+from .host.messages import CELL
+from .host.quantize import MAX_SIZE, check_source, compare, quantize, sources
 
 CATEGORY = "Z-Image INT4/quantize"
 RANKS = ("256", "128", "32")
-CELL, MAX_SIZE = 16, 1024  # pixels
 SLOTS = ("a", "b", "c", "d")
 CALIBRATION: dict[str, tuple] = {
     "clip": ("CLIP", {"tooltip": "To calibrate with: Z-Image Text Encoder Loader, or Load CLIP's Qwen3."}),
@@ -97,8 +97,8 @@ class ZImageQuantize:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "File name in models/diffusion_models. Empty: svdq-int4_rRANK-MODEL. A file that is "
-                        "there is never overwritten.",
+                        "tooltip": "File name in models/diffusion_models. Empty: svdq-int4_rRANK-MODEL, with a number "
+                        "where that exists. No file is overwritten.",
                     },
                 ),
             },
@@ -107,16 +107,8 @@ class ZImageQuantize:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name, lora_name, output_name, size=0):
-        # A file that is there is no reason to refuse here: after a run the same graph must still go through.
-        if isinstance(size, int) and (size % CELL or not 0 <= size <= MAX_SIZE):
-            near = min(max(CELL, round(size / CELL) * CELL), MAX_SIZE)
-            return f"size {size}: it must be a multiple of {CELL} up to {MAX_SIZE}, or 0 for the usual one; try {near}"
-        for check, value in ((check_source, model_name), (check_new_name, output_name)):
-            answer = messages.checked(check, value)
-            if answer is not True:
-                return answer
-        return True if lora_name == NO_LORA else messages.checked(check_lora, lora_name)
+    def VALIDATE_INPUTS(cls, model_name):
+        return messages.checked(check_source, model_name)
 
     def quantize(
         self,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from .host.sampling import sample
+from .host.messages import CELL
+from .host.sampling import MAX_SIZE, sample
 
-CELL = 16
-MAX_SIZE = 4096
 IMAGE_TO_IMAGE: dict[str, tuple] = {
     "latent": (
         "LATENT",
@@ -89,14 +88,6 @@ class ZImageSampler:
             "optional": IMAGE_TO_IMAGE,
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, width, height):
-        for name, value in (("width", width), ("height", height)):
-            if isinstance(value, int) and (value % CELL or not CELL <= value <= MAX_SIZE):
-                near = min(max(CELL, round(value / CELL) * CELL), MAX_SIZE)
-                return f"{name} {value}: it must be a multiple of {CELL} from {CELL} to {MAX_SIZE}; try {near}"
-        return True
 
     def sample(self, model, positive, seed, steps, width, height, batch_size, latent=None, denoise=1.0, unique_id=None):
         args = (model, positive, seed, steps, width, height, batch_size, latent, denoise)

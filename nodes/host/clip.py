@@ -16,11 +16,16 @@ from ...zimage_core.files import get_tokenizer
 from ...zimage_core.formats.encoder import load_text_encoder
 from ...zimage_core.memory.stages import encoding_bytes, libraries
 from ...zimage_core.models.text_encoder import TextEncoder
-from ...zimage_core.models.tokenizer import MAX_TOKENS, Tokenizer, load_tokenizer
+from ...zimage_core.models.tokenizer import MAX_TOKENS, TEMPLATE, Tokenizer, load_tokenizer
 from ...zimage_core.sizes import readable
+from . import messages
 from .files import DEMO, find, reads_encoder
-from .patcher import Adapted, StreamingPatcher, describe_need, refuse_saving
+from .patcher import Adapted, StreamingPatcher, describe_need
 
+NO_WEIGHTS = (
+    "this text encoder cannot be {} here: use a file of Qwen3-4B that Load CLIP reads, such as qwen_3_4b.safetensors"
+)
+LAYER = -2  # the one whose output Z-Image reads
 ENCODER_PREFIX = "qwen3_4b.transformer.model."  # of weight names in ComfyUI's own Z-Image encoder
 
 
@@ -59,12 +64,7 @@ class EncoderPatcher(StreamingPatcher):
     """The CLIP's patcher."""
 
     what = "text encoder"
-
-    def get_key_patches(self, filter_prefix=None):
-        raise ValueError("this text encoder cannot be merged with others: merge files of Qwen3-4B that ComfyUI reads")
-
-    def model_state_dict_for_saving(self, *args, **kwargs) -> NoReturn:
-        refuse_saving("a text encoder")
+    no_weights = NO_WEIGHTS
 
 
 def describe_encoder(clip: comfy.sd.CLIP) -> str:
@@ -81,15 +81,18 @@ class CoreTokenizer:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs) -> dict:
-        ids = self.tokenizer(text)
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, llama_template: str | None = None, **kwargs
+    ) -> dict:
+        """{"zimage": one row of (id, weight 1)}. Long prompts are not cut, as in ComfyUI; the library does cut them."""
+        ids = self.tokenizer.encode((llama_template or TEMPLATE).format(text))
         return {"zimage": [[(i, 1.0, n) if return_word_ids else (i, 1.0) for n, i in enumerate(ids)]]}
 
     def untokenize(self, token_weight_pair):
         return [(pair, "") for pair in token_weight_pair]
 
     def state_dict(self) -> NoReturn:
-        refuse_saving("a text encoder")
+        raise ValueError(NO_WEIGHTS.format("saved"))
 
 
 class CoreEncoder(Adapted):
@@ -143,7 +146,16 @@ class CoreEncoder(Adapted):
         return cond, None, {"attention_mask": torch.ones(cond.shape[:2], dtype=torch.int64)}
 
     def set_clip_options(self, options: dict) -> None:
-        pass
+        """ValueError for another layer than that which Z-Image was trained on: the last is not even loaded."""
+        layer = options.get("layer")
+        if layer not in (None, LAYER):
+            raise ValueError(
+                f"Z-Image reads layer {LAYER} of its text encoder, not {layer}: remove CLIP Set Last Layer, or set it "
+                f"to {LAYER}"
+            )
+
+    def generate(self, *args, **kwargs) -> NoReturn:
+        raise ValueError(NO_WEIGHTS.format("used to write text"))
 
     def reset_clip_options(self) -> None:
         pass
@@ -154,7 +166,12 @@ class CoreEncoder(Adapted):
 
 def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
     """CONDITIONING of a prompt. The encoder leaves the device afterwards, to make it free for sampling."""
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+    tokens = clip.tokenize(prompt)
+    length = max((len(row) for rows in tokens.values() for row in rows), default=0)
+    if length > MAX_TOKENS:
+        text = f"{length} tokens: Z-Image was trained on prompts of up to {MAX_TOKENS}"
+        messages.say(text, messages.executing_node())
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
     release(clip.patcher)
     return conditioning
 

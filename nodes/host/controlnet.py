@@ -54,6 +54,7 @@ class ControlPatcher(StreamingPatcher):
     """The ControlNet's patcher."""
 
     what = "Z-Image ControlNet"
+    no_weights = "a Z-Image ControlNet cannot be {} here: its file is what there is to work with"
     share = math.inf  # bytes of the MODEL's budget, where that has one
 
     @property

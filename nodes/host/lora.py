@@ -69,17 +69,24 @@ class StockModule:
 def stock_lora(key: str | tuple[str, Rows | None], value, strength_model: float = 1.0) -> Lora:
     """One patch of a stock LoRA loader; key is ComfyUI's name of the weight, with the rows that it changes if not all.
 
-    ValueError for what cannot run beside INT4 weights.
+    ValueError for patches that are no LoRA, and for the few kinds of LoRA that cannot run beside the weights.
     """
     name, rows = (key, None) if isinstance(key, str) else (key[0], key[1])
+    if strength_model != 1.0 or isinstance(value, list) or value == (None,):
+        raise ValueError(
+            f"{name}: this weight takes LoRAs only, it cannot be scaled, merged or replaced: remove the node that does "
+            "that"
+        )
     module, _, leaf = name.rpartition(".")
     kind = getattr(value, "name", None) or (value[0] if isinstance(value, tuple) else type(value).__name__)
     tensors = patch_tensors(kind, value, leaf)
     if rows is not None:
         whole = module.endswith("attention.qkv") and rows[1] % rows[2] == 0
         module = f"{module.removesuffix('qkv')}to_{'qkv'[rows[1] // rows[2]]}" if whole else ""
-    if not module or not tensors or strength_model != 1.0:
-        raise ValueError(f"{name}: a {kind} patch cannot be applied to an INT4 model: use the Z-Image LoRA Loader")
+    if not module or not tensors:
+        raise ValueError(
+            f"{name}: a LoRA of this kind ({kind}) cannot be applied here: for the model, use the Z-Image LoRA Loader"
+        )
     return Lora.from_tensors({f"{module}.{part}": tensor for part, tensor in tensors.items()}, name=name)
 
 

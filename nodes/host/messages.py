@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+CELL = 16  # pixels of a token's edge
+
 
 def checked(check: Callable[[str], None], value: str | None) -> bool | str:
     """True, or the error's sentence for `VALIDATE_INPUTS`. Linked inputs have no value yet; they are checked at run."""
@@ -13,6 +15,16 @@ def checked(check: Callable[[str], None], value: str | None) -> bool | str:
     except (ValueError, OSError) as error:
         return str(error)
     return True
+
+
+def check_pixels(name: str, pixels: int, most: int) -> None:
+    """ValueError unless the edge of a picture is a multiple of CELL up to `most`.
+
+    Raised when a node runs: were two inputs named in `VALIDATE_INPUTS`, ComfyUI would blame both for one.
+    """
+    if pixels % CELL or not CELL <= pixels <= most:
+        near = min(max(CELL, round(pixels / CELL) * CELL), most)
+        raise ValueError(f"{name} {pixels}: it must be a multiple of {CELL} from {CELL} to {most}; try {near}")
 
 
 def say(text: str, node_id: str | None) -> None:

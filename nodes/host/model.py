@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
 
 import comfy.latent_formats
 import comfy.model_base
@@ -31,8 +30,12 @@ from ...zimage_core.sizes import GIB, readable, round_up
 from . import messages
 from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
 from .forward import Caption, DiffusionModel
-from .patcher import StreamingPatcher, describe_need, refuse_saving
+from .patcher import StreamingPatcher, describe_need
 
+NO_WEIGHTS = (
+    "a model from the Z-Image INT4 Model Loader cannot be {} here: load its BF16 file with Load Diffusion Model for "
+    "that, and quantize the result"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -155,25 +158,28 @@ class ZImageModel(comfy.model_base.Lumina2):
         return out
 
     def extra_conds_shapes(self, **kwargs) -> dict:
-        return {}
+        context = kwargs.get("cross_attn")
+        return {} if context is None else {"c_crossattn": context.shape}
 
-    def memory_required(self, input_shape: Sequence[int], cond_shapes=None) -> float:
-        self.expected = self.activations(input_shape)
+    def memory_required(self, input_shape: Sequence[int], cond_shapes: Mapping | None = None) -> float:
+        captions = [shape[1] for shape in (cond_shapes or {}).get("c_crossattn", ())]
+        self.expected = self.activations(input_shape, max(captions, default=MAX_TOKENS))
         return self.expected
 
-    def activations(self, input_shape: Sequence[int]) -> float:
+    def activations(self, input_shape: Sequence[int], caption: int = MAX_TOKENS) -> float:
         """Bytes of activations for latents of a shape (B, 16, H/8, W/8), as planned.
 
-        Each picture is assumed to have a caption of its own, of the greatest length.
+        Each picture is assumed to have a caption of its own, of `caption` tokens, or MAX_TOKENS where that is more.
         """
+        caption = max(caption, MAX_TOKENS)
         transformer = self.diffusion_model.transformer
         batch, patch = input_shape[0], transformer.config.patch_size
         height, width = round_up(input_shape[-2], patch), round_up(input_shape[-1], patch)
-        need = sampling_bytes(transformer, 8 * height, 8 * width, batch, [MAX_TOKENS] * batch, controls=self.beside)
+        need = sampling_bytes(transformer, 8 * height, 8 * width, batch, [caption] * batch, controls=self.beside)
         need += libraries(comfy.model_management.get_torch_device())
         memory = comfy.model_management
         if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
-            tokens = height * width // patch**2 + MAX_TOKENS
+            tokens = height * width // patch**2 + caption
             need += batch * tokens**2 * transformer.dtype.itemsize * 2  # scores of one head at a time
         return need
 
@@ -193,14 +199,16 @@ class ZImageModel(comfy.model_base.Lumina2):
         """Names and shapes of ComfyUI's own Z-Image, without data: for key maps, not for saving."""
         return {f"diffusion_model.{key}": shape for key, shape in self.diffusion_model.shapes.items()}
 
-    def state_dict_for_saving(self, *args, **kwargs) -> NoReturn:
-        refuse_saving("an INT4 model")
+    def train(self, mode: bool = True):
+        if mode:
+            raise ValueError(NO_WEIGHTS.format("trained"))
+        return super().train(mode)
 
 
 class ZImagePatcher(StreamingPatcher):
     """The MODEL's patcher: it also keeps to the budget, and streams every block after an out-of-memory error."""
 
-    prefix, what = "diffusion_model.", "Z-Image"
+    prefix, what, no_weights = "diffusion_model.", "Z-Image", NO_WEIGHTS
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -244,8 +252,12 @@ class ZImagePatcher(StreamingPatcher):
         self.loras += ((added, strength),)
         self.patches_uuid = uuid.uuid4()
 
-    def get_key_patches(self, filter_prefix=None):
-        raise ValueError("INT4 models cannot be merged with others: merge BF16 files, then quantize the result")
+    def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        if dtype not in (None, self.module.dtype):
+            raise ValueError(
+                f"this model computes in {self.module.dtype}, which ComfyUI chose for this device, and not in {dtype}: "
+                "remove Model Compute Dtype, or set it to default"
+            )
 
     def load(self, *args, **kwargs):
         with self.use_ejected():

@@ -54,11 +54,6 @@ def describe_need(patcher: StreamingPatcher, need: float, purpose: str) -> str:
     return f"{readable(held)} weights + {readable(need)} {purpose}; {limit}{how}"
 
 
-def refuse_saving(what: str) -> NoReturn:
-    """ValueError for nodes that save: ComfyUI sees only names and shapes of these weights."""
-    raise ValueError(f"{what} cannot be saved from here: the file it was loaded from is what there is to keep")
-
-
 class Adapted(nn.Module):
     """A module of the core whose blocks can be streamed, and that shows LoRA loaders the names of ComfyUI's own model.
 
@@ -103,6 +98,8 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
     """
 
     prefix = ""  # of ComfyUI's weight names, before the names below `module`
+    what = ""  # the log's name for the model
+    no_weights = ""  # the error for nodes that need the weights themselves; {} is what they would do
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -113,14 +110,36 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
         return self.model
 
     def clone(self, *args, **kwargs):
+        if kwargs.get("force_deepcopy"):
+            self.refuse("trained")
         n = super().clone(*args, **kwargs)
         n.loras = self.loras
         return n
+
+    def refuse(self, what: str) -> NoReturn:
+        """ValueError for nodes that need the weights themselves, of which ComfyUI sees only names and shapes here."""
+        raise ValueError(self.no_weights.format(what))
+
+    def get_key_patches(self, filter_prefix=None) -> NoReturn:
+        self.refuse("merged with another")
+
+    def model_state_dict(self, filter_prefix=None):
+        if filter_prefix is not None:
+            self.refuse("turned into a LoRA")
+        return super().model_state_dict()
+
+    def model_state_dict_for_saving(self, *args, **kwargs) -> NoReturn:
+        self.refuse("saved")
+
+    def state_dict_for_saving(self, *args, **kwargs) -> NoReturn:
+        self.refuse("saved")
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
         names = self.model.state_dict()
         for key, value in patches.items():
             if (key if isinstance(key, str) else key[0]) in names:
+                if isinstance(value, list):
+                    self.refuse("merged with another")
                 stock_lora(key, value, strength_model)
         return super().add_patches(patches, strength_patch, strength_model)
 
@@ -159,8 +178,6 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
 
 class StreamingPatcher(AdapterPatcher):
     """A patcher that turns ComfyUI's byte allowance into whole blocks on the device; the others are streamed."""
-
-    what = ""  # the log's name for the model
 
     def model_size(self) -> int:
         return self.module.weights().total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from pathlib import Path
 
 import comfy.model_management
@@ -16,8 +17,9 @@ from ...zimage_core.quantize import run as core
 from ...zimage_core.sizes import GIB
 from . import messages
 from .clip import release
-from .files import EXTENSIONS, NO_LORA, choices, find
+from .files import EXTENSIONS, NO_LORA, check_lora, choices, find
 
+MAX_SIZE = 1024  # pixels of a calibration picture's edge
 QUANTIZER_BYTES = 6 * GIB  # of device memory to calibrate a full-size model
 
 
@@ -29,12 +31,6 @@ def sources() -> list[str]:
 def check_source(name: str) -> None:
     """ValueError unless a name of `sources` is, by its header, a dense Z-Image transformer."""
     core.check_source(find("diffusion_models", name, "dense"))
-
-
-def check_new_name(name: str) -> None:
-    """ValueError unless a name is empty or a file name without folders."""
-    if name and (Path(name).name != name or "\\" in name or name.startswith(".")):
-        raise ValueError(f"output_name {name!r}: expected a file name without folders; empty is one that fits")
 
 
 def quantize(
@@ -53,10 +49,13 @@ def quantize(
     0 for the quantizer's own. stack: LoRAs to merge, (name, strength) each. An interrupted run keeps its finished
     blocks, and the same call resumes it.
     """
+    if size:
+        messages.check_pixels("size", size, MAX_SIZE)
     source, target = find("diffusion_models", model_name, "dense"), new_file(model_name, output_name, rank)
-    if target.exists():
-        raise ValueError(f"{target}: is there already; choose another output_name, or remove that file")
     loras = [(find("loras", name, "lora"), strength) for name, strength in stack if name != NO_LORA]
+    for name, _ in stack:
+        if name != NO_LORA:
+            check_lora(name)
     device = comfy.model_management.get_torch_device()
     own_prompts, own_size = core.calibration_defaults(device)
     asked = [line.strip() for line in prompts.splitlines() if line.strip()] or own_prompts
@@ -78,19 +77,25 @@ def quantize(
 
 
 def new_file(model_name: str, output_name: str, rank: int) -> Path:
-    """The path of the file to write; an empty name becomes one in the style of the official files."""
-    check_new_name(output_name)
-    if not output_name:
-        stem = find("diffusion_models", model_name, "dense").stem
-        for ending in ("-bf16", "_bf16"):
-            stem = stem.removesuffix(ending)
-        output_name = f"svdq-int4_r{rank}-{stem}"
-    if not output_name.lower().endswith(EXTENSIONS):
-        output_name += EXTENSIONS[0]
+    """The path of the file to write; an empty name becomes a free one in the style of the official files.
+
+    ValueError for a name with folders and for a file that exists.
+    """
     roots = list(map(Path, folder_paths.get_folder_paths("diffusion_models")))  # models/unet, its old name, comes first
     root = next((root for root in roots if root.name == "diffusion_models"), roots[0])
     root.mkdir(parents=True, exist_ok=True)
-    return root / output_name
+    if output_name:
+        if Path(output_name).name != output_name or "\\" in output_name or output_name.startswith("."):
+            raise ValueError(f"output_name {output_name!r}: expected a file name without folders; empty is a free one")
+        ending = "" if output_name.lower().endswith(EXTENSIONS) else EXTENSIONS[0]
+        target = root / f"{output_name}{ending}"
+        if target.exists():
+            raise ValueError(f"{target}: is there already; choose another output_name, or leave it empty")
+        return target
+    stem = find("diffusion_models", model_name, "dense").stem.removesuffix("-bf16").removesuffix("_bf16")
+    numbers = chain(("",), (f"-{n}" for n in count(2)))
+    names = (f"svdq-int4_r{rank}-{stem}{number}{EXTENSIONS[0]}" for number in numbers)
+    return next(root / name for name in names if not (root / name).exists())
 
 
 def encode_features(clip: comfy.sd.CLIP, prompt: str) -> Tensor:

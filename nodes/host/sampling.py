@@ -15,6 +15,8 @@ from . import messages
 from .files import LATENT_CHANNELS
 from .model import ZImagePatcher, describe_plan
 
+MAX_SIZE = 4096  # pixels
+
 
 def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float) -> Tensor:
     """(steps + 1,) sigmas: the core's, or ComfyUI's "simple" where the model's sampling is patched or another's."""
@@ -23,6 +25,16 @@ def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float
     if "model_sampling" not in model.object_patches and getattr(sampling, "shift", None) == SHIFT:
         return get_sigmas(steps, start=steps / total)
     return comfy.samplers.calculate_sigmas(sampling, "simple", total)[-(steps + 1) :].cpu()
+
+
+def empty_latent(width: int, height: int, batch: int, denoise: float) -> dict:
+    """A LATENT to generate pictures of a size in pixels from; ValueError for a wrong size and for denoise below 1."""
+    if denoise < 1:
+        raise ValueError(f"denoise {denoise} needs a latent to start from: connect one (VAE Encode), or set it to 1")
+    messages.check_pixels("width", width, MAX_SIZE)
+    messages.check_pixels("height", height, MAX_SIZE)
+    shape = (batch, LATENT_CHANNELS, height // 8, width // 8)
+    return {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
 
 
 def sample(
@@ -41,11 +53,10 @@ def sample(
 
     Without a latent it starts from noise of `batch` pictures of width x height. The node shows the plan first.
     """
+    if latent is None:
+        latent = empty_latent(width, height, batch, denoise)
     import latent_preview
 
-    if latent is None:
-        shape = (batch, LATENT_CHANNELS, height // 8, width // 8)
-        latent = {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
     channels = model.get_model_object("latent_format").latent_channels
     if samples.shape[1] != channels:

@@ -39,13 +39,26 @@ def core_vae(path: Path, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
     sizes = {"ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "z_channels": LATENT_CHANNELS}
     sizes |= {"double_z": True, "resolution": 8, "in_channels": 3, "out_ch": 3, "dropout": 0.0}
     params = {"ddconfig": sizes, "embed_dim": LATENT_CHANNELS}
-    vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), dtype=dtype, config={"params": params})
+    vae = HostVAE(sd=AutoencoderKL(**params).state_dict(), dtype=dtype, config={"params": params})
     offload = comfy.model_management.vae_offload_device()
     vae.first_stage_model = CoreVAE(load_autoencoder(path, device=offload, dtype=vae.vae_dtype))
     vae.patcher = WholePatcher(vae.first_stage_model, load_device=vae.device, offload_device=offload)
     vae.latent_channels = LATENT_CHANNELS
     vae.size = None
     return vae
+
+
+class HostVAE(comfy.sd.VAE):
+    """ComfyUI's VAE around a `CoreVAE`."""
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """The core's tensors, for saving; ValueError where the file would lose the constants of the VAE."""
+        vae, flux = self.first_stage_model.vae, self.first_stage_model.latent_format
+        if (vae.config.scaling_factor, vae.config.shift_factor) != (flux.scale_factor, flux.shift_factor):
+            raise ValueError(
+                "this VAE cannot be saved here, as its scale and shift would be lost: keep the file it was loaded from"
+            )
+        return vae.state_dict()
 
 
 class WholePatcher(comfy.model_patcher.ModelPatcher):

@@ -92,10 +92,10 @@ def test_stopped_calibration_goes_on_where_it_was(server, folder):
 def test_errors_are_sentences(server, folder):
     tiny = "svdq-int4_r32-z-image-tiny.safetensors"
     assert "expected a BF16 model, found svdq-int4" in checks.refused(server, quantizing(model_name=tiny))
-    assert "without folders" in checks.refused(server, quantizing(output_name="../x"))
     (folder / "taken.safetensors").write_bytes(b"somebody's")
     for changes, words in (
         ({"output_name": "taken"}, "is there already; choose another output_name"),
+        ({"output_name": "../x"}, "without folders"),
         ({"calibrate": True, "clip": None}, "connect a CLIP"),
         ({"rank": "256", "model_name": DEMO, "output_name": "taken.safetensors"}, "is there already"),
     ):

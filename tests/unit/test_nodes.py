@@ -317,23 +317,30 @@ def test_truncated_pickled_and_missing_files(pack, node, folder):
     assert "is not in" in check(pack, node, "gone.safetensors")
 
 
-@pytest.mark.parametrize("size, good", [((1024, 1024), True), ((16, 4096), True), ((1000, 1024), False)])
-def test_sizes(pack, size, good):
-    answer = pack.NODE_CLASS_MAPPINGS["ZImageSampler"].VALIDATE_INPUTS(*size)
-    assert answer is True if good else "multiple of 16" in answer and "try 992" in answer
+@pytest.mark.parametrize(
+    "size, denoise, says",
+    [
+        ((1000, 1024), 1.0, "width 1000: it must be a multiple of 16 from 16 to 4096; try 992"),
+        ((64, 8192), 1.0, "height 8192: .* try 4096"),
+        ((0, 64), 1.0, "width 0: .* try 16"),
+        ((64, 64), 0.5, "denoise 0.5 needs a latent to start from"),
+    ],
+)
+def test_sampler_names_the_one_input_that_is_wrong(pack, size, denoise, says):
+    """When it runs: an input that is named in VALIDATE_INPUTS is blamed by ComfyUI for every other one."""
+    sampler = pack.NODE_CLASS_MAPPINGS["ZImageSampler"]
+    assert not hasattr(sampler, "VALIDATE_INPUTS")
+    with pytest.raises(ValueError, match=f"^{says}"):
+        sampler().sample(None, [], 0, 8, *size, 1, denoise=denoise)
 
 
-def test_sizes_out_of_range_or_linked(pack):
-    validate = pack.NODE_CLASS_MAPPINGS["ZImageSampler"].VALIDATE_INPUTS
-    assert "try 16" in validate(0, 64) and "height" in validate(64, 8192) and validate(None, 64) is True
+@pytest.mark.parametrize("node", IDS)
+def test_no_more_than_one_input_is_checked_ahead(pack, node):
+    check = getattr(pack.NODE_CLASS_MAPPINGS[node], "VALIDATE_INPUTS", None)
+    assert check is None or len(inspect.signature(check).parameters) == 1
 
 
 # ---- quantizing and comparing ---------------------------------------------------------------------------------
-
-
-def validate(pack, **changes):
-    given = {"model_name": "bundled demo", "lora_name": "none", "output_name": "", **changes}
-    return pack.NODE_CLASS_MAPPINGS["ZImageQuantize"].VALIDATE_INPUTS(**given)
 
 
 def test_quantizer_lists_what_it_can_take(pack):
@@ -351,27 +358,31 @@ def test_quantizer_lists_what_it_can_take(pack):
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({}, None),
-        ({"model_name": None, "lora_name": "bundled demo: frame", "size": 128}, None),  # linked, and a real LoRA
-        ({"size": 100}, "try 96"),
+        ({"size": 100}, "size 100: .* try 96"),
         ({"size": -16}, "try 16"),
         ({"size": 2048}, "try 1024"),
-        ({"model_name": "gone.safetensors"}, "is not in"),
         ({"lora_name": "gone.safetensors"}, "is not in"),
+        ({"lora_name": "broken.safetensors"}, "broken.safetensors"),
         ({"output_name": "../x"}, "without folders"),
         ({"output_name": "a\\b.safetensors"}, "without folders"),
-        ({"output_name": "mine"}, None),
+        ({"output_name": "there"}, "is there already; choose another output_name, or leave it empty"),
     ],
 )
-def test_quantizer_checks_its_inputs(pack, changes, says):
-    answer = validate(pack, **changes)
-    assert answer is True if says is None else says in answer, answer
+def test_quantizer_checks_its_inputs_before_it_works(pack, changes, says):
+    (pack.models / "loras" / "broken.safetensors").write_bytes(b"no file of that kind")
+    (pack.models / "diffusion_models" / "there.safetensors").touch()
+    given = {"model_name": "bundled demo", "lora_name": "none", "output_name": "", **changes}
+    node = pack.NODE_CLASS_MAPPINGS["ZImageQuantize"]()
+    with pytest.raises(ValueError, match=says):
+        node.quantize(rank="32", calibrate=False, lora_strength=1.0, **given)
+    (pack.models / "diffusion_models" / "there.safetensors").unlink()
+    (pack.models / "loras" / "broken.safetensors").unlink()
 
 
 def test_quantizer_refuses_what_is_int4_already(pack):
     path = pack.models / "diffusion_models" / "int4.safetensors"
     path.symlink_to(TINY)
-    assert "expected a BF16 model, found svdq-int4" in validate(pack, model_name=path.name)
+    assert "expected a BF16 model, found svdq-int4" in check(pack, "ZImageQuantize", path.name)
     path.unlink()
 
 
@@ -380,10 +391,14 @@ def test_quantizer_names_its_file(pack, monkeypatch):
     known = host.files.folder_paths.folder_names_and_paths
     roots, extensions = known["diffusion_models"]
     monkeypatch.setitem(known, "diffusion_models", ([str(pack.models / "unet"), *roots], extensions))
-    folder = pack.models / "diffusion_models"
-    assert host.quantize.new_file(host.files.DEMO, "", 32) == folder / "svdq-int4_r32-z-image-demo.safetensors"
-    assert host.quantize.new_file(host.files.DEMO, "mine", 32) == folder / "mine.safetensors"
-    assert host.quantize.new_file(host.files.DEMO, "mine.sft", 32) == folder / "mine.sft"
+    folder, new_file = pack.models / "diffusion_models", host.quantize.new_file
+    usual = folder / "svdq-int4_r32-z-image-demo.safetensors"
+    assert new_file(host.files.DEMO, "", 32) == usual
+    usual.touch()
+    assert new_file(host.files.DEMO, "", 32).name == "svdq-int4_r32-z-image-demo-2.safetensors"
+    usual.unlink()
+    assert new_file(host.files.DEMO, "mine", 32) == folder / "mine.safetensors"
+    assert new_file(host.files.DEMO, "mine.sft", 32) == folder / "mine.sft"
 
 
 def test_quantizer_wants_a_clip_to_calibrate(pack):

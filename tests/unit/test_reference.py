@@ -184,9 +184,15 @@ def test_torch_is_another_name_of_the_reference():
 
 
 @pytest.mark.parametrize(("name", "precision"), [("triton", "auto"), ("reference", "w4a8"), ("nunchaku", "w4a4")])
-def test_what_cannot_run_is_refused_with_every_backends_reason(name, precision, no_engine):
-    with pytest.raises(ValueError, match="cannot run on cpu") as refusal:
+def test_a_named_backend_is_refused_with_its_own_reason(name, precision, no_engine):
+    with pytest.raises(ValueError, match="cannot run on cpu.*; choose backend auto") as refusal:
         select(name, precision, device="cpu", dtype=torch.bfloat16)
+    assert [backend for backend in backends.BACKENDS if f"{backend}: " in str(refusal.value)] == [name]
+
+
+def test_a_precision_that_nothing_runs_is_refused_with_every_backends_reason(no_engine):
+    with pytest.raises(ValueError, match="cannot run on cpu.*; choose precision auto") as refusal:
+        select("auto", "w4a8", device="cpu", dtype=torch.bfloat16)
     for backend in backends.BACKENDS:
         assert f"{backend}: " in str(refusal.value)
     assert "not on PyPI" in str(refusal.value)

@@ -130,9 +130,11 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
                 _log_once(f"SVDQ backend: {reason}")
             return Backend(candidate, level, module, reason)
         passed[candidate] = refusal
-    every = [f"{row[0]}: {row[1] or 'runs ' + ', '.join(row[2])}" for row in report(device, dtype)]
-    asked = f"backend {backend!r} with precision {precision!r}"
-    raise ValueError(f"{asked} cannot run on {describe(device)} in {dtype}: {'; '.join(every)}")
+    rows = [row for row in report(device, dtype) if name in ("auto", row[0])]
+    reasons = "; ".join(f"{row[0]}: {row[1] or 'runs ' + ', '.join(row[2])}" for row in rows)
+    asked = f"backend {backend!r} with precision {precision!r} cannot run on {describe(device)} in {dtype}"
+    remedy = "precision auto" if name == "auto" else "backend auto, which takes the fastest that runs"
+    raise ValueError(f"{asked}: {reasons}; choose {remedy}")
 
 
 def report(device, dtype: torch.dtype) -> list[tuple[str, str | None, tuple[str, ...]]]:
