@@ -21,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_core import batch
-from zimage_core.batch.rows import PictureColumns, Row, Rows, fingerprint
-from zimage_core.batch.sink import Folder, Sink
+from zimage_core.batch.columns import PictureColumns
+from zimage_core.batch.rows import Row, Rows, fingerprint
+from zimage_core.batch.sink import Sink
+from zimage_core.batch.store import Folder
 
 STANDIN = Path(__file__).with_name("standin.py")
 spec = importlib.util.spec_from_file_location("standin", STANDIN)
@@ -127,7 +129,7 @@ def test_large_files_are_told_apart_by_samples(tmp_path):
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ({"prompt": "a", "widht": 64}, "row 1: column 'widht' is unknown; columns are count, guidance, height"),
+        ({"prompt": "a", "widht": 64}, "row 1: column 'widht' is unknown; columns are canny, control"),
         ({"id": "x"}, "prompt: every row needs one"),
         ({"prompt": 3}, "prompt: expected a text, found 3"),
         (
@@ -147,8 +149,12 @@ def test_large_files_are_told_apart_by_samples(tmp_path):
         ({"prompt": "a", "id": "dot."}, "id"),
         ({"prompt": "a", "id": ".hidden"}, "id"),
         ({"prompt": "a", "lora": "gone.safetensors:0.5"}, "lora: gone.safetensors: no such file"),
-        ({"prompt": "a", "lora": 3}, "lora: expected FILE:STRENGTH"),
+        ({"prompt": "a", "lora": 3}, "lora: expected texts such as FILE:STRENGTH"),
         ({"prompt": "a", "image": "gone.png"}, "image: gone.png: no such file"),
+        ({"prompt": "a", "mask": "gone.png"}, "mask: there is no picture for it"),
+        ({"prompt": "a", "control": "gone.safetensors"}, "control: gone.safetensors: no such file"),
+        ({"prompt": "a", "control_image": "pyproject.toml"}, "control_image: there is no ControlNet for it"),
+        ({"prompt": "a", "canny": "perhaps"}, "canny: expected true or false"),
         ({"prompt": "a", "image": "pyproject.toml"}, "image: pyproject.toml: expected a picture"),
     ],
 )

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from zimage_core import batch, cli
+from zimage_core.formats.identify import model_info
+from zimage_core.models.config import ControlNetConfig
 
 SMALL = {"width": 48, "height": 32, "steps": 2}
 
@@ -17,19 +20,51 @@ def hashes(folder: Path) -> dict[str, str]:
     return {record["id"]: record["sha256"] for record in batch.Sink(folder).records()}
 
 
+@pytest.fixture(scope="module")
+def control(control_tensors, tiny_files, tmp_path_factory) -> Path:
+    """A ControlNet for the tiny model."""
+    base = model_info(tiny_files["model"]).config
+    config = {"n_layers": base.n_layers, "axes_dims": base.axes_dims, "control_layers_places": [0]}
+    path = tmp_path_factory.mktemp("control") / "control.safetensors"
+    save_file(control_tensors(ControlNetConfig(base, (0,), 33, "hints")), path, {"config": json.dumps(config)})
+    return path
+
+
 @pytest.fixture
 def options(tiny_files) -> list[str]:
     small = [f"--{name}={value}" for name, value in SMALL.items()]
     return [*(f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()), *small, "--device=cpu"]
 
 
-def test_a_batch_is_what_generate_makes_of_each_row(options, tmp_path, capsys):
-    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "start.png")
+def test_a_batch_is_what_generate_makes_of_each_row(options, control, tmp_path, capsys):
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.linear_gradient("L").resize((64, 64)).save(start)
+    Image.new("L", (64, 64)).save(mask)
+    with Image.open(mask) as picture:
+        picture.paste(255, (16, 16, 40, 40))
+        picture.save(mask)
     rows = [
         {"id": "plain", "prompt": "a cat", "seed": 3},
         {"id": "guided", "prompt": "a dog", "seed": 4, "guidance": 1.5, "negative_prompt": "é 中"},
         {"id": "folder/from-image", "prompt": "a cat", "seed": 5, "image": "start.png", "strength": 0.5},
         {"id": "large", "prompt": "a cat", "seed": 6, "width": 64, "height": 64},
+        {"id": "masked", "prompt": "a cat", "seed": 9, "image": "start.png", "mask": "mask.png", "feather": 4},
+        {
+            "id": "padded",
+            "prompt": "a cat",
+            "seed": 9,
+            "image": "start.png",
+            "pad": "0,0,32,0",
+            "width": 96,
+            "height": 64,
+        },
+        {
+            "id": "guided-by",
+            "prompt": "a cat",
+            "seed": 9,
+            "control": f"{control}:0.7:0-0.8",
+            "control_image": "start.png",
+        },
         {"id": "several", "prompt": "a long prompt of a cat", "seed": 7, "count": 2},
     ]
     file = tmp_path / "rows.jsonl"
@@ -38,13 +73,16 @@ def test_a_batch_is_what_generate_makes_of_each_row(options, tmp_path, capsys):
     assert cli.main(["batch", str(file), f"--out={out}", *options, "--json"]) == 0
     captured = capsys.readouterr()
     facts = json.loads(captured.out.splitlines()[-1])
-    assert (facts["rows"], facts["generated"], facts["there"], facts["failed"]) == (6, 6, 0, 0)
-    assert "6 pictures, 0 of them are there, 6 to generate; reference w4a16 bfloat16 on cpu" in captured.err
+    assert (facts["rows"], facts["generated"], facts["there"], facts["failed"]) == (9, 9, 0, 0)
+    assert "9 pictures, 0 of them are there, 9 to generate; reference w4a16 bfloat16 on cpu" in captured.err
     single = {
         "plain": ["a cat", "--seed=3"],
         "guided": ["a dog", "--seed=4", "--guidance=1.5", "--negative-prompt=é 中"],
-        "folder/from-image": ["a cat", "--seed=5", f"--image={tmp_path / 'start.png'}", "--strength=0.5"],
+        "folder/from-image": ["a cat", "--seed=5", f"--image={start}", "--strength=0.5"],
         "large": ["a cat", "--seed=6", "--width=64", "--height=64"],
+        "masked": ["a cat", "--seed=9", f"--image={start}", f"--mask={mask}", "--feather=4"],
+        "padded": ["a cat", "--seed=9", f"--image={start}", "--pad=0,0,32,0", "--width=96", "--height=64"],
+        "guided-by": ["a cat", "--seed=9", f"--control={control}:0.7:0-0.8", f"--control-image={start}"],
         "several-1": ["a long prompt of a cat", "--seed=7"],
         "several-2": ["a long prompt of a cat", "--seed=8"],
     }

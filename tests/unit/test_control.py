@@ -13,9 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from zimage_core import Control, load_pipeline, pictures
+from zimage_core import Control, load_pipeline, notation, pictures
 from zimage_core.cli import main
-from zimage_core.cli.options import control_option
 from zimage_core.formats.identify import model_info
 from zimage_core.models.config import ControlNetConfig
 
@@ -260,4 +259,4 @@ def test_control_options():
         ("a:b:-1:0.25-.5", ("a:b", -1, 0.25, 0.5)),
         ("a:0.5-1", ("a:0.5-1", 1, 0, 1)),
     ):
-        assert control_option(text) == expected
+        assert notation.control(text) == expected

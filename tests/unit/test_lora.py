@@ -779,8 +779,7 @@ def test_a_lora_that_does_not_fit_is_told_before_any_work(tiny_files):
 def test_command_line(tiny_files, files, tmp_path, capsys):
     from PIL import Image
 
-    from zimage_core import cli
-    from zimage_core.cli.options import lora_option
+    from zimage_core import cli, notation
 
     options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
     options += ["--width=32", "--height=32", "--steps=1", "--seed=1", "--device=cpu", f"--out={tmp_path / 'x.png'}"]
@@ -792,7 +791,7 @@ def test_command_line(tiny_files, files, tmp_path, capsys):
             settings = json.loads(image.text["settings"])
     assert len(pictures) == 2
     assert settings["loras"] == [["style.safetensors", -0.5], ["encoder.safetensors", 1.0]]
-    assert lora_option(r"C:\a.safetensors") == (r"C:\a.safetensors", 1.0)
+    assert notation.lora(r"C:\a.safetensors") == (r"C:\a.safetensors", 1.0)
     capsys.readouterr()
     assert cli.main(["inspect", str(files / "style.safetensors"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

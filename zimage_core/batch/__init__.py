@@ -12,15 +12,15 @@ What holds at every moment, whoever is killed:
    their merges, and a merge can be cut off anywhere and done again.
 5. Rows are never held in memory, only 64-bit digests of them.
 
-`rows` reads, `sink` keeps, `work` is one worker, `pictures` its pipeline, `processes` and `cluster` many workers,
-`comfyui` another engine, `driver` puts them together. May import pipeline and below.
+`columns` and `rows` read, `store` and `sink` keep, `work` is one worker, `pictures` its pipeline, `processes` and
+`cluster` many workers, `comfyui` another engine, `driver` puts them together. May import pipeline and below.
 """
 
 from __future__ import annotations
 
 import importlib
 
-_HOME = {"run": "driver", "Run": "driver", "Sink": "sink", "Result": "work", "PictureColumns": "rows"}
+_HOME = {"run": "driver", "Run": "driver", "Sink": "sink", "Result": "work", "PictureColumns": "columns"}
 __all__ = list(_HOME)
 
 

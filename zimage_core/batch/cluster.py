@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from .columns import Cells, Columns, PictureColumns
 from .processes import Processes
-from .rows import Cells, Columns, PictureColumns, Row, check, digest, expand, parse_json
+from .rows import Row, check, digest, expand, parse_json
 from .sink import Sink
 from .work import Result, Task, pinned
 

@@ -22,7 +22,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .rows import Cells, Row, number, text, whole
+from .columns import Cells, number, text, whole
+from .rows import Row
 
 QUEUED = 2  # prompts in the server's queue at a time
 REQUEST_S, EVENT_S, BACK_S = 60.0, 5.0, 120.0

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..sizes import readable
-from .rows import Cells, Columns, PictureColumns, Rows
+from .columns import Cells, Columns, PictureColumns
+from .rows import Rows
 from .sink import Done, Sink
 from .work import CHUNK, Generator, Result, Task, Worker, journal_name, pinned
 

@@ -6,10 +6,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..control import Control
 from ..formats.encoder import check_text_encoder
 from ..formats.identify import model_info
 from ..formats.vae import read_vae_config
 from ..linear import backends
+from ..lora.read import Lora, load_lora
+from ..pictures import canny, pad
 from ..pipeline import load_pipeline
 from .rows import Row, fingerprint
 
@@ -33,7 +36,7 @@ class PictureGenerator:
         if model_info(pipeline.files.model).rank:
             chosen = backends.select(pipeline.backend, pipeline.precision, device=pipeline.device, dtype=pipeline.dtype)
             self.backend, self.precision = chosen.name, chosen.precision
-        self._loras: list[list[Any]] = []
+        self._loras: dict[str, Lora] = {}
 
     def _arithmetic(self) -> dict[str, object]:
         dtype = str(self.pipeline.dtype).removeprefix("torch.")
@@ -61,8 +64,8 @@ class PictureGenerator:
         return f"{arithmetic} on {made['device']}, {several}"
 
     def group(self, row: Row) -> Hashable:
-        """Everything but prompt and seed; a row with an image is a group of its own."""
-        if "image" in row.settings:
+        """Everything but prompt and seed; a row with pictures is a group of its own."""
+        if {"image", "controls"} & row.settings.keys():
             return row.id
         rest = {name: value for name, value in row.settings.items() if name not in ("prompt", "seed")}
         return repr(sorted(rest.items()))
@@ -73,15 +76,16 @@ class PictureGenerator:
         return max(1, min(TOGETHER, PIXELS // (row.settings["width"] * row.settings["height"])))
 
     def prepare(self, rows: Sequence[Row]) -> None:
-        """Encode all prompts of the rows, under the LoRAs of the first: others encode again what theirs change."""
-        self._set_loras(rows[0])
+        """Encode all prompts of the rows. Where LoRAs that change the text encoder differ, batches do it again."""
+        same = all(row.settings.get("loras") == rows[0].settings.get("loras") for row in rows)
+        self.pipeline.set_loras(self._read_loras(rows[0].settings) if same else [])
         prompts = [row.settings["prompt"] for row in rows]
         prompts += [row.settings["negative_prompt"] for row in rows if "negative_prompt" in row.settings]
         self.pipeline.encode(prompts)
 
     def generate(self, rows: Sequence[Row]) -> list[Image]:
-        self._set_loras(rows[0])
         settings = rows[0].settings
+        image, mask = edited(settings)
         return self.pipeline(
             [row.settings["prompt"] for row in rows],
             height=settings["height"],
@@ -90,18 +94,42 @@ class PictureGenerator:
             guidance_scale=settings["guidance"],
             negative_prompt=settings.get("negative_prompt"),
             generator=[row.settings["seed"] for row in rows],
-            image=read_image(settings["image"]) if "image" in settings else None,
+            image=image,
             strength=settings.get("strength", 1.0),
+            mask=mask,
+            feather=settings.get("feather", 0),
+            control=controls(settings),
+            loras=self._read_loras(settings),
         )
 
     def close(self) -> None:
         """Nothing: the pipeline goes with its process."""
 
-    def _set_loras(self, row: Row) -> None:
-        wanted = row.settings.get("loras", [])
-        if wanted != self._loras:
-            self.pipeline.set_loras([(path, strength) for path, strength in wanted])
-            self._loras = wanted
+    def _read_loras(self, settings: Mapping[str, Any]) -> list[tuple[Lora, float]]:
+        """The row's LoRAs; those of the last row are kept, so that they are not read for each."""
+        wanted = settings.get("loras", [])
+        self._loras = {path: self._loras.get(path) or load_lora(path) for path, _ in wanted}
+        return [(self._loras[path], strength) for path, strength in wanted]
+
+
+def edited(settings: Mapping[str, Any]) -> tuple[Image | None, Image | None]:
+    """The picture that a row starts from, with its borders, and the mask of what is repainted."""
+    if "image" not in settings:
+        return None, None
+    if "pad" in settings:
+        return pad(read_image(settings["image"]), *settings["pad"])
+    return read_image(settings["image"]), read_image(settings["mask"]) if "mask" in settings else None
+
+
+def controls(settings: Mapping[str, Any]) -> list[Control]:
+    """The row's ControlNets with their pictures."""
+    found = []
+    for path, strength, start, end, picture in settings.get("controls", ()):
+        image = None if picture is None else read_image(picture)
+        if image is not None and settings.get("canny"):
+            image = canny(image)
+        found.append(Control(image, path, strength, start, end))
+    return found
 
 
 def read_image(path: str) -> Image:

@@ -6,31 +6,25 @@ other. A row without an id is numbered (`000001`); one without a seed gets a see
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import hashlib
 import itertools
 import json
-import math
-import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
+
+from .columns import Cells, Columns, identifier, whole
 
 SEEDS = 2**64
-MULTIPLE = 16
-MAX_STEPS = 100
 MAX_COUNT = 100_000
 SHOWN = 5  # complaints of one message
 SAMPLED, SAMPLES, SAMPLE = 2**26, 64, 2**20  # bytes: larger files are hashed at so many places
-ID = re.compile(r"[\w][\w.\- ()+,@=]*(/[\w][\w.\- ()+,@=]*)*")
-MAX_ID = 200
-Cells = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -47,22 +41,14 @@ class Row:
     def key(self, engine: Mapping[str, object]) -> str:
         """Hash of everything that the picture depends on; files by content, whatever they are called."""
         effective = dict(self.settings)
-        if "loras" in effective:
-            effective["loras"] = [[fingerprint(path), strength] for path, strength in effective["loras"]]
-        if "image" in effective:
-            effective["image"] = fingerprint(effective["image"])
+        for name in {"image", "mask"} & effective.keys():
+            effective[name] = fingerprint(effective[name])
+        for name in {"loras", "controls"} & effective.keys():
+            effective[name] = [
+                [fingerprint(part) if isinstance(part, str) else part for part in parts] for parts in effective[name]
+            ]
         text = json.dumps([effective, engine], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-class Columns(Protocol):
-    """What an engine takes of a row."""
-
-    names: frozenset[str]
-
-    def settings(self, cells: Cells, seed: int) -> dict[str, Any]:
-        """The settings of a picture; ValueError for values that cannot be used."""
-        ...
 
 
 class Rows:
@@ -238,58 +224,7 @@ def spool(stream: IO[bytes]) -> IO[bytes]:
     return file
 
 
-# ---- values ---------------------------------------------------------------------------------------------------
-
-
-def identifier(value: object) -> str:
-    """An id as a relative path without suffix; ValueError for what is no safe file name everywhere."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"id: expected a text, found {value!r}")
-    text = str(value).strip()
-    parts = text.split("/")
-    if not ID.fullmatch(text) or len(text.encode()) > MAX_ID or any(part != part.rstrip(" .") for part in parts):
-        raise ValueError(
-            f"id: expected at most {MAX_ID} bytes of letters, digits and ._-()+,@=, with / between folders, "
-            f"found {text!r}"
-        )
-    return text
-
-
-def whole(name: str, value: object, least: int, most: int) -> int:
-    """A whole number within limits, also from text."""
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,20}\s*", value):
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ValueError(f"{name}: expected a whole number from {least} to {most}, found {value!r}")
-    return value
-
-
-def number(name: str, value: object) -> float:
-    """A finite number, also from text."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a number, found {value!r}")
-    return float(value)
-
-
-def text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: expected a text, found {value!r}")
-    return value
-
-
-def side(name: str, value: object) -> int:
-    """An edge in pixels."""
-    found = whole(name, value, 1, 2**14)
-    if found % MULTIPLE:
-        below = max(found // MULTIPLE, 1) * MULTIPLE
-        raise ValueError(
-            f"{name}: expected a multiple of {MULTIPLE} pixels, found {found}; the nearest are {below} and "
-            f"{below + MULTIPLE}"
-        )
-    return found
+# ---- files by content -------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=4096)
@@ -315,75 +250,3 @@ def fingerprint(path: str | Path) -> str:
         return hashlib.sha256("\0".join(named).encode()).hexdigest()[:32]
     stat = path.stat()
     return _fingerprint(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-# ---- the columns of a picture ---------------------------------------------------------------------------------
-
-
-class PictureColumns:
-    """The columns of `zimage generate`. folder: where relative names of files begin; size: edge where none is asked."""
-
-    names = frozenset(
-        ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "seed", "lora", "image", "strength")
-    )
-
-    def __init__(self, folder: str | Path = ".", size: int = 1024):
-        self.folder = Path(folder)
-        self.size = size
-
-    def settings(self, cells: Cells, seed: int) -> dict[str, Any]:
-        """All that one picture depends on, defaults filled in and what has no effect left out."""
-        if "prompt" not in cells:
-            raise ValueError("prompt: every row needs one")
-        found: dict[str, Any] = {"prompt": text("prompt", cells["prompt"]), "seed": seed}
-        width = height = self.size
-        if "image" in cells:
-            image = self._file("image", text("image", cells["image"]))
-            width, height = (pixels // MULTIPLE * MULTIPLE for pixels in picture_size(image))
-            found |= {"image": image, "strength": number("strength", cells.get("strength", 0.6))}
-            if not 0 < found["strength"] <= 1:
-                raise ValueError(f"strength: expected above 0 and up to 1, found {found['strength']}")
-        found["width"] = side("width", cells.get("width", width))
-        found["height"] = side("height", cells.get("height", height))
-        found["steps"] = whole("steps", cells.get("steps", 8), 1, MAX_STEPS)
-        found["guidance"] = number("guidance", cells.get("guidance", 0.0))
-        if found["guidance"] < 0:
-            raise ValueError(f"guidance: expected 0 or more, found {found['guidance']}")
-        negative = text("negative_prompt", cells.get("negative_prompt", ""))
-        if found["guidance"]:
-            found["negative_prompt"] = negative
-        if loras := self._loras(cells.get("lora", [])):
-            found["loras"] = loras
-        return found
-
-    def _loras(self, value: object) -> list[list[object]]:
-        """[file, strength] of "FILE:STRENGTH; ..." or a list of such texts, in order."""
-        parts = value.split(";") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"lora: expected FILE:STRENGTH or a list of such texts, found {value!r}")
-        found = []
-        for part in filter(None, map(str.strip, parts)):
-            name, colon, strength = part.rpartition(":")
-            try:
-                named = (name, float(strength)) if colon and name else (part, 1.0)
-            except ValueError:
-                named = (part, 1.0)
-            found.append([self._file("lora", named[0]), number("lora", named[1])])
-        return found
-
-    def _file(self, column: str, name: str) -> str:
-        path = self.folder / name
-        if not path.is_file():
-            raise ValueError(f"{column}: {path}: no such file; relative names begin in {self.folder}")
-        return str(path)
-
-
-def picture_size(path: str) -> tuple[int, int]:
-    """Width and height of a picture file; ValueError where it is none."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image: {path}: expected a picture, found none ({error})") from None

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__
 from .rows import Row
-from .sink import Record, Sink, SinkError
+from .sink import Record, Sink
+from .store import SinkError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Commands, Parser, add_budget, add_models, add_runtime, control_option, lora_option, pad_option
+from .. import notation
+from .options import Commands, Parser, add_budget, add_models, add_runtime, pad_option
 from .output import Progress, gib, output_paths, save_png
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_parser(commands: Commands) -> Parser:
     add_models(p)
     p.add_argument(
         "--lora",
-        type=lora_option,
+        type=notation.lora,
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
@@ -53,7 +54,7 @@ def add_parser(commands: Commands) -> Parser:
     )
     p.add_argument(
         "--control",
-        type=control_option,
+        type=notation.control,
         action="append",
         default=[],
         metavar="FILE[:STRENGTH[:START-END]]",

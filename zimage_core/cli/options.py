@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import NoReturn, TypeAlias
+
+from .. import notation
 
 EXIT_INPUT = 2
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -16,15 +17,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def lora_option(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH -> (file, strength); what follows the last colon counts only if it is a number."""
-    path, colon, number = text.rpartition(":")
-    try:
-        return (path, float(number)) if colon and path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 def add_models(parser: Parser) -> None:
@@ -47,29 +39,12 @@ def add_budget(parser: Parser) -> None:
     )
 
 
-_CONTROL = re.compile(
-    r"(?P<file>.+?)(?::(?P<strength>-?(?:\d+\.?\d*|\.\d+)|nan|inf)(?::(?P<start>\d*\.?\d+)-(?P<end>\d*\.?\d+))?)?"
-)
-
-
-def control_option(text: str) -> tuple[str, float, float, float]:
-    """FILE, FILE:STRENGTH or FILE:STRENGTH:START-END -> (file, strength, start, end)."""
-    match = _CONTROL.fullmatch(text)
-    if match is None:
-        return text, 1.0, 0.0, 1.0
-    return match["file"], float(match["strength"] or 1), float(match["start"] or 0), float(match["end"] or 1)
-
-
 def pad_option(text: str) -> tuple[int, int, int, int]:
     """PIXELS or LEFT,TOP,RIGHT,BOTTOM -> the four borders."""
     try:
-        borders = [int(number) for number in text.split(",")]
-    except ValueError:
-        borders = []
-    if len(borders) not in (1, 4):
-        raise argparse.ArgumentTypeError(f"expected PIXELS or LEFT,TOP,RIGHT,BOTTOM, found {text!r}")
-    left, top, right, bottom = borders * (4 // len(borders))
-    return left, top, right, bottom
+        return notation.borders(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_device(parser: Parser) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import Commands, Parser, lora_option
+from .. import notation
+from .options import Commands, Parser
 from .output import Progress
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--no-calibration", action="store_true", help="from the weights alone: quicker, larger error")
     p.add_argument(
         "--merge",
-        type=lora_option,
+        type=notation.lora,
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
