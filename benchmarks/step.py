@@ -4,6 +4,7 @@
     COMFYUI_PATH=DIR python benchmarks/step.py             with ComfyUI's NextDiT, from a checkout
     python benchmarks/step.py --sizes 1024 --only "triton w4a8" ComfyUI
     python benchmarks/step.py --model FILE.safetensors     a file's weights; also its load time and host memory
+    python benchmarks/step.py --sizes 1024 --controlnet 2.1    also with a ControlNet beside the model, random weights
     python benchmarks/step.py --tiny                       a small model on the CPU, to see that it runs
 
 The peers are diffusers' ZImageTransformer2DModel where it is installed and ComfyUI's NextDiT, both with random weights
@@ -19,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,11 +31,19 @@ from zimage_core.bench import CAPTION_TOKENS, Call, Step
 from zimage_core.device import choose_device, choose_dtype
 from zimage_core.formats.identify import model_info
 from zimage_core.formats.load import load_transformer
-from zimage_core.models.config import ZImageConfig
+from zimage_core.linear.adapters import Linear
+from zimage_core.linear.backends import Backend
+from zimage_core.linear.svdq import SVDQLinear
+from zimage_core.models import ops
+from zimage_core.models.config import ControlNetConfig, ZImageConfig
+from zimage_core.models.controlnet import ControlNet
+from zimage_core.sampler import draw_noise
 
 TINY = ZImageConfig(384, 1, 1, 6, cap_feat_dim=64, axes_dims=(16, 24, 24))
 TINY_RANK = 16
 COMFYUI = "ComfyUI NextDiT"
+CONTROLNETS = {"2.1": (15, 33, "hints"), "2.0": (15, 33, "layers"), "lite": (3, 33, "hints"), "v1": (6, 16, "alone")}
+"""Layers, channels and refiner of the published ones."""
 
 
 def diffusers_side(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Step:
@@ -100,6 +110,35 @@ def comfyui_side(config: ZImageConfig, device: torch.device, dtype: torch.dtype)
     return at
 
 
+def with_controlnet(
+    variant: str, config: ZImageConfig, rank: int, device: torch.device, dtype: torch.dtype, backend: Backend | None
+) -> Step:
+    """Steps of a model of random weights with a ControlNet of the same arithmetic beside it."""
+    layers, channels, refiner = CONTROLNETS[variant]
+    places = tuple(range(0, config.n_layers, max(round(config.n_layers / layers), 1)))
+    base = bench.random_model(config, device, dtype, backend, rank)
+    with torch.device("meta"):
+        linear = partial(SVDQLinear, rank=rank) if backend else Linear
+        net = ControlNet(ControlNetConfig(config, places, channels, refiner), linear)
+    net.backend = backend
+    net.use(ops.select(backend.name if backend else "auto", device, dtype, config.head_dim))
+    for module in net.modules():
+        if backend and isinstance(module, SVDQLinear):
+            weights = bench.random_weights(module.out_features, module.in_features, rank, device, dtype)
+            module.load(weights, backend)
+    bench.randomize(net, device, dtype)
+
+    def at(size: int, batch: int) -> Call:
+        caption = torch.randn(CAPTION_TOKENS, config.cap_feat_dim, device=device, dtype=dtype)
+        cond = base.prepare([caption], size, size)
+        context = torch.randn(1, channels, size // 8, size // 8, device=device)
+        cond = replace(cond, controls=(net.prepare(context, base, cond, 0.8),))
+        t = torch.full((batch,), 0.4, device=device)
+        return partial(base, draw_noise(0, batch, size, size).to(device), t, cond)
+
+    return at
+
+
 def peers(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Step]]:
     """The peers that are there."""
     found = {}
@@ -130,6 +169,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--repeats", type=int, default=15, help="0: one single call, without a warm-up")
     parser.add_argument("--only", nargs="+", default=[""], help="ways whose names contain one of these")
+    parser.add_argument("--controlnet", choices=CONTROLNETS, help="also every way with one of random weights beside it")
     parser.add_argument("--tiny", action="store_true", help="a small model and small pictures")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -142,6 +182,11 @@ def main() -> None:
         config, rank = info.config, info.rank
         facts["load"] = measure_load(args.model, device, dtype)
     sides = bench.own_sides(config, rank, device, dtype, args.model) | peers(config, device, dtype)
+    if args.controlnet:
+        ways: dict[str, Backend | None] = {f"dense {bench.dtype_name(dtype)}": None, **bench.every_way(device, dtype)}
+        for name, way in ways.items():
+            build = partial(with_controlnet, args.controlnet, config, rank or bench.RANK, device, dtype, way)
+            sides[f"{name} + ControlNet {args.controlnet}"] = build
     sides = {name: build for name, build in sides.items() if any(part in name for part in args.only)}
     sizes = args.sizes or ([64] if args.tiny else [512, 768, 1024, 1280])
     batches = args.batches or [1, 4]

@@ -98,6 +98,9 @@ def comfyui_names(net):
 class FakeVAE:
     """Latents that belong to a picture: its means of 8 x 8 pixels, spread over 16 channels."""
 
+    def spacial_compression_encode(self) -> int:
+        return 8
+
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         cells = torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
         return torch.cat([cells.roll(i, 1) * (1 + 0.1 * i) for i in range(6)], 1)[:, :16]
@@ -216,3 +219,35 @@ def test_what_does_not_fit_gets_a_sentence(host, ours, controls):  # noqa: F811
             folder_paths.get_folder_paths("diffusion_models")[0]
         )
         host.files.check_control(TINY)
+
+
+@torch.inference_mode()
+def test_the_stock_nodes_work_on_our_model(host, ours, stock, controls):  # noqa: F811
+    """What ModelPatchLoader and ZImageFunControlnet make of a ControlNet does the same on both MODELs."""
+    import comfy.model_patcher
+    import comfy.ops
+    from comfy.ldm.lumina.controlnet import ZImage_Control
+    from comfy_extras.nodes_model_patch import ZImageControlPatch
+
+    net = controls["plain"].net
+    theirs = ZImage_Control(
+        dim=net.config.base.dim,
+        n_heads=net.config.base.n_heads,
+        n_kv_heads=net.config.base.n_heads,
+        qk_norm=True,
+        n_control_layers=1,
+        operations=comfy.ops.disable_weight_init,
+    ).eval()
+    state = {name: torch.zeros_like(tensor) for name, tensor in theirs.state_dict().items()}
+    theirs.load_state_dict(state | dict(comfyui_names(net)))  # a refiner block of zeros changes nothing
+    device = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(theirs.float(), load_device=device, offload_device=device)
+    found = []
+    for model in (ours, stock):
+        n = model.clone()
+        patch = ZImageControlPatch(patcher, FakeVAE(), image(), 0.7)
+        n.set_model_noise_refiner_patch(patch)
+        n.set_model_double_block_patch(patch)
+        found.append(ksample(n, conditioning()))
+    assert relative(*found) < 1e-4
+    assert relative(ksample(ours, conditioning()), found[0]) > 0.02
