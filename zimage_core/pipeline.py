@@ -24,6 +24,7 @@ from torch import Tensor
 from . import sampler
 from .control import Control, Given, check_controls, control_contexts, make_edit
 from .device import choose_device, choose_dtype
+from .failures import check_finite, out_of_memory
 from .files import ModelFiles, find_files
 from .job import PIXELS_MULTIPLE, Job, LoraChoice, Pictures, encoder_loras, load_loras, picture_size
 from .linear.backends import Backend
@@ -32,7 +33,7 @@ from .memory import plan as planning
 from .memory.stages import MetaModels, libraries
 from .models.tokenizer import Tokenizer, load_tokenizer
 from .models.transformer import ZImageTransformer
-from .models.vae import decode_image, out_of_memory
+from .models.vae import decode_image
 from .pictures import FEATHER, composite, fit, to_tensor
 from .recorder import OnStage, Recorder, Stage
 from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 REAL_SIZE, DEMO_SIZE = 1024, 128  # pixels, where no size is asked for
 CACHED_PROMPTS = 32
+MAX_GUIDANCE = 100
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +170,10 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_images_per_prompt < 1 or not prompts:
             raise ValueError(f"pictures: expected at least 1, found {num_images_per_prompt} of {len(prompts)} prompts")
-        if guidance_scale < 0:
-            raise ValueError(f"guidance: expected 0 or more, found {guidance_scale}; 0 is what the model was made for")
+        if not 0 <= guidance_scale <= MAX_GUIDANCE:
+            raise ValueError(
+                f"guidance: expected 0 to {MAX_GUIDANCE}, found {guidance_scale}; 0 is what the model was made for"
+            )
         side = DEMO_SIZE if self.files.demo else REAL_SIZE
         height, width = picture_size(height, width, (side, side) if image is None else image.size)
         sigmas = sampler.get_sigmas(num_inference_steps, start=strength if image is not None else 1.0)
@@ -276,7 +280,7 @@ class Pipeline:
         """
         try:
             return work(job, *options)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or not job.plan.stage(name).resident:
                 raise
         # Outside the handler: only now are the failed attempt's tensors free.
@@ -312,7 +316,9 @@ class Pipeline:
         vae = self._load_vae(job)
 
         def encode(picture: Tensor) -> Tensor:
-            return vae.model.encode(picture.to(self.device), job.plan.tiling).float().cpu()
+            latents = vae.model.encode(picture.to(self.device), job.plan.tiling).float().cpu()
+            check_finite(latents, f"VAE ({self.files.vae}), encoding", "its file is damaged, download it again")
+            return latents
 
         with job.record("encode image"):
             clean = None if image is None else encode(to_tensor(fit(image, job.width, job.height)))
@@ -348,6 +354,8 @@ class Pipeline:
                 on_step=on_step,
                 hold=None if job.edit is None else given.hold(job.edit, self.device),
             )
+        remedy = "a damaged model file, a LoRA or its strength, or --dtype float16 can cause this"
+        check_finite(latents, f"transformer ({self.files.model}), denoising", remedy)
         return latents, model.model.backend
 
     def _decode(self, job: Job, latents: Tensor) -> list[Image.Image]:

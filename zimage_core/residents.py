@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .control import Control
+from .failures import check_finite
 from .formats.controlnet import load_controlnet
 from .formats.encoder import load_text_encoder
 from .formats.load import load_transformer
@@ -41,7 +42,7 @@ class ResidentEncoder:
     """The text encoder; it is dropped rather than sent to the host."""
 
     def __init__(self, path: Path, stage: planning.Stage, device: torch.device, dtype: torch.dtype):
-        self._device = device
+        self._path, self._device = path, device
         self._model = load_text_encoder(path, device=_read_to(stage, device), dtype=dtype)
         self._streamer = BlockStreamer(list(self._model.layers))
 
@@ -58,6 +59,9 @@ class ResidentEncoder:
     def encode(self, tokens: Collection[list[int]], where: str) -> list[Tensor]:
         """Caption features (L, C) on the host of each prompt's token ids; where names the tokenizer in errors."""
         found = encode_tokens(self._model, tokens, where, run_block=self._streamer.run_block, device=self._device)
+        for feats in found:
+            remedy = "its file is damaged, or a LoRA changes it too much"
+            check_finite(feats, f"text encoder ({self._path})", remedy)
         return [feats.cpu() for feats in found]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...zimage_core.demo import LATENT_RGB
+from ...zimage_core.failures import out_of_memory
 from ...zimage_core.formats.load import load_transformer
 from ...zimage_core.lora.apply import check
 from ...zimage_core.lora.read import Lora, inspect, load_lora
@@ -25,7 +26,6 @@ from ...zimage_core.memory.stages import libraries, sampling_bytes
 from ...zimage_core.models.controlnet import ControlNet
 from ...zimage_core.models.tokenizer import MAX_TOKENS
 from ...zimage_core.models.transformer import ZImageTransformer
-from ...zimage_core.models.vae import out_of_memory
 from ...zimage_core.sizes import GIB, readable, round_up
 from . import messages
 from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
@@ -187,7 +187,7 @@ class ZImageModel(comfy.model_base.Lumina2):
         """Run one step; after an out-of-memory error with blocks on the device, retry with every block streamed."""
         try:
             return super()._apply_model(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             resident = self.diffusion_model.streamer.resident
             if not out_of_memory(error) or not resident or self.current_patcher is None:
                 raise

@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...zimage_core.failures import check_finite
 from ...zimage_core.sampler import SHIFT, get_sigmas
 from . import messages
 from .files import LATENT_CHANNELS
@@ -82,5 +83,6 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+    check_finite(samples, "Z-Image, denoising", "a damaged model file, or a LoRA or its strength can cause this")
     out = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio")}
     return {**out, "samples": samples.to(comfy.model_management.intermediate_device())}

@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ...zimage_core.failures import check_finite
 from ...zimage_core.formats.safetensors import read_header
 from ...zimage_core.formats.vae import load_vae as load_autoencoder
 from ...zimage_core.memory.stages import decoding_bytes
@@ -120,8 +121,10 @@ def decode(vae: comfy.sd.VAE, latent: dict, tiling: str) -> Tensor:
             f"the latent has {samples.shape[1]} channels, Z-Image's have {LATENT_CHANNELS}: "
             "decode it with the VAE of the model that made it"
         )
+    check_finite(samples, "the latent", "look at the model, the LoRAs and the sampler that made it")
     if tiling == "on" or (tiling == "auto" and tiles(vae, samples.shape)):
         images = vae.decode_tiled(samples, tile_x=TILE, tile_y=TILE, overlap=TILE // 4)
     else:
         images = vae.decode(samples)
+    check_finite(images, "VAE, decoding", "its file or the latent is damaged; fp16 overflows in it, use bf16 or fp32")
     return images.reshape(-1, *images.shape[-3:])

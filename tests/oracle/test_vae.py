@@ -350,7 +350,7 @@ def test_bad_configs_are_named(tmp_path, tensors, model):
             ({"up_block_types": ["AttnUpDecoderBlock2D"] * 4}, "up_block_types: expected ['UpDecoderBlock2D'"),
             ({"temporal": 4}, "temporal: expected no such field, found 4"),
             ({"norm_num_groups": 48}, "expected block_out_channels divisible by norm_num_groups 48"),
-            ({"shift_factor": None}, "expected numbers as scaling_factor and shift_factor"),
+            ({"shift_factor": None}, "shift_factor: expected a number"),
             ({"latent_channels": 4}, "'encoder.conv_out.weight': expected shape (8, 96, 3, 3), found (32, 96, 3, 3)"),
         )
     ):

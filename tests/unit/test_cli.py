@@ -152,6 +152,9 @@ def test_usage_errors_are_one_line_too(capsys, arguments):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 3, "out of memory; try smaller"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "out of memory; try smaller"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 3, "out of memory; try smaller"),
+        (MemoryError(), 3, "out of memory; try smaller"),
     ],
 )
 def test_interrupt_and_out_of_memory(generate, capsys, monkeypatch, error, code, words):

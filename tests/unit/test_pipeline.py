@@ -287,7 +287,7 @@ def test_stopping_and_interrupting_leave_the_pipeline_usable(draw):
         ({"width": 0}, "width: expected a multiple of 16 pixels, found 0; the nearest are 16 and 32"),
         ({"num_inference_steps": 0}, "steps: expected 1 to 100, found 0"),
         ({"num_images_per_prompt": 0}, "expected at least 1"),
-        ({"guidance_scale": -1.0}, "guidance: expected 0 or more"),
+        ({"guidance_scale": -1.0}, "guidance: expected 0 to 100"),
         ({"generator": -1}, "seed: expected 0 to 2"),
     ],
 )

@@ -13,6 +13,7 @@ import sys
 import warnings
 
 from .. import __version__
+from ..failures import out_of_memory
 from . import batch, bench, compare, doctor, download, generate, inspect, quantize, quantize_encoder, verify
 from .options import EXIT_INPUT, Parser
 
@@ -37,14 +38,14 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has gone, as in `zimage inspect FILE | head -1`; keep the interpreter from flushing at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            print("zimage: out of memory; try smaller pictures, one at a time, or --device cpu", file=sys.stderr)
+            return EXIT_MEMORY
+        if isinstance(error, RuntimeError):
+            raise
         print(f"zimage: {one_line(error)}", file=sys.stderr)
         return EXIT_INPUT
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        print("zimage: out of memory; try smaller pictures, one at a time, or --device cpu", file=sys.stderr)
-        return EXIT_MEMORY
 
 
 def build_parser() -> Parser:
@@ -57,7 +58,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def one_line(error: ValueError | OSError) -> str:
+def one_line(error: Exception) -> str:
     """The error as one sentence; for a file it is the system's own words."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"

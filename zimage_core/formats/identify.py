@@ -230,12 +230,16 @@ def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = ("sv
     downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
     if form == "svdq-int4" and not downs:
         raise ValueError(f"{files.path}: expected proj_down tensors beside qweight, found none; download it again")
+    try:
+        config = ZImageConfig(**_config_fields(files, shapes))
+    except ValueError as error:
+        raise ValueError(f"{files.path}: {error}; download the file again") from None
     return ModelInfo(
         files.path,
         form,
         rank=next(iter(downs.values()))[-1] if downs else 0,
         quantized_refiners=any("refiner" in name for name in downs),
-        config=ZImageConfig(**_config_fields(files, shapes)),
+        config=config,
         dtype="/".join(sorted({dtype for dtype, _ in files.tensors.values() if dtype in FLOATS})),
         metadata=files.metadata,
     )
@@ -255,7 +259,7 @@ def _config_fields(files: TensorFiles, shapes: Mapping[str, Shape]) -> dict[str,
     def shape(name: str, axes: int) -> Shape:
         if len(shapes.get(name, ())) != axes or 0 in shapes[name]:
             found = shapes.get(name, "none")
-            raise ValueError(f"{files.path}: expected tensor {name!r} of {axes} axes, found {found}; download it again")
+            raise ValueError(f"expected tensor {name!r} of {axes} axes, found {found}")
         return shapes[name]
 
     def count(prefix: str) -> int:
@@ -278,20 +282,18 @@ def _config_fields(files: TensorFiles, shapes: Mapping[str, Shape]) -> dict[str,
     try:
         config = json.loads(raw)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{files.path}: its metadata 'config' is not JSON ({e}); download the file again") from None
+        raise ValueError(f"metadata config: expected JSON, found otherwise ({e})") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{files.path}: its metadata 'config' is no JSON object; download the file again")
+        raise ValueError(f"metadata config: expected a JSON object, found {type(config).__name__}")
     for name in (f.name for f in fields(ZImageConfig)):
         if name in config:
             value = tuple(config[name]) if isinstance(config[name], list) else config[name]
             if name in found and name != "axes_dims" and found[name] != value:
-                raise ValueError(
-                    f"{files.path}: metadata says {name} = {value}, the tensors {found[name]}; download the file again"
-                )
+                raise ValueError(f"metadata says {name} = {value}, the tensors {found[name]}")
             found[name] = value
     for name, value in (("all_patch_size", [2]), ("all_f_patch_size", [1]), ("qk_norm", True)):
         if config.get(name, value) != value:
-            raise ValueError(f"{files.path}: metadata {name}: expected {value}, found {config[name]}; another model")
+            raise ValueError(f"metadata {name}: expected {value}, found {config[name]}: another model")
     return found
 
 

@@ -171,17 +171,42 @@ def fill(
             place = "cpu" if isinstance(module, HostEmbedding) else device
             for stored in sources.stored[f"{name}.weight"]:
                 parts = read_parts(sources.files, stored)
+                _check_numbers(
+                    sources, {stored.keys[p]: t for p, t in parts.items() if p in stored.keys and p == "scale"}
+                )
                 module.load(stored.form, {part: tensor.to(place) for part, tensor in parts.items()})
         elif isinstance(module, SVDQLinear):
             leaves = [key.rpartition(".")[2] for key in sources.stored if key.startswith(f"{name}.")]
             packed = {leaf: sources.get(f"{name}.{leaf}", device) for leaf in leaves}
             packed = {leaf: t if leaf == "qweight" else t.to(dtype) for leaf, t in packed.items()}
+            small = [leaf for leaf in packed if leaf in ("wscales", "smooth_factor", "bias")]
+            _check_numbers(sources, {sources.stored[f"{name}.{leaf}"][0].key: packed[leaf] for leaf in small})
             module.load(SVDQWeights.from_packed(packed), backend)
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            value = sources.get(f"{name}.{leaf}".lstrip("."), device)
-            value = value.to(dtype, copy=copy).reshape(parameter.shape)
+            target = f"{name}.{leaf}".lstrip(".")
+            value = sources.get(target, device).to(dtype, copy=copy).reshape(parameter.shape)
+            if value.ndim == 1:
+                _check_numbers(sources, {sources.stored[target][0].key: value})
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     model.eval().requires_grad_(False)
+
+
+def _check_numbers(sources: Sources, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError where scales or vectors, which are small, hold NaN or infinity, or a smoothing factor is 0.
+
+    Larger tensors are not read for it: what they make is checked after each stage.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            continue
+        if not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{sources.files.path}: {key!r}: expected finite numbers in {dtype}, found NaN or infinity; download "
+                "the file again"
+            )
+        if key.endswith(".smooth_factor") and not tensor.all():
+            raise ValueError(f"{sources.files.path}: {key!r}: expected no zero, found one; download the file again")
 
 
 # ---------------------------------------------------------------- transformers

@@ -9,7 +9,6 @@ Legend: N out, K in, r rank.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +20,7 @@ from .deltas import OFT, Bias, Delta, Diff, LoKr, span
 from .read import REMEDY, Lora
 
 EPSILON = torch.finfo(torch.float32).eps
+MAX_STRENGTH = 100
 RANK_MULTIPLE = 16  # kernels take low-rank branches in such steps; zeros fill up
 
 logger = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ def apply(model: Adapted, loras: Iterable[tuple[Lora, float]]) -> None:
         return
     plan: dict[str, list[tuple[Delta, float]]] = {}
     for lora, strength in wanted:
-        if not math.isfinite(strength):
-            raise ValueError(f"{lora.name}: expected a finite strength, found {strength}")
+        if not abs(strength) <= MAX_STRENGTH:
+            raise ValueError(f"{lora.name}: expected a strength of up to {MAX_STRENGTH} either way, found {strength}")
         found = check(lora, model)
         for target in lora.deltas(model).keys() - found.keys():
             logger.warning("%s: %s: ignored, Z-Image does not run this layer of the text encoder", lora.name, target)

@@ -285,13 +285,13 @@ class PeftConfig:
             config: dict[str, Any] = {key.removeprefix("transformer."): v for key, v in json.loads(raw).items()}
             alpha = config.get("lora_alpha", config.get("alpha"))
             return cls(
-                None if alpha is None else float(alpha),
-                None if config.get("r") is None else float(config["r"]),
-                {str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
-                {str(k): float(v) for k, v in (config.get("rank_pattern") or {}).items()},
+                None if alpha is None else _number(alpha),
+                None if config.get("r") is None else _number(config["r"]),
+                {str(k): _number(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+                {str(k): _number(v) for k, v in (config.get("rank_pattern") or {}).items()},
                 bool(config.get("use_rslora")),
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{name}: its PEFT config is damaged ({error}); download it again") from None
 
     def scale(self, module: str, rank: int | None) -> float:
@@ -301,6 +301,14 @@ class PeftConfig:
         if alpha is None or not width:
             return 1.0
         return alpha / (math.sqrt(width) if self.rslora else width)
+
+
+def _number(found: Any) -> float:
+    """A number of a config. ValueError for NaN and infinity."""
+    number = float(found)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, found {found}")
+    return number
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+RANGES: dict[str, tuple[float, float]] = {
+    "dim": (2, 2**16),
+    "n_layers": (1, 1000),
+    "n_refiner_layers": (0, 1000),
+    "n_heads": (1, 2**12),
+    "norm_eps": (1e-12, 1),
+    "cap_feat_dim": (1, 2**16),
+    "in_channels": (1, 2**12),
+    "patch_size": (1, 64),
+    "rope_theta": (1, 1e12),
+    "t_scale": (1e-6, 1e6),
+    "axes_dims": (2, 2**12),
+    "axes_lens": (1, 2**31),
+}
+"""The least and the most of each number of a config, with room around every published model."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,19 @@ class ZImageConfig:
     axes_lens: tuple[int, ...] = (1536, 512, 512)
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            low, high = RANGES[field.name]
+            values = getattr(self, field.name)
+            if isinstance(field.default, tuple):
+                if not isinstance(values, tuple) or len(values) != 3:
+                    raise ValueError(f"config: {field.name}: expected three integers, found {values!r}")
+            else:
+                values = (values,)
+            for value in values:
+                kinds = (int, float) if isinstance(field.default, float) else (int,)
+                if type(value) not in kinds or not low <= value <= high:
+                    what = "a number" if float in kinds else "an integer"
+                    raise ValueError(f"config: {field.name}: expected {what} from {low} to {high}, found {value!r}")
         if self.dim % self.n_heads or self.dim // self.n_heads != sum(self.axes_dims):
             raise ValueError(
                 f"config: axes_dims {self.axes_dims} must add up to the head width {self.dim}/{self.n_heads}"

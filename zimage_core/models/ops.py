@@ -61,7 +61,7 @@ def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tens
 
     qkv (B, L, 3, H, K), cos, sin (1 or B, L, 1, K/2) fp32 -> three of (B, L, H, K). May overwrite qkv.
     """
-    q, k, v = qkv.unbind(2)
+    q, k, v = finite(qkv).unbind(2)
     q, k = (rope(rms_norm(y, w, eps, w.dtype), cos, sin) for y, w in ((q, norm_q), (k, norm_k)))
     return q, k, v
 
@@ -76,7 +76,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu(x: Tensor, smooth: Tensor | None = None) -> Tensor:
     """[values, gates] (..., 2F) -> values * silu(gates) (..., F)."""
     value, gate = x.chunk(2, dim=-1)
-    return finite(value * F.silu(gate))
+    return finite(finite(value) * F.silu(finite(gate)))
 
 
 TORCH = Ops(norm_scale, norm_gate_add, norm_rope, swiglu)

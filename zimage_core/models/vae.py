@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +21,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..failures import check_finite, out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ OVERLAP = 0.25
 AUTO_PIXELS = 1536 * 1536
 """Above this "auto" starts with tiles: fp32 takes 3 KiB per pixel, 6.8 GiB here, and a machine without a GPU kills the
 process instead of raising an error."""
+
+MOST_CHANNELS, MOST_LEVELS = 8192, 16
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,22 @@ class VAEConfig:
         if not isinstance(channels, tuple) or not channels:
             raise ValueError(f"VAEConfig: expected a tuple as block_out_channels, found {channels!r}")
         sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *channels)
-        if not all(isinstance(n, int) and n > 0 for n in sizes):
-            raise ValueError(f"VAEConfig: expected positive integers as sizes, found {self}")
+        if not all(type(n) is int and 0 < n <= MOST_CHANNELS for n in sizes):
+            raise ValueError(f"VAEConfig: expected sizes from 1 to {MOST_CHANNELS}, found {self}")
+        if len(channels) > MOST_LEVELS or self.layers_per_block > MOST_LEVELS:
+            raise ValueError(
+                f"VAEConfig: expected up to {MOST_LEVELS} levels of up to {MOST_LEVELS} blocks, found "
+                f"{len(channels)} of {self.layers_per_block}"
+            )
         if any(c % self.norm_num_groups for c in channels):
             raise ValueError(
                 f"VAEConfig: expected block_out_channels divisible by norm_num_groups "
                 f"{self.norm_num_groups}, found {channels}"
             )
-        if not all(isinstance(x, (int, float)) for x in (self.scaling_factor, self.shift_factor)):
-            raise ValueError(f"VAEConfig: expected numbers as scaling_factor and shift_factor, found {self}")
+        for name, least in (("scaling_factor", 1e-6), ("shift_factor", 0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not least <= abs(value) <= 1e6:
+                raise ValueError(f"VAEConfig: {name}: expected a number of {least} to 1e6, found {value!r}")
 
     @property
     def downscale(self) -> int:
@@ -280,7 +290,7 @@ class VAE(nn.Module):
                         else tiled(function, picture, size, round(size * OVERLAP), cell_in, cell_out)
                     )
                     break
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if smaller is None or not out_of_memory(error):
                         raise
                     log.warning(
@@ -317,13 +327,6 @@ def check_dtype(dtype: torch.dtype) -> None:
             f"VAE: expected torch.float32 or torch.bfloat16, found {dtype}; fp16 overflows in the decoder and gives "
             "NaN (black) pictures"
         )
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """GPUs raise torch.OutOfMemoryError; the CPU's and Apple's allocators a RuntimeError with these words."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or bool(
-        re.search("out of memory|not enough memory|can't allocate memory", str(error))
-    )
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -367,5 +370,10 @@ def tiled(function: Callable, x: Tensor, tile: int, overlap: int, cell_in: int, 
 
 @torch.no_grad()
 def decode_image(vae: VAE, latents: Tensor, tiling: str | int = "auto") -> Tensor:
-    """Scaled latents (B, C, h, w) -> pictures (B, H, W, 3) fp32 in 0..1 on the VAE's device; see VAE.decode."""
-    return vae.decode(latents, tiling).add_(1).div_(2).clamp_(0, 1).permute(0, 2, 3, 1).contiguous()
+    """Scaled latents (B, C, h, w) -> pictures (B, H, W, 3) fp32 in 0..1 on the VAE's device; see VAE.decode.
+
+    Raises ValueError where the VAE gives numbers that are none.
+    """
+    pictures = vae.decode(latents, tiling)
+    check_finite(pictures, "VAE, decoding", "the VAE's file is damaged, download it again")
+    return pictures.add_(1).div_(2).clamp_(0, 1).permute(0, 2, 3, 1).contiguous()

@@ -177,6 +177,9 @@ def _norm_rope(
 def _gated(x, row, width, columns, inside, SATURATE: tl.constexpr):
     value = tl.load(x + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(x + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    if SATURATE:  # infinity times zero is no number
+        value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
+        gate = tl.minimum(tl.maximum(gate, -65504.0), 65504.0)
     y = value * gate / (1 + tl.exp(-gate))
     if SATURATE:
         y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)

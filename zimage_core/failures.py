@@ -1,0 +1,31 @@
+"""What can go wrong while computing: memory runs out, and numbers that are none. Without torch."""
+
+from __future__ import annotations
+
+import errno
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NO_MEMORY = re.compile(
+    "out ?of ?memory|not enough memory|can(no|')t allocate memory|_ALLOC_FAILED|unable to find an engine", re.IGNORECASE
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the device or the host ran out.
+
+    In the words of CUDA's and ROCm's allocators, of torch's for the CPU on Linux ("can't allocate memory") and Windows
+    ("not enough memory"), of Apple's, of cuBLAS and cuDNN, which find no engine either, and of the system.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def check_finite(found: Tensor, stage: str, remedy: str) -> None:
+    """ValueError, naming the stage that made them, where numbers are NaN or infinite; meta tensors have none."""
+    if not found.is_meta and not found.isfinite().all():
+        raise ValueError(f"{stage}: expected finite numbers, found NaN or infinity; {remedy}")
