@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from zimage_core.formats.names import diffusers_svdq_module
 from zimage_core.models.config import ZImageConfig
 from zimage_core.quantize.writer import (
     Header,
@@ -25,7 +26,6 @@ from zimage_core.quantize.writer import (
     diffusers_config,
     file_metadata,
     plan_header,
-    quantized_linears,
 )
 
 CODE_STD = 14.4**0.5  # of codes drawn evenly from -7..7 with 0 twice as likely
@@ -61,7 +61,7 @@ def draw(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generat
 
 def dense_header(config: ZImageConfig) -> Header:
     """The BF16 transformer's tensors: what the INT4 file holds, with whole weights for the quantized linears."""
-    linears = tuple(f".{linear}." for linear in quantized_linears(config))
+    linears = tuple(f".{diffusers_svdq_module(linear)}." for linear in config.linears)
     header = {name: e for name, e in plan_header(config, 16).items() if not any(part in name for part in linears)}
     for block in block_names(config):
         for part in ("to_q", "to_k", "to_v", "to_out.0"):

@@ -343,9 +343,8 @@ def add_ratios(rows: list[dict], bases: Mapping[str, str], same: Sequence[str]) 
 
 
 def block_linears(config: ZImageConfig) -> dict[str, tuple[int, int]]:
-    """The four linears of a block: name -> (N, K)."""
-    d, f = config.dim, config.ffn_dim
-    return {"qkv": (3 * d, d), "out": (d, d), "w3_w1": (2 * f, d), "w2": (d, f)}
+    """The four linears of a block: qkv, out, w3_w1, w2 -> (N, K)."""
+    return {name.rpartition(".")[2].removeprefix("to_"): shape for name, shape in config.linears.items()}
 
 
 Extras = Callable[[SVDQWeights, Tensor], Mapping[str, tuple[Call, Sequence[Tensor]]]]

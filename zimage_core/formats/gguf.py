@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..sizes import round_up
 from .safetensors import Header, TensorFiles, check_file
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class GGUFFile(TensorFiles):
         alignment = self.fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0:
             raise ValueError(f"alignment {alignment}")
-        start = -(-place // alignment) * alignment
+        start = round_up(place, alignment)
         for name, offset, size in entries:
             if start + offset + size > len(self._data):
                 raise ValueError(f"{name} goes past the end")

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..sizes import round_up
 from .gguf import QUANTIZED
 from .identify import FLOATS
 from .safetensors import Shape, TensorFiles
@@ -175,7 +176,7 @@ class _Finder:
             self._refuse(keys["weight_scale_2"], expected, "neither")
         if (plain or comfy == "nvfp4") and dtype == "U8" and shape[1] % 8 == 0:
             n, blocks = shape[0], shape[1] // 8
-            tiled = (-(-n // 128) * 128, -(-blocks // 4) * 4)  # padded, see `_unblocked`
+            tiled = (round_up(n, 128), round_up(blocks, 4))  # padded, see `_unblocked`
             parts = {
                 "codes": key,
                 "block_scale": self._part(keys, "weight_scale", ((n, blocks) if plain else tiled,), ("F8_E4M3", "U8")),

@@ -74,6 +74,16 @@ class ZImageConfig:
     def patch_dim(self) -> int:
         return self.patch_size**2 * self.in_channels
 
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """A block's linears that are quantized, in the order of its forward pass: name -> (N, K)."""
+        return {
+            "attention.to_qkv": (3 * self.dim, self.dim),
+            "attention.to_out": (self.dim, self.dim),
+            "feed_forward.w3_w1": (2 * self.ffn_dim, self.dim),
+            "feed_forward.w2": (self.dim, self.ffn_dim),
+        }
+
 
 @dataclass(frozen=True)
 class ControlNetConfig:

@@ -30,7 +30,6 @@ from .solver import InputStats
 STEPS = 8
 CHUNK_TOKENS = 8192  # that a block runs at a time
 BLOCK_LISTS = ("context_refiner", "noise_refiner", "layers")  # in the order of the forward pass
-LINEARS = ("attention.to_qkv", "attention.to_out", "feed_forward.w3_w1", "feed_forward.w2")  # likewise
 
 PROMPTS = (
     "A close-up portrait of an old fisherman with a grey beard and a yellow raincoat, rain on his face, harbour "

@@ -24,16 +24,15 @@ from ..formats.controlnet import REFINERS, ControlNetInfo, build_controlnet, con
 from ..formats.load import Sources, load_transformer
 from ..formats.names import CONTROL, diffusers_svdq_module
 from ..formats.safetensors import TensorFiles, open_tensors
-from ..linear.layout import GROUP
-from ..linear.svdq import SVDQLinear, SVDQWeights
-from ..models.config import ControlNetConfig
+from ..linear.svdq import SVDQWeights
+from ..models.config import ControlNetConfig, ZImageConfig
 from ..models.controlnet import ControlBlock, ControlNet
 from ..models.transformer import Block, Conditioning, Hooks, ZImageTransformer
 from ..sampler import predict_flow
 from . import calibrate
 from .solver import svdq_calibrated, svdq_from_dense
 from .source import check_numbers, digest
-from .writer import Header, StreamedFile, check_destination, check_packable, four_bits, in_file_order
+from .writer import StreamedFile, check_destination, check_packable, four_bits, header_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -69,7 +68,7 @@ def quantize_controlnet(
             raise ValueError(f"{dst}: is the source itself; choose another destination")
         check_packable(info.config.base, rank)
         sources = match_controlnet(files, info, build_controlnet(info))
-        header = _plan_header(replace(info, rank=rank, quantized_refiner=True))
+        header = header_of(build_controlnet(replace(info, rank=rank, quantized_refiner=True)), _stored)
         made: dict[str, object] = {"tool": "zimage-int4", "version": __version__, "method": "svd"}
         made["source"] = digest(sources.stored, lambda stored: files.get(stored.key))
         if base is not None:
@@ -110,22 +109,6 @@ def _metadata(config: ControlNetConfig, rank: int) -> dict[str, str]:
     }
 
 
-def _plan_header(info: ControlNetInfo) -> Header:
-    """Every tensor of the file that is written: name -> (dtype, shape)."""
-    header: Header = {}
-    for name, module in build_controlnet(info).named_modules():
-        stored = _stored(name)
-        plain = {leaf: tuple(p.shape) for leaf, p in module.named_parameters(recurse=False)}
-        if isinstance(module, SVDQLinear):
-            n, k, rank = module.out_features, module.in_features, module.rank
-            header[f"{stored}.qweight"] = ("I8", (n, k // 2))
-            plain = {"wscales": (k // GROUP, n), "smooth_factor": (k,), "smooth_factor_orig": (k,)}
-            plain |= {"proj_down": (k, rank), "proj_up": (n, rank)}
-            plain |= {"bias": (n,)} if module.bias is not None else {}
-        header |= {f"{stored}.{leaf}": ("BF16", shape) for leaf, shape in plain.items()}
-    return in_file_order(header)
-
-
 def _stored(module: str) -> str:
     """The name that a module of the ControlNet has in a file."""
     return CONTROL + diffusers_svdq_module(module)
@@ -135,7 +118,7 @@ def _linears(block: nn.Module) -> list[str]:
     """A block's linears, in the order of its forward pass."""
     control = isinstance(block, ControlBlock)
     first = ["before_proj"] if control and block.before_proj is not None else []
-    return [*first, *calibrate.LINEARS, *["after_proj"] * control]
+    return [*first, *ZImageConfig().linears, *["after_proj"] * control]
 
 
 class _Beside:

@@ -32,7 +32,7 @@ from ..models.transformer import PIXELS_PER_CELL, Block
 from . import calibrate
 from .solver import svdq_calibrated, svdq_from_dense
 from .source import SOURCES, DenseSource, match_source
-from .writer import StreamedFile, block_names, check_destination, file_metadata, plan_header, quantized_linears
+from .writer import StreamedFile, block_names, check_destination, file_metadata, plan_header
 
 Progress = Callable[[int, int, str], None]
 
@@ -166,7 +166,7 @@ def _check_captions(config: ZImageConfig, cap_feats: Sequence[torch.Tensor], siz
                 "get an undamaged text encoder"
             )
     tokens = calibrate.STEPS // 2 * len(cap_feats) * (size // EDGE) ** 2
-    channels = max(k for _, k in quantized_linears(config).values())
+    channels = max(k for _, k in config.linears.values())
     if tokens * THIN <= channels:
         warnings.warn(
             f"{len(cap_feats)} prompts at {size} x {size} pixels give {tokens} tokens to calibrate linears of "
@@ -196,7 +196,7 @@ class _Job:
         self.done = 0
         self.total = 0
         self.blocks = [b for b in block_names(source.config) if not (skip_refiners and "refiner" in b)]
-        self.linears = [f"{block}.{linear}" for block in self.blocks for linear in calibrate.LINEARS]
+        self.linears = [f"{block}.{linear}" for block in self.blocks for linear in source.config.linears]
 
     def run(self, cap_feats: Sequence[torch.Tensor] | None, size: int) -> None:
         """Write every tensor of the file."""
@@ -252,7 +252,7 @@ class _Job:
         if name not in self.blocks:
             return
         resumed = name in self.out.finished
-        for linear in calibrate.LINEARS:
+        for linear in self.source.config.linears:
             module = cast(nn.Linear, block.get_submodule(linear))
             if resumed:
                 weights = self._read(f"{name}.{linear}")

@@ -17,16 +17,22 @@ import os
 import struct
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import torch
+from torch import nn
 
+from ..formats.load import expected_tensors
+from ..formats.names import diffusers_svdq_module
+from ..linear.adapters import Linear
 from ..linear.layout import GROUP
+from ..linear.svdq import SVDQLinear
 from ..models.config import ZImageConfig
-from ..models.transformer import ADALN_WIDTH, T_EMBED_HIDDEN
+from ..models.transformer import ZImageTransformer
 from ..sizes import readable
 
 if sys.platform == "win32":
@@ -71,17 +77,6 @@ def diffusers_config(config: ZImageConfig) -> dict[str, object]:
     }
 
 
-def quantized_linears(config: ZImageConfig) -> dict[str, tuple[int, int]]:
-    """The four quantized linears of a block: name in the file -> (N, K)."""
-    dim, ffn = config.dim, config.ffn_dim
-    return {
-        "attention.to_qkv": (3 * dim, dim),
-        "attention.to_out.0": (dim, dim),
-        "feed_forward.net.0.proj": (2 * ffn, dim),
-        "feed_forward.net.2": (dim, ffn),
-    }
-
-
 def block_names(config: ZImageConfig) -> list[str]:
     """Every block's prefix, in the order of the forward pass."""
     refiners = range(config.n_refiner_layers)
@@ -98,57 +93,30 @@ def plan_header(config: ZImageConfig, rank: int, skip_refiners: bool = False) ->
     ValueError if the model's widths or the rank cannot be packed.
     """
     check_packable(config, rank)
-    dim, caption, pixels = config.dim, config.cap_feat_dim, config.patch_dim
-    modulation = min(dim, ADALN_WIDTH)
-    key = f"{config.patch_size}-1"
-    plain: dict[str, tuple[int, ...]] = {
-        "x_pad_token": (1, dim),
-        "cap_pad_token": (1, dim),
-        f"all_x_embedder.{key}.weight": (dim, pixels),
-        f"all_x_embedder.{key}.bias": (dim,),
-        f"all_final_layer.{key}.linear.weight": (pixels, dim),
-        f"all_final_layer.{key}.linear.bias": (pixels,),
-        f"all_final_layer.{key}.adaLN_modulation.1.weight": (dim, modulation),
-        f"all_final_layer.{key}.adaLN_modulation.1.bias": (dim,),
-        "t_embedder.mlp.0.weight": (T_EMBED_HIDDEN, ADALN_WIDTH),
-        "t_embedder.mlp.0.bias": (T_EMBED_HIDDEN,),
-        "t_embedder.mlp.2.weight": (modulation, T_EMBED_HIDDEN),
-        "t_embedder.mlp.2.bias": (modulation,),
-        "cap_embedder.0.weight": (caption,),
-        "cap_embedder.1.weight": (dim, caption),
-        "cap_embedder.1.bias": (dim,),
-    }
+    quantized = partial(SVDQLinear, rank=rank)
+    with torch.device("meta"):
+        model = ZImageTransformer(config, quantized, Linear if skip_refiners else quantized)
+    return header_of(model, diffusers_svdq_module)
+
+
+def header_of(model: nn.Module, stored_name: Callable[[str], str]) -> Header:
+    """Every tensor of a model on the meta device as an INT4 file stores it: name -> (dtype, shape), in file order.
+
+    stored_name: from the model's name of a module to the file's.
+    """
     header: Header = {}
-    for block in block_names(config):
-        for name in ("norm_q", "norm_k"):
-            plain[f"{block}.attention.{name}.weight"] = (config.head_dim,)
-        for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-            plain[f"{block}.{name}.weight"] = (dim,)
-        if not block.startswith("context_refiner"):
-            plain[f"{block}.adaLN_modulation.0.weight"] = (4 * dim, modulation)
-            plain[f"{block}.adaLN_modulation.0.bias"] = (4 * dim,)
-        for name, (n, k) in quantized_linears(config).items():
-            linear = f"{block}.{name}"
-            if skip_refiners and "refiner" in block:
-                if name == "attention.to_qkv":
-                    plain |= {f"{block}.attention.to_{part}.weight": (dim, k) for part in "qkv"}
-                else:
-                    plain[f"{linear}.weight"] = (n, k)
-                continue
-            header[f"{linear}.qweight"] = ("I8", (n, k // 2))
-            plain |= {
-                f"{linear}.wscales": (k // GROUP, n),
-                f"{linear}.smooth_factor": (k,),
-                f"{linear}.smooth_factor_orig": (k,),
-                f"{linear}.proj_down": (k, rank),
-                f"{linear}.proj_up": (n, rank),
-            }
-    header |= {name: ("BF16", shape) for name, shape in plain.items()}
-    return in_file_order(header)
-
-
-def in_file_order(header: Header) -> Header:
-    """The wider types first, so that all tensors are aligned, and by name."""
+    for name, (shape, _) in expected_tensors(model).items():
+        module, _, leaf = name.rpartition(".")
+        stored = stored_name(module)
+        if stored.endswith("to_qkv") and leaf == "weight":  # of a refiner that stays dense
+            n, k = shape
+            header |= {f"{stored.removesuffix('qkv')}{part}.weight": ("BF16", (n // 3, k)) for part in "qkv"}
+            continue
+        key = f"{stored}.{leaf}" if stored else leaf
+        header[key] = ("I8" if leaf == "qweight" else "BF16", shape)
+        if leaf == "smooth_factor":
+            header[f"{key}_orig"] = ("BF16", shape)
+    # The widest dtypes first, so that all tensors are aligned.
     return dict(sorted(header.items(), key=lambda item: (-ITEM_SIZE[item[1][0]], item[0])))
 
 
@@ -334,7 +302,7 @@ class StreamedFile:
 
 def check_packable(config: ZImageConfig, rank: int) -> None:
     """ValueError unless a block's linears of these sizes can be packed with a low-rank branch of this rank."""
-    for name, (n, k) in quantized_linears(config).items():
+    for name, (n, k) in config.linears.items():
         if n % 128 or k % 128:
             raise ValueError(f"{name}: expected multiples of 128, found {n} x {k}; it cannot be packed")
         if rank < 16 or rank % 16 or rank > min(n, k):

@@ -35,6 +35,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...sizes import round_up
+
 if TYPE_CHECKING:
     from ..svdq import SVDQWeights
 
@@ -165,7 +167,7 @@ def capability(device: torch.device) -> int | None:
 def allocate_w4a4(x: torch.Tensor, rank: int, n: int) -> torch.Tensor:
     """What 4-bit kernels allocate for x (M, K), their result (M, N) last: codes, scales, the low-rank product."""
     m, k = x.shape
-    m = -(-m // 256) * 256
+    m = round_up(m, 256)
     _ = (
         x.new_empty(m, k // 2, dtype=torch.uint8),
         x.new_empty(k // 64, m),
