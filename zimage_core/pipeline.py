@@ -220,6 +220,16 @@ class Pipeline:
             record = Recorder(self.device, on_stage)
             self._begin(Job(texts, 1, 1, PIXELS_MULTIPLE, PIXELS_MULTIPLE, self._loras, record))
 
+    def plan(self, prompts: Sequence[str], height: int, width: int) -> planning.Plan:
+        """What a call with these prompts, a picture each, would take of the device now.
+
+        Nothing is loaded or generated. ValueError where the budget cannot hold it.
+        """
+        with self._lock:
+            job = Job(list(prompts), len(prompts), 1, height, width, self._loras, Recorder(self.device, None))
+            self._prepare(job)
+            return job.plan
+
     def hold_budget(self) -> None:
         """Have torch refuse this process more of the GPU than the budget, so that no mistake here can break it."""
         if isinstance(self.vram_budget, int) and self.device.type == "cuda":
@@ -238,6 +248,11 @@ class Pipeline:
 
     def _begin(self, job: Job) -> None:
         """Plan a job, and encode those of its texts that are not remembered."""
+        self._prepare(job)
+        self._attempt(job, "text encoder", 0, self._encode)
+
+    def _prepare(self, job: Job) -> None:
+        """Plan a job, after finding its texts among those that are remembered or their tokens."""
         if (loras := encoder_loras(job.loras)) != self._captions_loras:
             self._captions.clear()
             self._captions_loras = loras
@@ -247,7 +262,6 @@ class Pipeline:
             elif text not in job.tokens:
                 job.tokens[text] = self._tokenizer(text)
         self._plan(job)
-        self._attempt(job, "text encoder", 0, self._encode)
 
     def _plan(self, job: Job) -> None:
         """Plan what a job takes of the device; ValueError where the budget cannot hold it, or a LoRA does not fit."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
 from zimage_core import batch, cli
+from zimage_core.batch.columns import PictureColumns
+from zimage_core.batch.pictures import PictureGenerator
+from zimage_core.batch.rows import Rows
 from zimage_core.formats.identify import model_info
 from zimage_core.models.config import ControlNetConfig
 
@@ -155,3 +159,24 @@ def test_gpus_that_are_not_there_are_refused(tmp_path, capsys, monkeypatch):
     for asked, words in (("all", "torch sees no GPU here"), ("some", "expected all or numbers")):
         assert cli.main(["batch", str(tmp_path / "a.txt"), f"--out={tmp_path}", f"--gpus={asked}"]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_pictures_made_together_differ_by_rounding_and_only_as_many_as_memory_allows(tiny_files, tmp_path):
+    """On a CPU, where they are not, as it gains nothing: told to, as on a GPU. A level of 255 is bf16's rounding."""
+    rows = [{"id": f"cat-{i}", "prompt": "a cat " * (1 + i), "seed": i, **SMALL} for i in range(6)]
+    list(batch.run(rows, tmp_path / "one", **tiny_files, device="cpu", dtype="float32"))
+    options = {**tiny_files, "device": "cpu", "dtype": "float32"}
+    generator = PictureGenerator(options)
+    generator.most = 4
+    results = list(batch.run(rows, tmp_path / "four", generator=generator))
+    assert sorted(result.record["together"] for result in results) == [2, 2, 4, 4, 4, 4]
+    for path in (tmp_path / "one").glob("*.png"):
+        with Image.open(path) as one, Image.open(tmp_path / "four" / path.name) as other:
+            assert abs(numpy.asarray(one, dtype=int) - numpy.asarray(other, dtype=int)).max() <= 1
+    row = next(iter(Rows([{"prompt": "a cat", "width": 256, "height": 256}], PictureColumns())))
+    assert generator.together(row) == 4
+    one, four = (generator.pipeline.plan(["a cat"] * n, 256, 256) for n in (1, 4))
+    assert four.peak > one.peak
+    tight = PictureGenerator({**options, "vram_budget": (one.peak + four.peak) / 2 / 2**30 + 0.04})
+    tight.most = 4
+    assert tight.together(row) < 4

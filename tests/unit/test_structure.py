@@ -64,7 +64,7 @@ MAY_IMPORT = {
         "sizes",
     },
     "notation": set(),
-    "batch": {"", "control", "formats", "linear", "lora", "notation", "pictures", "pipeline", "sizes"},
+    "batch": {"", "control", "formats", "linear", "lora", "memory", "notation", "pictures", "pipeline", "sizes"},
     "bench": {"", "device", "formats", "linear", "memory", "models", "sampler", "sizes"},
     "compare": set(),
     "verify": {"bench", "formats", "linear", "models", "pipeline"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import __version__
 from ..control import Control
 from ..formats.encoder import check_text_encoder
@@ -12,6 +14,7 @@ from ..formats.identify import model_info
 from ..formats.vae import read_vae_config
 from ..linear import backends
 from ..lora.read import Lora, load_lora
+from ..memory.plan import reserve
 from ..pictures import canny, pad
 from ..pipeline import load_pipeline
 from .rows import Row, fingerprint
@@ -31,7 +34,8 @@ class PictureGenerator:
         pipeline.hold_budget()
         check_text_encoder(pipeline.files.text_encoder)
         read_vae_config(pipeline.files.vae)
-        self.exact = exact
+        self.most = 1 if exact or pipeline.device.type == "cpu" else TOGETHER  # pictures at a time
+        self.automatic = pipeline.vram_budget == "auto"
         self.backend, self.precision = "dense", None
         if model_info(pipeline.files.model).rank:
             chosen = backends.select(pipeline.backend, pipeline.precision, device=pipeline.device, dtype=pipeline.dtype)
@@ -57,10 +61,10 @@ class PictureGenerator:
     def plan(self) -> str:
         made = self.made_with()
         arithmetic = " ".join(str(made[name]) for name in ("backend", "precision", "dtype") if made[name])
-        if self.exact or self.pipeline.device.type == "cpu":
+        if self.most == 1:
             several = "one picture at a time"
         else:
-            several = f"up to {TOGETHER} small pictures at a time, which changes their rounding (--exact: one by one)"
+            several = f"up to {self.most} small pictures at a time, which changes their rounding (--exact: one by one)"
         return f"{arithmetic} on {made['device']}, {several}"
 
     def group(self, row: Row) -> Hashable:
@@ -71,14 +75,46 @@ class PictureGenerator:
         return repr(sorted(rest.items()))
 
     def together(self, row: Row) -> int:
-        if self.exact or self.pipeline.device.type == "cpu":
-            return 1
-        return max(1, min(TOGETHER, PIXELS // (row.settings["width"] * row.settings["height"])))
+        """As many as the device holds without streaming more than for one, up to about a megapixel."""
+        width, height = row.settings["width"], row.settings["height"]
+        count = max(1, min(self.most, PIXELS // (width * height)))
+        while count > 1 and not self._fits(row, count):
+            count //= 2
+        return count
+
+    def _fits(self, row: Row, count: int) -> bool:
+        """Whether so many pictures like this one take no block from the device that one alone leaves there."""
+        size = row.settings["height"], row.settings["width"]
+        try:
+            one, several = (self.pipeline.plan([row.settings["prompt"]] * n, *size) for n in (1, count))
+        except ValueError:
+            return False
+        if several.budget is None and not self._free(several.peak):
+            return False
+        return several.stage("transformer").resident == one.stage("transformer").resident
+
+    def _free(self, needed: int) -> bool:
+        """Whether the GPU has so many bytes free or held by this process."""
+        if self.pipeline.device.type != "cuda":
+            return True
+        there = torch.cuda.mem_get_info(self.pipeline.device)[0] + torch.cuda.memory_reserved(self.pipeline.device)
+        return needed + reserve(there) <= there
+
+    def _choose_budget(self, rows: Sequence[Row]) -> None:
+        """Keep all models on the device where the chunk's largest picture leaves them the memory for it."""
+        if not self.automatic or self.pipeline.device.type != "cuda":
+            return
+        largest = max(rows, key=lambda row: row.settings["width"] * row.settings["height"])
+        self.pipeline.vram_budget = None
+        plan = self.pipeline.plan([largest.settings["prompt"]], largest.settings["height"], largest.settings["width"])
+        if not self._free(plan.peak):
+            self.pipeline.vram_budget = "auto"
 
     def prepare(self, rows: Sequence[Row]) -> None:
         """Encode all prompts of the rows. Where LoRAs that change the text encoder differ, batches do it again."""
         same = all(row.settings.get("loras") == rows[0].settings.get("loras") for row in rows)
         self.pipeline.set_loras(self._read_loras(rows[0].settings) if same else [])
+        self._choose_budget(rows)
         prompts = [row.settings["prompt"] for row in rows]
         prompts += [row.settings["negative_prompt"] for row in rows if "negative_prompt" in row.settings]
         self.pipeline.encode(prompts)
