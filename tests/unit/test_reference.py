@@ -236,6 +236,13 @@ def test_the_table_of_auto(sm, dtype, installed, expected, gpu, request):
         assert select("auto", precision, device="cuda", dtype=dtype).name in names
 
 
+def test_an_old_triton_is_refused(gpu, no_engine, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.1.0")
+    gpu(89)
+    chosen = select(device="cuda", dtype=torch.bfloat16)
+    assert chosen.name == "reference" and "triton: needs triton 3.2 or later, found 3.1.0" in chosen.reason
+
+
 def test_no_triton_leaves_the_reference(gpu, no_engine, monkeypatch):
     monkeypatch.delitem(sys.modules, "zimage_core.linear.backends.triton_kernels", raising=False)
     monkeypatch.delattr(backends, "triton_kernels", raising=False)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
 PRECISIONS = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
+OLDEST_TRITON = (3, 2)  # comes with torch 2.6; before it the kernels fail to compile or to compute
 FEW_ROWS = 2048  # w4a16 multiplies up to so many rows by the low-rank branch, instead of adding it to the weight
 
 
@@ -45,9 +46,13 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in ((torch.float16,) if sm < 80 else (torch.bfloat16, torch.float16)):
         return f"takes {'float16' if sm < 80 else 'bfloat16 or float16'} on sm_{sm}, asked for {dtype}"
     try:
+        import triton
+
         from . import triton_kernels  # noqa: F401
     except (ImportError, OSError) as error:
         return f"triton cannot be imported ({error}); install it with pip install triton (triton-windows on Windows)"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"needs triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or later, found {triton.__version__}; update torch"
     return None
 
 
