@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,6 +99,54 @@ def test_an_end_on_the_way_leaves_nothing_in_the_queue(server, tmp_path):
         time.sleep(0.1)
     assert not queue["queue_running"] and not queue["queue_pending"]
     assert len(hashes(tmp_path)) < 8
+
+
+class Relay:
+    """A port that leads to a server until `cut` ends all its connections; new ones are let through again."""
+
+    def __init__(self, port: int):
+        self.target = port
+        self.sockets: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.target))
+                self.sockets += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        for one in self.sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        self.sockets = []
+
+
+def test_a_lost_connection_costs_a_row_a_second_try(server, tmp_path):
+    from zimage_core.batch.comfyui import ComfyUI, WorkflowColumns, read_workflow
+
+    relay = Relay(server.port)
+    engine = ComfyUI(relay.url, WORKFLOW)
+    columns = WorkflowColumns(read_workflow(WORKFLOW), SET)
+    seen = []
+    for result in batch.run(rows(6), tmp_path, generator=engine, columns=columns):
+        seen.append(result.id)
+        assert result.error is None
+        if len(seen) == 2:
+            relay.cut()
+    assert sorted(seen) == sorted(hashes(tmp_path)) == [f"cat-{i}" for i in range(6)]
+    relay.listener.close()
 
 
 @pytest.mark.parametrize(
