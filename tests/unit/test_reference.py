@@ -176,7 +176,7 @@ def test_auto_on_the_cpu_is_the_reference_and_says_so_once(caplog):
     assert (first.name, first.precision) == ("reference", "w4a16")
     assert second == first
     assert len([r for r in caplog.records if r.message.startswith("SVDQ backend: reference w4a16 on cpu")]) == 1
-    assert "triton: needs an NVIDIA GPU" in first.reason
+    assert "triton: needs an NVIDIA or AMD GPU" in first.reason
 
 
 def test_torch_is_another_name_of_the_reference():
@@ -234,6 +234,18 @@ def test_the_table_of_auto(sm, dtype, installed, expected, gpu, request):
     assert (chosen.name, chosen.precision) == expected
     for precision, names in {"w4a16": ("triton", "reference"), "w4a4": ("nunchaku", "kitchen", "reference")}.items():
         assert select("auto", precision, device="cuda", dtype=dtype).name in names
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [("gfx1100", "triton"), ("gfx942", "triton"), ("gfx1030", None)])
+def test_amd_gpus_with_matrix_units_get_triton(architecture, expected, no_engine, monkeypatch):
+    pytest.importorskip("triton")
+    for module in (backends, backends.load("triton")):
+        monkeypatch.setattr(module, "amd_architecture", lambda device: architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    chosen = select(device="cuda", dtype=torch.bfloat16)
+    assert (chosen.name, chosen.precision) == (expected or "reference", "w4a16")
+    assert expected or "triton: needs gfx90a, gfx942, gfx950, gfx11, gfx12, the GPU is gfx1030" in chosen.reason
+    assert f"a GPU ({architecture})" in chosen.reason
 
 
 def test_an_old_triton_is_refused(gpu, no_engine, monkeypatch):

@@ -164,6 +164,14 @@ def capability(device: torch.device) -> int | None:
     return 10 * major + minor
 
 
+@cache
+def amd_architecture(device: torch.device) -> str | None:
+    """Architecture of an AMD GPU, such as gfx1100; None for any other device."""
+    if device.type != "cuda" or torch.version.hip is None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+
+
 def allocate_w4a4(x: torch.Tensor, rank: int, n: int) -> torch.Tensor:
     """What 4-bit kernels allocate for x (M, K), their result (M, N) last: codes, scales, the low-rank product."""
     m, k = x.shape
@@ -184,9 +192,11 @@ def guard(device: torch.device) -> AbstractContextManager:
 
 
 def describe(device: torch.device) -> str:
-    """A device's name, with the compute capability of an NVIDIA GPU."""
-    sm = capability(device)
-    return f"{device.type}" if sm is None else f"{torch.cuda.get_device_name(device)} (sm_{sm})"
+    """A GPU's name, with its compute capability or AMD's architecture; another device's type."""
+    sm, amd = capability(device), amd_architecture(device)
+    if sm is None and amd is None:
+        return device.type
+    return f"{torch.cuda.get_device_name(device)} ({amd or f'sm_{sm}'})"
 
 
 @cache

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import layout
-from . import Quantized, capability, guard
+from . import Quantized, amd_architecture, capability, guard
 from .reference import join, restore
 
 if TYPE_CHECKING:
@@ -32,19 +32,24 @@ if TYPE_CHECKING:
 __all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
 PRECISIONS = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
+AMD = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")  # with matrix units; the kernels are compiled for some, unrun
 OLDEST_TRITON = (3, 2)  # comes with torch 2.6; before it the kernels fail to compile or to compute
 FEW_ROWS = 2048  # w4a16 multiplies up to so many rows by the low-rank branch, instead of adding it to the weight
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why it cannot run there: no triton, no NVIDIA GPU of sm_75 or later, or a dtype without tensor cores."""
-    sm = capability(device)
-    if sm is None:
-        return f"needs an NVIDIA GPU, the device is {device.type}"
-    if sm < 75:
+    """Why it cannot run there: no triton, no GPU with matrix units that it compiles for, or a dtype without them."""
+    sm, amd = capability(device), amd_architecture(device)
+    if sm is None and amd is None:
+        return f"needs an NVIDIA or AMD GPU, the device is {device.type}"
+    if amd is not None and not amd.startswith(AMD):
+        return f"needs {', '.join(AMD)}, the GPU is {amd}"
+    if sm is not None and sm < 75:
         return f"needs sm_75 or later, the GPU is sm_{sm}"
-    if dtype not in ((torch.float16,) if sm < 80 else (torch.bfloat16, torch.float16)):
-        return f"takes {'float16' if sm < 80 else 'bfloat16 or float16'} on sm_{sm}, asked for {dtype}"
+    if sm is not None and sm < 80 and dtype is not torch.float16:
+        return f"takes float16 on sm_{sm}, asked for {dtype}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 or float16, asked for {dtype}"
     try:
         import triton
 
@@ -91,7 +96,9 @@ def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
-    """Tile sizes for K, the rank (0: no product) and a compute capability, within its shared memory."""
+    """Tile sizes for K, the rank (0: no product) and a compute capability, within its shared memory.
+
+    Those of sm_80 serve AMD GPUs: 32 KiB of 64."""
     if r == 0:
         return {"BLOCK_N": 32, "BLOCK_C": 128 if k % 256 == 0 else 64, "BLOCK_R": 0, "num_warps": 4, "num_stages": 1}
     large = sm in (90, 100)
@@ -118,7 +125,7 @@ def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: i
 
 
 def eight_bit(device: torch.device) -> torch.dtype:
-    """fp8 on GPUs whose tensor cores have it, else int8."""
+    """fp8 on NVIDIA GPUs whose tensor cores have it, else int8."""
     return torch.float8_e4m3fn if (capability(device) or 0) >= 89 else torch.int8
 
 
