@@ -2,8 +2,9 @@
 
 from .conditioning import ZImagePromptEncode
 from .controlnet import ZImageControlNetApply, ZImageControlNetLoader
+from .host import replace
 from .loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
-from .lora import ZImageLoraLoader, ZImageLoraStack
+from .lora import ZImageLoraLoader, ZImageLoraStack, ZImageLoraSwitches
 from .quantize import ZImageCompare, ZImageQuantize
 from .sampling import ZImageSampler
 from .vae import ZImageVAEDecode
@@ -21,6 +22,7 @@ NODE_CLASS_MAPPINGS = {
     "ZImageCompare": ZImageCompare,
     "ZImageControlNetLoader": ZImageControlNetLoader,
     "ZImageControlNetApply": ZImageControlNetApply,
+    "ZImageLoraSwitches": ZImageLoraSwitches,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -36,4 +38,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ZImageCompare": "Z-Image Compare",
     "ZImageControlNetLoader": "Z-Image ControlNet Loader",
     "ZImageControlNetApply": "Apply Z-Image ControlNet",
+    "ZImageLoraSwitches": "Z-Image LoRA Switches",
 }
+
+replace.register()

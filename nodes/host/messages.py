@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 
+COLUMNS = 42  # characters that fit a line of a node; the editor would break longer lines inside a word
 CELL = 16  # pixels of a token's edge
 
 
@@ -34,7 +36,8 @@ def say(text: str, node_id: str | None) -> None:
 
         send = getattr(getattr(PromptServer, "instance", None), "send_progress_text", None)
         if send is not None:
-            send(text, node_id)
+            lines = (textwrap.fill(line, COLUMNS, break_long_words=False) for line in text.splitlines())
+            send("\n".join(lines), node_id)
 
 
 def executing_node() -> str | None:

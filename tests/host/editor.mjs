@@ -1,7 +1,8 @@
 // Opens workflows in ComfyUI's graph editor in headless Chromium and tells what it saw, as JSON.
 //   node editor.mjs URL JOBS.json REPORT.json
-// A job: {graph: FILE, shot: PNG, crop: [node types], run: true, help: node type, size: [w, h]}; crop takes pictures of
-// single nodes (PNG-<type>.png), run presses the editor's own queue button and waits, help opens a node's help page.
+// A job: {graph: FILE, shot: PNG, crop: [node types], run: true, help: node type, replace: true}; crop takes pictures of
+// single nodes (PNG-<type>.png), run presses the editor's own queue button and waits, help opens a node's help page,
+// replace has the editor replace the nodes of other packs.
 // env: PLAYWRIGHT_CORE a folder whose node_modules holds playwright-core; CHROMIUM the browser (/usr/bin/chromium).
 import { createRequire } from 'node:module'
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -58,6 +59,16 @@ try {
     const report = { graph: job.graph }
     await page.evaluate(w => window.app.loadGraphData(w, true, true), JSON.parse(readFileSync(job.graph, 'utf8')))
     await page.waitForTimeout(1200)
+    if (job.replace) {
+      const details = page.getByRole('button', { name: /view details/i })
+      if (await details.count()) await details.first().click({ timeout: 5000 }).catch(() => {})
+      const button = page.getByRole('button', { name: /replace all/i })
+      await button.first().waitFor({ timeout: 10000 }).catch(() => {})
+      report.replaceButton = await button.count()
+      if (job.shot) await page.screenshot({ path: job.shot.replace(/\.png$/, '-before.png') })
+      if (report.replaceButton) await button.first().click({ timeout: 5000 }).catch(e => { report.replaceError = String(e) })
+      await page.waitForTimeout(1500)
+    }
     report.nodes = await page.evaluate(look)
     report.api = (await page.evaluate(() => window.app.graphToPrompt())).output
     await page.evaluate(() => {
@@ -105,6 +116,12 @@ try {
     if (job.run) {
       report.run = await page.evaluate(queue, 300000)
       await page.waitForTimeout(1500)
+      report.covered = await page.evaluate(() => [...document.querySelectorAll('button')]
+        .filter(b => /view details/i.test(b.innerText)).filter(b => {
+          const box = b.getBoundingClientRect()
+          const top = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2)
+          return top && !b.contains(top) && top.closest('.p-toast')
+        }).map(b => b.innerText))
       report.toasts = await page.evaluate(() => [...document.querySelectorAll('.p-toast-message')].map(t => t.innerText))
       if (job.shot) await page.screenshot({ path: job.shot.replace(/\.png$/, '-run.png') })
     }

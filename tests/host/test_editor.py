@@ -23,6 +23,34 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def nunchaku_graph() -> dict:
+    """The demo's graph as made for nunchaku's packs: their loader, and their LoRA stack with two slots in between."""
+    graph = json.loads((ROOT / "example_workflows" / "zimage_demo.json").read_text(encoding="utf-8"))
+    nodes = {node["type"]: node for node in graph["nodes"]}
+    loader, encoder, sampler = (
+        nodes[name] for name in ("ZImageINT4ModelLoader", "ZImageTextEncoderLoader", "ZImageSampler")
+    )
+    old = next(link for link in graph["links"] if link[1] == loader["id"])
+    links = [[90, loader["id"], 0, 20, 0, "MODEL"], [91, encoder["id"], 0, 20, 1, "CLIP"]]
+    links.append([92, 20, 0, sampler["id"], old[4], "MODEL"])
+    graph["links"] = [link for link in graph["links"] if link is not old] + links
+    loader |= {"type": "NunchakuZImageDiTLoader", "widgets_values": ["bundled demo"], "properties": {}}
+    loader["outputs"][0]["links"] = [90]
+    encoder["outputs"][0]["links"].append(91)
+    sampler["inputs"][old[4]]["link"] = 92
+    values = ["2", 2, True, True, "bundled demo: frame", 0.7, False, "bundled demo: grey", 1.0]
+    stack = {"id": 20, "type": "NunchakuZImageTurboLoraStackV4", "pos": [380, -260], "size": [340, 240], "mode": 0}
+    stack |= {"flags": {}, "order": 1, "properties": {"visibleLoraCount": 2}, "widgets_values": values}
+    stack["inputs"] = [{"name": "model", "type": "MODEL", "link": 90}, {"name": "clip", "type": "CLIP", "link": 91}]
+    stack["outputs"] = [
+        {"name": "MODEL", "type": "MODEL", "links": [92]},
+        {"name": "CLIP", "type": "CLIP", "links": []},
+    ]
+    graph["nodes"].append(stack)
+    graph |= {"last_node_id": 20, "last_link_id": 92}
+    return graph
+
+
 @pytest.fixture(scope="module")
 def seen(server, real_names, tmp_path_factory):
     """One browser session over all jobs: {name: report} and the browser's log."""
@@ -41,6 +69,15 @@ def seen(server, real_names, tmp_path_factory):
     bad = work / "error.json"
     bad.write_text(json.dumps(demo))
     jobs.append({"graph": str(bad), "run": True, "shot": str(shots / "error.png")})
+    for node in demo["nodes"]:
+        if node["type"] == "ZImageINT4ModelLoader":
+            node["widgets_values"][:2] = ["gone.safetensors", "auto"]
+    invalid = work / "invalid.json"
+    invalid.write_text(json.dumps(demo))
+    jobs.append({"graph": str(invalid), "run": True, "shot": str(shots / "invalid.png")})
+    moved = work / "nunchaku.json"
+    moved.write_text(json.dumps(nunchaku_graph()))
+    jobs.insert(0, {"graph": str(moved), "replace": True, "shot": str(shots / "nunchaku.png")})  # before any toast
     (work / "jobs.json").write_text(json.dumps(jobs))
     command = ["node", str(Path(__file__).with_name("editor.mjs")), server.url]
     run = subprocess.run(
@@ -71,7 +108,9 @@ def test_editor_makes_the_api_form_that_is_shipped(seen, path):
 
 
 def test_no_errors_from_the_pack(seen):
-    ours = [line for line in seen[1] if "zimage-int4" in line]
+    ours = [
+        line for line in seen[1] if "zimage-int4" in line and "PromptExecutionError" not in line
+    ]  # refused on purpose
     assert [line for line in ours if not line.endswith("/en.md")] == []  # the page of a locale, which it tries first
 
 
@@ -84,6 +123,29 @@ def test_toast_shows_the_packs_own_sentence(seen):
     assert report["run"]["how"] == "error" and "nunchaku" in report["run"]["detail"]
     ours = [toast for toast in report["toasts"] if "cannot run on" in toast]
     assert ours and "Z-Image INT4 Model Loader" in ours[0], report["toasts"]
+
+
+def test_toast_shows_what_is_refused_before_the_run_below_comfyuis_own_box(seen):
+    report = seen[0]["invalid"]
+    assert report["run"]["how"] == "refused"
+    ours = {toast for toast in report["toasts"] if "gone.safetensors" in toast}
+    assert len(ours) == 1 and ours.pop().startswith("Z-Image INT4 Model Loader\n'gone.safetensors' is not in")
+    assert report["covered"] == []
+
+
+def test_one_click_replaces_the_nodes_of_nunchakus_packs(seen):
+    report = seen[0]["nunchaku"]
+    if not report["replaceButton"]:
+        pytest.skip("this frontend has no button that replaces nodes")
+    nodes = {node["type"]: node for node in report["nodes"]}
+    assert [node["type"] for node in report["nodes"] if not node["known"]] == []
+    assert nodes["ZImageINT4ModelLoader"]["widgets"]["model_name"] == "bundled demo"
+    widgets = nodes["ZImageLoraSwitches"]["widgets"]
+    assert [widgets[f"lora_name_{i}"] for i in (1, 2, 3)] == ["bundled demo: frame", "bundled demo: grey", "None"]
+    assert (widgets["lora_count"], widgets["lora_strength_1"]) == (2, 0.7)
+    assert [widgets[f"enabled_{i}"] for i in (1, 2)] == [True, False]
+    made = {node["class_type"]: node["inputs"] for node in report["api"].values()}
+    assert made["ZImageLoraSwitches"]["clip"][1] == 0 and made["ZImageSampler"]["model"] == ["20", 0]
 
 
 def test_help_page_with_its_picture(seen):

@@ -1,0 +1,102 @@
+"""Workflows of nunchaku's packs: their Z-Image nodes become ours in the editor and in API prompts, where not installed.
+
+Ids, inputs and the order of widget values: nunchaku-ai/ComfyUI-nunchaku `nodes/models/zimage.py@002c232`,
+ussoewwin/ComfyUI-nunchaku-unofficial-loader `nodes/models/zimage.py@02e9d2a`, ussoewwin/ComfyUI-QwenImageLoraLoader
+`nodes/lora/zimageturbo_v4.py@d03dbb3`, `zimageturbo_v3.py@0fbcd55` and the scripts in its `js`, which put a count of
+their own before the widgets.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+LOADER, SWITCHES = "ZImageINT4ModelLoader", "ZImageLoraSwitches"
+SLOTS = range(1, 11)
+COUNT = "\N{INPUT SYMBOL FOR NUMBERS} LoRA Count"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A node of another pack: ours for it, its widgets in the order of a saved workflow's values, the inputs that both
+    have, our outputs by its own, and what its optional inputs are where a prompt leaves them out."""
+
+    new: str
+    widgets: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[int, ...] = (0,)
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+
+def slots(*kinds: str) -> tuple[str, ...]:
+    return tuple(f"{kind}_{i}" for i in SLOTS for kind in kinds)
+
+
+SWITCHED, PLAIN = slots("enabled", "lora_name", "lora_strength"), slots("lora_name", "lora_strength")
+EMPTY = {"enabled": True, "lora_name": "None", "lora_strength": 1.0}
+DEFAULTS = tuple((name, EMPTY[name.rpartition("_")[0]]) for name in SWITCHED)
+REPLACEMENTS = {
+    "NunchakuZImageDiTLoader": Replacement(LOADER, ("model_name",), ("model_name",)),
+    "NunchakuUssoewwinZImageDiTLoader": Replacement(
+        LOADER, ("model_name", "cpu_offload", "num_blocks_on_gpu", "use_pin_memory"), ("model_name",)
+    ),
+    "NunchakuZImageTurboLoraStackV4": Replacement(
+        SWITCHES,
+        (COUNT, "lora_count", "toggle_all", *SWITCHED),
+        ("model", "clip", "lora_count", *SWITCHED),
+        (0, 1),
+        DEFAULTS,
+    ),
+    "NunchakuZImageTurboLoraStackV3": Replacement(
+        SWITCHES,
+        (COUNT, "lora_count", "cpu_offload", *PLAIN),
+        ("model", "lora_count", *PLAIN),
+        defaults=DEFAULTS,
+    ),
+}
+
+
+def register() -> bool:
+    """Register the replacements with ComfyUI's server; False where there is none, or one without replacements."""
+    try:
+        from comfy_api.latest import io
+        from server import PromptServer
+    except ImportError:
+        return False
+    server = getattr(PromptServer, "instance", None)
+    manager = getattr(server, "node_replace_manager", None)
+    if server is None or manager is None or not hasattr(io, "NodeReplace"):
+        return False
+    for old, found in REPLACEMENTS.items():
+        set_values = {"backend": "auto", "precision": "auto"} if found.new == LOADER else {}
+        manager.register(
+            io.NodeReplace(
+                new_node_id=found.new,
+                old_node_id=old,
+                old_widget_ids=list(found.widgets),
+                input_mapping=[
+                    *({"new_id": name, "old_id": name} for name in found.inputs),
+                    *({"new_id": name, "set_value": value} for name, value in set_values.items()),
+                ],
+                output_mapping=[{"new_idx": i, "old_idx": i} for i in found.outputs],
+            )
+        )
+    server.add_on_prompt_handler(complete)
+    return True
+
+
+def complete(request: dict) -> dict:
+    """A request to `/prompt` with what ComfyUI's replacement asks of the nodes that it replaces: `_meta`, every input.
+
+    Without them it fails. Nodes of installed packs are left alone.
+    """
+    installed = importlib.import_module("nodes").NODE_CLASS_MAPPINGS  # ComfyUI's module, not ours of that name
+    prompt = request.get("prompt")
+    for node in prompt.values() if isinstance(prompt, dict) else ():
+        old = node.get("class_type") if isinstance(node, dict) else None
+        if old in REPLACEMENTS and old not in installed and isinstance(node.get("inputs"), dict):
+            node.setdefault("_meta", {"title": old})
+            for name, value in REPLACEMENTS[old].defaults:
+                node["inputs"].setdefault(name, value)
+    return request

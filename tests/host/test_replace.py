@@ -1,0 +1,76 @@
+"""Workflows of nunchaku's packs in a server that has our pack alone: the nodes that they name become ours."""
+
+from __future__ import annotations
+
+import pytest
+from test_server import api, outcome, pixels
+
+LORA = "zimage_lora.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def there(server, real_names):
+    if "NunchakuZImageDiTLoader" not in server.get("/node_replacements"):
+        pytest.skip("this ComfyUI has no node replacement")
+
+
+def picture(server, workflow: dict):
+    entry = server.run(workflow)
+    assert outcome(entry) == "success", entry["status"]
+    return pixels(server.images(entry)[0])
+
+
+def old(workflow: dict, class_type: str, **inputs) -> dict:
+    """A workflow with another pack's loader, as a saved API file names it."""
+    name = workflow["1"]["inputs"]["model_name"]
+    return {**workflow, "1": {"class_type": class_type, "inputs": {"model_name": name, **inputs}}}
+
+
+OFFLOAD = {"cpu_offload": "auto", "num_blocks_on_gpu": 1, "use_pin_memory": "disable"}
+
+
+@pytest.mark.parametrize("meta", [True, False])
+@pytest.mark.parametrize(
+    "class_type, inputs", [("NunchakuZImageDiTLoader", {}), ("NunchakuUssoewwinZImageDiTLoader", OFFLOAD)]
+)
+def test_loaders(server, class_type, inputs, meta):
+    workflow = old(api(), class_type, **inputs)
+    if meta:
+        workflow["1"]["_meta"] = {"title": "their loader"}
+    assert (picture(server, workflow) == picture(server, api())).all()
+
+
+@pytest.mark.parametrize("version", ["V4", "V3"])
+def test_lora_stacks(server, version):
+    """An API prompt holds the slots that were shown, not all ten; V4 has switches and a CLIP, V3 has neither."""
+    ours, theirs = api(), old(api(), "NunchakuZImageDiTLoader")
+    ours["20"] = {"class_type": "ZImageLoraLoader", "inputs": {"model": ["1", 0], "lora_name": LORA, "strength": 0.5}}
+    slots = {"lora_name_1": LORA, "lora_strength_1": 0.5, "lora_name_2": "None", "lora_strength_2": 1.0}
+    stack = {"model": ["1", 0], "lora_count": 2, **slots}
+    if version == "V4":
+        stack |= {"clip": ["2", 0], "toggle_all": True, "enabled_1": True, "enabled_2": True, "lora_count": 3}
+        stack |= {"enabled_3": False, "lora_name_3": LORA, "lora_strength_3": 5.0}
+        theirs["4"]["inputs"]["clip"] = ["20", 1]
+    else:
+        stack |= {"cpu_offload": "disable", "toggle_all": True}
+    theirs["20"] = {"class_type": f"NunchakuZImageTurboLoraStack{version}", "inputs": stack}
+    for workflow in (ours, theirs):
+        workflow["5"]["inputs"]["model"] = ["20", 0]
+    plain, expected = picture(server, api()), picture(server, ours)
+    assert (expected != plain).any() and (picture(server, theirs) == expected).all()
+
+
+def test_a_switch_and_the_count_leave_loras_out(server):
+    workflow = api()
+    slots = {"enabled_1": False, "lora_name_1": LORA, "lora_strength_1": 1.0, "lora_name_2": LORA}
+    workflow["20"] = {"class_type": "ZImageLoraSwitches", "inputs": {"model": ["1", 0], "lora_count": 1, **slots}}
+    workflow["5"]["inputs"]["model"] = ["20", 0]
+    assert (picture(server, workflow) == picture(server, api())).all()
+    workflow["20"]["inputs"] |= {"enabled_1": True, "lora_name_1": "gone.safetensors"}
+    status, answer = server.post("/prompt", {"prompt": workflow, "client_id": "test"})
+    assert status == 400 and "lora_name_1" in str(answer)
+
+
+def test_unknown_nodes_of_others_stay_unknown(server):
+    status, answer = server.post("/prompt", {"prompt": old(api(), "UnetLoaderGGUF"), "client_id": "test"})
+    assert status == 400 and "UnetLoaderGGUF" in str(answer)
