@@ -93,7 +93,9 @@ class ResidentTransformer:
         """Have it with exactly these LoRAs and ControlNets, with as many blocks on the device as the plan allows."""
         apply(self.model, loras)
         if set(self._nets) != set(controlnets):
-            self.leave()
+            self._graphs.clear()
+            if self._streamer.host:  # what is streamed rests in this streamer's buffers
+                self._streamer.leave()
             where = _read_to(stage, self._device)
             self._nets = {
                 path: self._nets.get(path) or load_controlnet(path, device=where, **self._options)

@@ -98,7 +98,8 @@ def test_streamed_blocks_give_the_same_picture(tiny_files, net_files, names):
     controls = [Control(outline(), net_files[name], 0.8) for name in names]
     free = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a16")
     expected = free("a cat", **SIZE, control=controls)
-    alone = free("a cat", **SIZE).plan.stage("transformer")
+    plain = free("a cat", **SIZE)
+    alone = plain.plan.stage("transformer")
     whole = expected.plan.stage("transformer")
     assert whole.blocks == alone.blocks + 2 * len(names)  # a refiner block and a layer each
     assert whole.weights > alone.weights and whole.activations > alone.activations
@@ -107,6 +108,9 @@ def test_streamed_blocks_give_the_same_picture(tiny_files, net_files, names):
     stage = found.plan.stage("transformer")
     assert stage.resident < stage.blocks
     assert numpy.array_equal(pixels(found), pixels(expected))
+    for pipeline in (tight, free):  # without them again, and with them once more
+        assert numpy.array_equal(pixels(pipeline("a cat", **SIZE)), pixels(plain))
+        assert numpy.array_equal(pixels(pipeline("a cat", **SIZE, control=controls)), pixels(expected))
 
 
 def test_what_a_mask_keeps_stays_bit_for_bit(generate, net_files):
