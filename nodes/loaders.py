@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .host import messages
 from .host.clip import describe_encoder, load_clip
-from .host.files import check_encoder, check_model, check_vae, choices
+from .host.files import DEMO, check_encoder, check_model, check_vae, choices
 from .host.model import describe_model, load_model, try_plan
 from .host.vae import describe_vae, load_vae
 
@@ -27,6 +27,9 @@ class ZImageINT4ModelLoader:
         "svdquant",
         "svdq",
         "nunchaku",
+        "awq",
+        "gguf",
+        "dit loader",
         "turbo",
         "load diffusion model",
         "unet",
@@ -39,13 +42,15 @@ class ZImageINT4ModelLoader:
 
     @classmethod
     def INPUT_TYPES(cls):
+        names = choices("diffusion_models", "model")
         return {
             "required": {
                 "model_name": (
-                    choices("diffusion_models", "model"),
+                    names,
                     {
+                        "default": next((name for name in names if "svdq" in name.lower()), DEMO),
                         "tooltip": "A .safetensors file in models/diffusion_models: svdq-int4_r256-z-image-turbo "
-                        "(or r32, r128) or a BF16 Z-Image; or the small demo model that comes with the pack."
+                        "(or r32, r128) or a BF16 Z-Image; or the small demo model that comes with the pack.",
                     },
                 ),
                 "backend": (
@@ -101,7 +106,7 @@ class ZImageTextEncoderLoader:
         "Loads Z-Image's text encoder (Qwen3-4B) as a CLIP: one .safetensors file, or a Hugging Face folder, or the "
         "demo's own small encoder."
     )
-    SEARCH_ALIASES = ["z-image", "zimage", "qwen3", "qwen", "clip", "text encoder", "load clip"]
+    SEARCH_ALIASES = ["z-image", "zimage", "qwen3", "qwen", "clip", "text encoder", "load clip", "gguf"]
     CATEGORY = CATEGORY
     FUNCTION = "load"
     RETURN_TYPES = ("CLIP",)

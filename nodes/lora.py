@@ -19,7 +19,7 @@ class ZImageLoraLoader:
         "Applies a LoRA to the model beside its INT4 weights, which stay as they are. Chain several of these nodes to "
         "stack LoRAs; what did not match is shown on the node."
     )
-    SEARCH_ALIASES = ["z-image", "zimage", "lora", "load lora", "style", "lokr", "loha"]
+    SEARCH_ALIASES = ["z-image", "zimage", "lora", "load lora", "nunchaku lora", "style", "lokr", "loha"]
     CATEGORY = "Z-Image INT4/loaders"
     FUNCTION = "load"
     RETURN_TYPES = ("MODEL",)
@@ -61,7 +61,7 @@ class ZImageLoraStack:
         "Applies up to four LoRAs to the model, each with its own strength: the same as a chain of Z-Image LoRA "
         "Loaders. What did not match is shown on the node."
     )
-    SEARCH_ALIASES = ["z-image", "zimage", "lora", "lora stack", "multi lora", "load lora", "style"]
+    SEARCH_ALIASES = ["z-image", "zimage", "lora", "lora stack", "multi lora", "load lora", "nunchaku lora", "style"]
     CATEGORY = "Z-Image INT4/loaders"
     FUNCTION = "load"
     RETURN_TYPES = ("MODEL",)

@@ -116,6 +116,7 @@ try {
     if (job.run) {
       report.run = await page.evaluate(queue, 300000)
       await page.waitForTimeout(1500)
+      report.boxes = await page.evaluate(() => window.app.graph.nodes.map(n => [n.type, ...n.pos, ...n.size]))
       report.covered = await page.evaluate(() => [...document.querySelectorAll('button')]
         .filter(b => /view details/i.test(b.innerText)).filter(b => {
           const box = b.getBoundingClientRect()

@@ -249,6 +249,27 @@ def test_demo_comes_first_where_no_file_is_there(pack):
     (pack.models / "text_encoders" / "q8.gguf").unlink()
 
 
+def test_the_model_that_is_chosen_at_first_is_a_right_one(pack):
+    """An SVDQuant file where there is one, else the demo: the first file by name may be any model."""
+    demo, folder = sys.modules["zimage_unit_pack.nodes.host"].files.DEMO, pack.models / "diffusion_models"
+    loader = pack.NODE_CLASS_MAPPINGS["ZImageINT4ModelLoader"]
+    (folder / "a-flux.safetensors").touch()
+    assert loader.INPUT_TYPES()["required"]["model_name"][1]["default"] == demo
+    (folder / "svdq-int4_r32-z.safetensors").touch()
+    assert loader.INPUT_TYPES()["required"]["model_name"][1]["default"] == "svdq-int4_r32-z.safetensors"
+    (folder / "a-flux.safetensors").unlink()
+    (folder / "svdq-int4_r32-z.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "words, node",
+    [(w, IDS[0]) for w in ("nunchaku", "svdquant", "gguf", "awq", "dit loader")]
+    + [(w, node) for w in ("lora", "nunchaku lora") for node in ("ZImageLoraLoader", "ZImageLoraStack")],
+)
+def test_nodes_are_found_by_the_words_of_other_packs(pack, words, node):
+    assert words in pack.NODE_CLASS_MAPPINGS[node].SEARCH_ALIASES
+
+
 def test_missing_models_folder_is_no_error(pack, monkeypatch):
     host = sys.modules["zimage_unit_pack.nodes.host"]
     monkeypatch.delitem(host.files.folder_paths.folder_names_and_paths, "diffusion_models")
@@ -464,3 +485,18 @@ def test_files_that_must_be_fetched_have_links():
                     models = {m["name"]: m for m in node["properties"]["models"]}
                     assert models[value]["url"].startswith("https://huggingface.co/")
                     assert models[value]["url"] in notes and f"**{models[value]['directory']}**" in notes
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_graphs_read_from_left_to_right_and_nothing_overlaps(path):
+    """With room below each node for the lines that it shows after a run, see tests/host/test_editor.py."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    nodes, title = {node["id"]: node for node in graph["nodes"]}, 30
+    for _, source, _, target, _, _ in graph["links"]:
+        right = nodes[source]["pos"][0] + nodes[source]["size"][0]
+        assert right + 50 <= nodes[target]["pos"][0], (nodes[source]["type"], nodes[target]["type"])
+    boxes = [(*node["pos"], *node["size"], node["type"]) for node in graph["nodes"]]
+    for i, (x, y, w, h, kind) in enumerate(boxes):
+        for x2, y2, w2, h2, other in boxes[:i]:
+            apart = x + w <= x2 or x2 + w2 <= x or y + h <= y2 - title or y2 + h2 <= y - title
+            assert apart, f"{kind} lies over {other}"
