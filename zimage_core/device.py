@@ -6,14 +6,18 @@ import torch
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The named device, else the current CUDA (or ROCm) device, else the CPU; a GPU always with its index, which some
-    functions of torch.cuda ask for. Raises ValueError if it is not there."""
+    """The named device, else the first kind that is there of CUDA (or ROCm), Intel's XPU, Apple's MPS and the CPU.
+
+    A CUDA device always has its index, which some functions of torch.cuda ask for. ValueError if it is not there."""
+    kinds = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = next((kind for kind, module in kinds.items() if module.is_available()), "cpu")
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device {device!r} is no torch device; use cpu, cuda or cuda:0") from None
+        raise ValueError(f"device {device!r} is no torch device; use cpu, cuda, cuda:0, xpu or mps") from None
+    if device.type in ("xpu", "mps") and not kinds[device.type].is_available():
+        raise ValueError(f"device {device} is not there: torch {torch.__version__} sees none; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
@@ -25,7 +29,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The named dtype, else bf16, or fp16 on GPUs older than bf16. Raises ValueError for any other type."""
+    """The named dtype, else bf16, or fp16 on GPUs and Macs older than bf16. Raises ValueError for any other type."""
+    if dtype is None and device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
     if dtype is None:
         old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
         return torch.float16 if old and torch.version.hip is None else torch.bfloat16

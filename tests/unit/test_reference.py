@@ -226,8 +226,8 @@ def test_report_has_a_row_for_every_backend(no_engine):
         (70, torch.float16, True, ("reference", "w4a16")),
     ],
 )
-def test_the_table_of_auto(sm, dtype, installed, expected, gpu, request):
-    pytest.importorskip("triton")
+def test_the_table_of_auto(sm, dtype, installed, expected, gpu, request, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.6.0")
     request.getfixturevalue("engine" if installed else "no_engine")
     gpu(sm)
     chosen = select(device="cuda", dtype=dtype)
@@ -238,7 +238,7 @@ def test_the_table_of_auto(sm, dtype, installed, expected, gpu, request):
 
 @pytest.mark.parametrize(("architecture", "expected"), [("gfx1100", "triton"), ("gfx942", "triton"), ("gfx1030", None)])
 def test_amd_gpus_with_matrix_units_get_triton(architecture, expected, no_engine, monkeypatch):
-    pytest.importorskip("triton")
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.6.0")
     for module in (backends, backends.load("triton")):
         monkeypatch.setattr(module, "amd_architecture", lambda device: architecture)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")

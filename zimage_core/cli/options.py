@@ -49,7 +49,7 @@ def pad_option(text: str) -> tuple[int, int, int, int]:
 
 def add_device(parser: Parser) -> None:
     """--device of the commands that generate pictures or time them."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if torch sees one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, xpu, mps ... (default: a GPU if torch sees one)")
 
 
 def add_runtime(parser: Parser) -> None:

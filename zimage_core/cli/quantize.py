@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from ..quantize.run import TimeLeft, calibration_defaults, check_request, quantize_checkpoint
 
     device = choose_device(args.device)
+    if args.device is None and device.type == "mps":  # without float64
+        device = choose_device("cpu")
     prompts, size = calibration_defaults(device)
     if args.size is not None:
         size = args.size

@@ -21,6 +21,7 @@ from ..linear.adapters import Adapter, Terms
 from . import blocks
 
 CHUNK = 2**22  # weights dequantized at once
+WITHOUT_FP8 = ("mps",)  # devices whose tensors cannot have FP8 types
 
 
 def _float(weight: Tensor) -> Tensor:
@@ -34,7 +35,15 @@ def _int8(codes: Tensor, scale: Tensor) -> Tensor:
 
 def _fp8(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """codes: the bytes of FP8 values, uint8 (n, K), so that casting a module never casts them; scale fp32 (n, 1)."""
-    return lambda codes, scale: codes.view(dtype).float() * scale.float()
+    return lambda codes, scale: _fp8_values(codes, dtype) * scale.float()
+
+
+def _fp8_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes uint8 (n, K) as the FP8 numbers that they are, fp32; by a table on devices without the dtype."""
+    if codes.device.type not in WITHOUT_FP8:
+        return codes.view(dtype).float()
+    table = torch.arange(256, dtype=torch.uint8).view(dtype).float().to(codes.device)
+    return table[codes.int()]
 
 
 def _nvfp4(codes: Tensor, block_scale: Tensor, scale: Tensor) -> Tensor:
@@ -42,7 +51,7 @@ def _nvfp4(codes: Tensor, block_scale: Tensor, scale: Tensor) -> Tensor:
     magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
     values = torch.cat((magnitudes, -magnitudes))
     pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), -1)  # (256, 2): a byte's two values
-    scales = block_scale.view(torch.float8_e4m3fn).float() * scale.float()
+    scales = _fp8_values(block_scale, torch.float8_e4m3fn) * scale.float()
     rows = F.embedding(codes.int(), pairs).reshape(*scales.shape, 16)
     return (rows * scales.unsqueeze(-1)).flatten(1)
 

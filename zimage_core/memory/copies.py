@@ -97,7 +97,7 @@ class HostBlock:
         if device.type != "cpu":
             copies, places = DeviceSlot(torch.empty(self.bytes, dtype=torch.uint8, device=device)).views(self)
             for target, source in copies:
-                target.copy_(source, non_blocking=True)
+                target.copy_(source, non_blocking=device.type == "cuda")
             put(places)
             self.device, self._away = device, contents(block)
 

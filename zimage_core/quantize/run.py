@@ -70,6 +70,8 @@ def quantize_checkpoint(
     """
     check_request(dst, size, merge)
     src, dst, device = Path(src), Path(dst), torch.device(device)
+    if device.type == "mps":
+        raise ValueError("device mps: expected one with float64, which quantizing needs; use cpu")
     loras = [(load_lora(path), float(strength)) for path, strength in merge]
     with open_transformer(src, SOURCES) as (info, files):
         if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
