@@ -83,6 +83,8 @@ def test_web_files_are_served(server):
             assert server.get(f"/extensions/zimage-int4/docs/{picture}", raw=True)[:4] == b"\x89PNG"
     templates = server.get("/workflow_templates")
     assert {path.stem for path in WORKFLOWS} <= set(templates["zimage-int4"])
+    for language, sampler in (("zh", "Z-Image 采样器"), ("ja", "Z-Image サンプラー")):
+        assert server.get("/i18n")[language]["nodeDefs"]["ZImageSampler"]["display_name"] == sampler
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)

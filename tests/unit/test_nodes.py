@@ -500,3 +500,21 @@ def test_graphs_read_from_left_to_right_and_nothing_overlaps(path):
         for x2, y2, w2, h2, other in boxes[:i]:
             apart = x + w <= x2 or x2 + w2 <= x or y + h <= y2 - title or y2 + h2 <= y - title
             assert apart, f"{kind} lies over {other}"
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_locales_name_and_explain_every_node_and_input(pack, language):
+    """All of them and no others, so that a node or input that is new, renamed or gone is translated with it."""
+    texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(texts) == set(IDS)
+    for name, node in pack.NODE_CLASS_MAPPINGS.items():
+        found, inputs = texts[name], node.INPUT_TYPES()
+        assert set(found) == {"display_name", "description", "inputs", "outputs"}
+        assert set(found["inputs"]) == {*inputs["required"], *inputs.get("optional", {})}
+        assert list(found["outputs"]) == [str(i) for i in range(len(node.RETURN_TYPES))]
+        for text in (*found["inputs"].values(), *found["outputs"].values()):
+            assert set(text) == {"name", "tooltip"} and all(text.values())
+        assert re.search("[\u3040-\u30ff\u4e00-\u9fff]", found["description"])
+    parts = {part for node in pack.NODE_CLASS_MAPPINGS.values() for part in node.CATEGORY.split("/")}
+    main = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))
+    assert set(main["nodeCategories"]) == parts
