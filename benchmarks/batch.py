@@ -10,8 +10,9 @@
     python benchmarks/batch.py --folder DIR --batches        batches against single pictures: speed and difference
 
 DIR keeps random files of the real sizes (see image.py), --tiny takes small ones; `--seconds` limits a timed run. Paces
-count from the moment when every worker has shown a picture to the last one, PNG files and manifest included. Random
-weights make pictures of noise, whose PNG files are as large and slow as they can be. The last line is JSON.
+of this process count everything but loading; those of other processes begin when each worker has shown a picture, so
+that the encoding of the first rows is not in them. PNG files and manifest are, and random weights make noise, whose
+PNG files are as large and slow as they can be. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -62,22 +63,22 @@ def prompts(count: int, take: str) -> Iterator[dict]:
         yield {"id": f"{take}-{i}", "prompt": f"{text}, {i}", "seed": i}
 
 
-def pace(results: Iterable[batch.Result], workers: int, seconds: float) -> dict[str, float]:
-    """Pictures a minute from when each worker has had one, for so many seconds at most."""
+def pace(results: Iterable[batch.Result], seconds: float, workers: int = 0) -> dict[str, float]:
+    """Pictures a minute, for so many seconds at most; workers: from when each of so many has had one, 0: from now."""
     seen: Counter[tuple[str, int]] = Counter()
-    begun = ended = 0.0
+    begun = ended = time.perf_counter()
     counted = 0
     for result in results:
         if result.error is not None:
             raise SystemExit(f"{result.id}: {result.error}")
         ended = time.perf_counter()
-        if begun:
-            counted += 1
-            if ended - begun > seconds:
-                break
-        else:
+        if len(seen) < workers:
             seen[result.record["host"], result.record["pid"]] += 1
-            begun = ended if len(seen) >= workers else 0.0
+            begun = ended
+            continue
+        counted += 1
+        if ended - begun > seconds:
+            break
     if not counted:
         raise SystemExit("too few pictures to time: more --count")
     return {"count": counted, "a_minute": 60 * counted / (ended - begun)}
@@ -115,11 +116,14 @@ class Bench:
 def parts(generator: PictureGenerator, run: Bench, size: int) -> float:
     """Seconds of encoding a prompt, all steps and decoding, each measured alone and summed; medians of five."""
     pipeline = generator.pipeline
-    texts = [row["prompt"] for row in prompts(16, f"parts{size}")]
-    pipeline("warm", size, size, num_inference_steps=run.steps, generator=0)
+    warm, texts = ([row["prompt"] for row in prompts(32, f"{name}{size}")] for name in ("warm", "parts"))
+    pipeline(warm[0], size, size, num_inference_steps=run.steps, generator=0)
+    pipeline.encode(warm)
+    begun = time.perf_counter()
     pipeline.encode(texts)
-    stages = {stage.name: stage.seconds for stage in pipeline.stages}
-    found = {"encode": [stages["encode prompt"] / len(texts)], "sample": [], "decode": []}
+    if run.device.type == "cuda":
+        torch.cuda.synchronize(run.device)
+    found = {"encode": [(time.perf_counter() - begun) / len(texts)], "sample": [], "decode": []}
     for seed in range(6):
         pipeline(texts[seed], size, size, num_inference_steps=run.steps, generator=seed)
         for stage in pipeline.stages[-2:]:
@@ -135,7 +139,7 @@ def one_gpu(run: Bench) -> None:
     generator = PictureGenerator({**run.options(), "device": str(run.device)}, exact=run.args.exact)
     for size in run.sizes:
         alone = parts(generator, run, size)
-        found = pace(run.run(size, run.args.count, generator=generator), 1, run.args.seconds)
+        found = pace(run.run(size, run.args.count, generator=generator), run.args.seconds)
         run.row("zimage batch", size, **found, of_parts=found["a_minute"] * alone / 60)
 
 
@@ -148,6 +152,7 @@ def batches(run: Bench) -> None:
         folders = []
         for exact in (True, False):
             generator = PictureGenerator({**run.options(), "device": str(run.device)}, exact=exact)
+            generator.pipeline("warm", size, size, num_inference_steps=run.steps, generator=0)
             started = batch.run(
                 list(prompts(run.args.count, f"both{size}")),
                 run.scratch / f"both-{size}-{exact}",
@@ -155,7 +160,7 @@ def batches(run: Bench) -> None:
                 generator=generator,
             )
             folders.append(Path(started.sink.where))
-            run.row("one by one" if exact else "together", size, **pace(started, 1, 1e9))
+            run.row("one by one" if exact else "together", size, **pace(started, 1e9))
             del generator
         worst, means = 0, []
         for path in sorted(folders[0].glob("*.png")):
@@ -177,12 +182,12 @@ def several(run: Bench, counts: list[int], ray: bool) -> None:
             if len(devices) < count:
                 raise SystemExit(f"{count} GPUs: torch sees {len(shown)}")
             total = run.args.count * count
-            found = pace(run.run(size, total, devices=devices, **run.options()), count, run.args.seconds)
+            found = pace(run.run(size, total, devices=devices, **run.options()), run.args.seconds, count)
             first = first or found["a_minute"] / count
             run.row(f"{count} processes", size, **found, times=found["a_minute"] / first)
             if ray:
                 how = {"ray": "local", "workers": (count, count), **run.options()}
-                found = pace(run.run(size, total, **how), count, run.args.seconds)
+                found = pace(run.run(size, total, **how), run.args.seconds, count)
                 run.row(f"{count} workers on Ray", size, **found, times=found["a_minute"] / first)
 
 
@@ -217,7 +222,7 @@ def comfyui(run: Bench) -> None:
             rows = list(prompts(run.args.count, f"take{run.takes}"))
             where = run.scratch / str(run.takes)
             started = batch.run(rows, where, generator=ComfyUI(server.url, path), columns=columns)
-            run.row("ComfyUI's queue", size, **pace(started, 1, run.args.seconds))
+            run.row("ComfyUI's queue", size, **pace(started, run.args.seconds, 1))
     finally:
         server.stop()
 
