@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .bench import every_way, machine
 from .formats.identify import model_info
-from .formats.safetensors import TensorFiles
+from .formats.safetensors import open_tensors
 from .linear.backends import Quantized, reference
 from .linear.svdq import SVDQLinear, SVDQWeights
 from .models.transformer import ZImageTransformer
@@ -125,7 +125,7 @@ def largest_singular_value(matrix: Tensor) -> float:
 def check_header(path: Path, model: ZImageTransformer) -> Check:
     """What the header says, its metadata against its tensors. Loading has compared every name, dtype and shape."""
     info = model_info(path)
-    tensors = len(TensorFiles(path).tensors)
+    tensors = len(open_tensors(path).tensors)
     found = f"{info.format}, {len(model.blocks)} blocks, {tensors} tensors"
     if not info.rank:
         return Check("header", True, found, "a Z-Image transformer")

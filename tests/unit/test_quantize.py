@@ -163,7 +163,7 @@ def test_lora_is_merged_before_quantizing(dense, source, tmp_path):
     assert "lora.safetensors:0.5" in read_header(tmp_path / "a").metadata["quantized_by"]
 
 
-def test_fp8_source_is_read_with_a_warning(dense, source, tmp_path):
+def test_fp8_source_is_read_without_a_warning(dense, source, tmp_path):
     fp8 = {}
     for key, tensor in diffusers_names(dense).items():
         if tensor.ndim == 2 and "refiner" in key and key.endswith(".weight"):
@@ -174,7 +174,8 @@ def test_fp8_source_is_read_with_a_warning(dense, source, tmp_path):
             fp8[key] = tensor
     fp8["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     save_file(fp8, tmp_path / "fp8", {"config": json.dumps(diffusers_config(CONFIG))})
-    with pytest.warns(UserWarning, match="is FP8"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         quantize_checkpoint(tmp_path / "fp8", tmp_path / "a", rank=128)
     quantize_checkpoint(source, tmp_path / "b", rank=128)
     a, b = load_file(tmp_path / "a"), load_file(tmp_path / "b")

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect_file(path: Path) -> dict:
     """What a safetensors file or folder is: kind, sizes, metadata and, for a transformer, what would run it here."""
-    from ..formats.identify import identify
+    from ..formats.identify import READ, identify
     from ..formats.load import check_transformer
     from ..formats.safetensors import open_tensors, tensor_bytes
 
@@ -71,9 +71,7 @@ def inspect_file(path: Path) -> dict:
             "costs": list(report.costs),
             "warnings": list(report.warnings),
         }
-    if found.form.id not in ("svdq-int4", "dense"):
-        return facts
-    if found.role == "controlnet":
+    if found.role == "controlnet" and found.form.id in ("svdq-int4", "dense"):
         from ..formats.controlnet import control_info
 
         control = control_info(path)
@@ -86,12 +84,13 @@ def inspect_file(path: Path) -> dict:
             "width": control.config.base.dim,
             "runs_here": what_runs(quantized=bool(control.rank)),
         }
-    if found.role != "model":
+    if found.role != "model" or found.form.id not in READ:
         return facts
     info = check_transformer(path)
     config = info.config
+    words = {"svdq-int4": "SVDQuant INT4, group 64", "dense": f"dense {info.dtype}"}
     facts |= {
-        "format": "SVDQuant INT4, group 64" if info.rank else f"dense {info.dtype}",
+        "format": words.get(info.format, found.form.words),
         "rank": info.rank or None,
         "quantized_refiners": info.quantized_refiners,
         "layers": config.n_layers,

@@ -21,6 +21,63 @@ def q8_0(codes: Tensor) -> Tensor:
     return (blocks[..., 2:].contiguous().view(torch.int8).float() * _halves(blocks[..., :2])).flatten(1)
 
 
+def _legacy(block: Tensor, offset: int, fifth: Tensor | None) -> Tensor:
+    """Nibbles of blocks of 32 (n, S, 16), low ones first, with fifth bits (n, S, 4) if there are any, less offset."""
+    q = torch.cat((block & 15, block >> 4), -1)
+    if fifth is not None:
+        shifts = torch.arange(8, dtype=torch.uint8, device=block.device)
+        q = q | ((fifth.unsqueeze(-1) >> shifts) & 1).flatten(-2) << 4
+    return q.float() - offset
+
+
+def q4_0(codes: Tensor) -> Tensor:
+    """Blocks of 32: fp16 scale, 16 bytes of nibbles around 8."""
+    blocks = codes.unflatten(1, (-1, 18))
+    return (_halves(blocks[..., :2]) * _legacy(blocks[..., 2:], 8, None)).flatten(1)
+
+
+def q4_1(codes: Tensor) -> Tensor:
+    """Blocks of 32: fp16 scale, fp16 minimum, 16 bytes of nibbles."""
+    blocks = codes.unflatten(1, (-1, 20))
+    d, m = _halves(blocks[..., :4]).split(1, -1)
+    return (d * _legacy(blocks[..., 4:], 0, None) + m).flatten(1)
+
+
+def q5_0(codes: Tensor) -> Tensor:
+    """Q4_0 around 16, with 4 bytes of fifth bits before the nibbles."""
+    blocks = codes.unflatten(1, (-1, 22))
+    return (_halves(blocks[..., :2]) * _legacy(blocks[..., 6:], 16, blocks[..., 2:6])).flatten(1)
+
+
+def q5_1(codes: Tensor) -> Tensor:
+    """Q4_1 with 4 bytes of fifth bits before the nibbles."""
+    blocks = codes.unflatten(1, (-1, 24))
+    d, m = _halves(blocks[..., :4]).split(1, -1)
+    return (d * _legacy(blocks[..., 8:], 0, blocks[..., 4:8]) + m).flatten(1)
+
+
+def q2_k(codes: Tensor) -> Tensor:
+    """Blocks of 256: 16 bytes of 4-bit scales and minima, 64 bytes of pairs of bits, fp16 scales of both."""
+    scales, pairs, d, dmin = codes.unflatten(1, (-1, 84)).split((16, 64, 2, 2), -1)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device).unsqueeze(-1)
+    q = (pairs.unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-3).unflatten(-1, (16, 16)).float()
+    step, low = _halves(d) * (scales & 15).float(), _halves(dmin) * (scales >> 4).float()
+    return (step.unsqueeze(-1) * q - low.unsqueeze(-1)).flatten(1)
+
+
+def q3_k(codes: Tensor) -> Tensor:
+    """Blocks of 256: 32 bytes of third bits (clear: less 4), 64 of pairs of bits, 12 of 6-bit scales, fp16 scale."""
+    third, pairs, packed, d = codes.unflatten(1, (-1, 110)).split((32, 64, 12, 2), -1)
+    low = torch.cat((packed[..., :8] & 15, packed[..., :8] >> 4), -1)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device).unsqueeze(-1)
+    high = (packed[..., 8:].unsqueeze(-2) >> shifts & 3).flatten(-2)
+    scales = _halves(d) * ((low | high << 4).float() - 32)
+    bits = torch.arange(8, dtype=torch.uint8, device=codes.device).unsqueeze(-1)
+    clear = ((third.unsqueeze(-2) >> bits & 1) ^ 1).flatten(-2)  # (n, S, 256)
+    q = (pairs.unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-3).float() - 4 * clear.float()
+    return (scales.unsqueeze(-1) * q.unflatten(-1, (16, 16))).flatten(1)
+
+
 def _k_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The eight 6-bit scales and minima of Q4_K and Q5_K: 12 bytes (n, S, 12) -> two of fp32 (n, S, 8, 1)."""
     low, mid, high = packed.unflatten(-1, (3, 4)).unbind(-2)
@@ -58,7 +115,7 @@ def q6_k(codes: Tensor) -> Tensor:
     """Blocks of 256: 128 bytes of low nibbles, 64 of upper bit pairs, 16 int8 scales, fp16 scale of scales."""
     blocks = codes.unflatten(1, (-1, 210))
     low, pairs, scales, d = blocks.split((128, 64, 16, 2), -1)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device).unsqueeze(-1)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device).unsqueeze(-1)
     high = (pairs.unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(2)  # (n, S, 256)
     q = (_nibbles(low, 64).flatten(2) | high << 4).float() - 32
     scales = _halves(d) * scales.contiguous().view(torch.int8).float()  # (n, S, 16)

@@ -36,12 +36,14 @@ QUANTIZED = {name: (block, size) for name, block, size in _TYPES.values() if blo
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?QqdQ"))
 _STRING, _ARRAY = 8, 9
 _MOST_AXES = 4
+_SHAPE = "comfy.gguf.orig_shape."  # before a tensor's name: the shape that ComfyUI-GGUF's converter gave another
 
 
 class GGUFFile(TensorFiles):
     """The tensors of a GGUF file by their own names; a tensor of blocks is read as rows of bytes.
 
-    fields: the metadata but for arrays, which are passed over: a vocabulary's strings are not used.
+    fields: the metadata but for arrays, which are passed over: a vocabulary's strings are not used. Shapes that a
+    converter changed are as they were.
     """
 
     def __init__(self, path: str | Path):
@@ -97,7 +99,7 @@ class GGUFFile(TensorFiles):
                 raise ValueError("a name goes past the end")
             return self._data[place - size : place].decode("utf-8")
 
-        def value(kind: int) -> object:
+        def value(key: str, kind: int) -> object:
             nonlocal place
             if kind == _STRING:
                 return text()
@@ -109,6 +111,8 @@ class GGUFFile(TensorFiles):
                     place += 8 + struct.unpack_from("<Q", self._data, place)[0]
             elif inner == _ARRAY:
                 raise ValueError("an array of arrays")
+            elif key.startswith(_SHAPE) and count <= _MOST_AXES:
+                shapes[key.removeprefix(_SHAPE)] = tuple(number(_SCALARS[inner]) for _ in range(count))
             else:
                 place += count * struct.calcsize(f"<{_SCALARS[inner]}")
             return None
@@ -117,11 +121,12 @@ class GGUFFile(TensorFiles):
         if version & 0xFFFF == 0:
             raise ValueError("it is big-endian, get a little-endian one")
         tensors, fields = number("Q"), number("Q")
+        shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(fields):
             key = text()
-            if (found := value(number("I"))) is not None:
+            if (found := value(key, number("I"))) is not None:
                 self.fields[key] = found
-        entries = []
+        entries: list[tuple[str, int, int]] = []
         for _ in range(tensors):
             name, axes = text(), number("I")
             if axes > _MOST_AXES or name in self._place:
@@ -133,6 +138,10 @@ class GGUFFile(TensorFiles):
             self.tensors[name] = kind, shape
             self._place[name] = 0, 0
             entries.append((name, number("Q"), prod(shape) // block * size))
+            if original := shapes.get(name):
+                if prod(original) != prod(shape) or original[-1] % block:
+                    raise ValueError(f"{name}: {shape} in blocks of {block} cannot have been {original}")
+                self.tensors[name] = kind, original
         alignment = self.fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0:
             raise ValueError(f"alignment {alignment}")

@@ -43,6 +43,10 @@ FORMATS = (
     ("comfy-w4a8", "ComfyUI 4-bit W4A8", r"\.weight_s_(rel|channel)$"),
     ("nvfp4", "NVFP4", r"\.weight_scale_2$"),
 )
+STORED = ("fp8", "int8", "nvfp4", "quanto-int8", "convrot-w4a4", "comfy-w4a8", "gguf")
+"""Formats of transformers that are kept small in memory and dequantized layer by layer."""
+READ = ("svdq-int4", "dense", *STORED)
+"""Formats of transformers that are loaded."""
 # A kind by the names of tensors that only it has, all of the patterns: role, in words, patterns.
 KINDS = (
     ("controlnet", "a Z-Image ControlNet", (r"^control_layers\.0\.", r"^control_(all_)?x_embedder\b")),
@@ -94,7 +98,7 @@ PLACES = {
 }
 EXPECTED = {
     "model": (
-        "a Z-Image transformer in SVDQuant INT4, BF16 or FP16",
+        "a Z-Image transformer in SVDQuant INT4, BF16, FP16, FP8, INT8, NVFP4 or GGUF",
         "get svdq-int4_r256-z-image-turbo.safetensors or a BF16 file of Z-Image",
     ),
     "text encoder": (
@@ -142,7 +146,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A Z-Image transformer that can be loaded. format: "svdq-int4" or "dense"; rank 0 and no refiners where dense."""
+    """A Z-Image transformer that can be loaded. format: one of `READ`; rank 0, no refiners without SVDQuant."""
 
     path: Path
     format: str
@@ -203,6 +207,9 @@ def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> Form:
             return Form(form, words, key)
     if blocks := sorted(dtypes & QUANTIZED.keys()):
         return Form("gguf", f"GGUF {'/'.join(blocks)}")
+    for key, (dtype, shape) in tensors.items():  # a square matrix, of which a packed one has half the columns
+        if dtype == "I8" and re.search(r"\.attention\.(to_)?out(\.0)?\.weight$", key) and shape[0] == 2 * shape[-1]:
+            return Form("convrot-w4a4", "ComfyUI ConvRot W4A4", key)
     if any(d.startswith("F8_") for d in dtypes) or _first(r"\.(weight_scale|scale_weight)$", tensors):
         return Form("int8", "INT8") if "I8" in dtypes else Form("fp8", "FP8")
     if "I8" in dtypes:
@@ -212,7 +219,7 @@ def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> Form:
     return Form("dense", "/".join(sorted(dtypes)))
 
 
-def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = ("svdq-int4", "dense")) -> ModelInfo:
+def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = READ) -> ModelInfo:
     """Format, rank and sizes of a transformer in one of some formats. ValueError names what the file is otherwise."""
     files = source if isinstance(source, TensorFiles) else open_tensors(source)
     found = identify(files)
@@ -224,7 +231,7 @@ def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = ("sv
     shapes: dict[str, Shape] = {}
     for key, (_, shape) in files.tensors.items():
         if target := canonical_tensor(key):
-            shapes[target[0]] = shape
+            shapes[target[0].removesuffix("._data")] = shape
         elif not key.endswith(UNUSED):
             raise unexpected(files.path, key, "a Z-Image transformer", EXPECTED["model"][1])
     downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
@@ -273,7 +280,7 @@ def _config_fields(files: TensorFiles, shapes: Mapping[str, Shape]) -> dict[str,
         "n_heads": dim // head_dim,
         "n_layers": count("layers."),
         "n_refiner_layers": count("noise_refiner."),
-        "cap_feat_dim": shape("cap_embedder.1.weight", 2)[1],
+        "cap_feat_dim": shape("cap_embedder.0.weight", 1)[0],
         "axes_dims": (quarter, (head_dim - quarter) // 2, (head_dim - quarter) // 2),
     }
     raw = files.metadata.get("config")

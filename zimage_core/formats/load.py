@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from .identify import EXPECTED, FLOATS, GROUP_SIZE, ModelInfo, model_info, unexpected
+from .identify import EXPECTED, FLOATS, GROUP_SIZE, READ, STORED, ModelInfo, model_info, unexpected
 from .names import FUSED_PARTS, UNUSED, canonical_tensor
 from .safetensors import Shape, TensorFiles, open_tensors
 
@@ -28,9 +28,6 @@ TILE = 128
 RANK_TILE = 16
 HALVES = FLOATS[:2]
 CODES = ("I8", "U8")
-FORMATS = ("svdq-int4", "dense")
-"""Formats of transformers that are loaded."""
-
 Rename = Callable[[str], "tuple[str, str | None] | None"]
 """A file's name of a tensor -> the model's, and which part of a fused one it is; None where nothing matches."""
 
@@ -43,11 +40,21 @@ class Sources:
     stored: Mapping[str, list[Stored]]
 
     def get(self, target: str, device: torch.device | str) -> Tensor:
-        """A float or integer tensor, put together from its parts; on the CPU, in the file's dtype, maybe mapped."""
+        """A tensor put together from its parts; on the CPU, in the file's dtype, maybe mapped; fp32 where quantized."""
         import torch
 
-        parts = [self.files.get(source.key).to(device) for source in self.stored[target]]
+        parts = [self._read(source, device) for source in self.stored[target]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read(self, stored: Stored, device: torch.device | str) -> Tensor:
+        from .stored import dequantize, is_small
+        from .weights import read_parts
+
+        if not is_small(stored.form):
+            return self.files.get(stored.key).to(device)
+        return dequantize(
+            stored.form, {part: tensor.to(device) for part, tensor in read_parts(self.files, stored).items()}
+        )
 
 
 def expected_tensors(model: nn.Module) -> dict[str, tuple[Shape, tuple[str, ...] | None]]:
@@ -95,7 +102,7 @@ def match_tensors(
     """Where each tensor that a model on the meta device needs is in a file.
 
     rename gives the model's name of a tensor and its part; unneeded tells which others may be there; any_form allows
-    every matrix to be stored small. ValueError, ending in the remedy, for tensors that are unknown, doubled, missing,
+    everything to be stored small. ValueError, ending in the remedy, for tensors that are unknown, doubled, missing,
     misshapen or of another type.
     """
     expected = expected_tensors(model)
@@ -130,13 +137,17 @@ def match_tensors(
         sources[target] = [found[parts[part]] for part in order]
         each = (shape[0] // len(order), *shape[1:]) if len(order) > 1 else shape
         for stored in sources[target]:
-            _check(files, stored, each, None if any_form and len(shape) == 2 else dtypes, remedy)
+            _check(files, stored, each, None if any_form else dtypes, remedy)
     return Sources(files, sources)
 
 
 def _check(files: TensorFiles, stored: Stored, shape: Shape, dtypes: tuple[str, ...] | None, remedy: str) -> None:
     """ValueError unless a tensor has a shape, but for axes of length 1, and a type."""
+    from .stored import is_small
+
     dtype = files.tensors[stored.key][0]
+    if dtypes is None and stored.form != "float" and not is_small(stored.form):
+        dtypes = FLOATS
     if dtypes and (dtype not in dtypes or stored.form not in (dtype, "float")):
         expected = " or ".join(", ".join(dtypes).rsplit(", ", 1))
         raise ValueError(f"{files.path}: {stored.key!r}: expected dtype {expected}, found {dtype}; {remedy}")
@@ -174,7 +185,8 @@ def fill(
                 _check_numbers(
                     sources, {stored.keys[p]: t for p, t in parts.items() if p in stored.keys and p == "scale"}
                 )
-                module.load(stored.form, {part: tensor.to(place) for part, tensor in parts.items()})
+                kind = dtype if stored.form == "float" and not isinstance(module, HostEmbedding) else None
+                module.load(stored.form, {part: t.to(place, kind or t.dtype, copy=copy) for part, t in parts.items()})
         elif isinstance(module, SVDQLinear):
             leaves = [key.rpartition(".")[2] for key in sources.stored if key.startswith(f"{name}.")]
             packed = {leaf: sources.get(f"{name}.{leaf}", device) for leaf in leaves}
@@ -213,13 +225,13 @@ def _check_numbers(sources: Sources, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def open_transformer(path: str | Path, formats: tuple[str, ...] = FORMATS) -> Iterator[tuple[ModelInfo, TensorFiles]]:
+def open_transformer(path: str | Path, formats: tuple[str, ...] = READ) -> Iterator[tuple[ModelInfo, TensorFiles]]:
     """What a transformer file is, and the file opened; `match_transformer` checks its tensors."""
     with open_tensors(path) as files:
         yield model_info(files, formats), files
 
 
-def match_transformer(files: TensorFiles, model: ZImageTransformer, any_form: bool = False) -> Sources:
+def match_transformer(files: TensorFiles, model: ZImageTransformer, info: ModelInfo) -> Sources:
     """Where each of a transformer's tensors is in an open file. ValueError as `match_tensors`."""
     from .weights import find_weights
 
@@ -233,7 +245,7 @@ def match_transformer(files: TensorFiles, model: ZImageTransformer, any_form: bo
         remedy,
         lambda name: name.endswith(unneeded),
         "a Z-Image transformer",
-        any_form,
+        any_form=info.format in STORED,
     )
 
 
@@ -244,22 +256,24 @@ def build_transformer(info: ModelInfo) -> ZImageTransformer:
     from ..linear.adapters import Linear
     from ..linear.svdq import SVDQLinear
     from ..models.transformer import ZImageTransformer
+    from .stored import StoredLinear
 
     def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
         return SVDQLinear(n_in, n_out, bias, rank=info.rank)
 
+    plain = StoredLinear if info.format in STORED else Linear
     with torch.device("meta"):
         return ZImageTransformer(
             info.config,
-            linear=svdq if info.rank else Linear,
-            refiner_linear=svdq if info.quantized_refiners else Linear,
+            linear=svdq if info.rank else plain,
+            refiner_linear=svdq if info.quantized_refiners else plain,
         )
 
 
 def check_transformer(path: str | Path) -> ModelInfo:
     """Format, rank and sizes of a file, from its header; ValueError unless `load_transformer` would take it."""
     with open_transformer(path) as (info, files):
-        match_transformer(files, build_transformer(info))
+        match_transformer(files, build_transformer(info), info)
     return info
 
 
@@ -272,7 +286,7 @@ def load_transformer(
     precision: str = "auto",
     compute_device: str | torch.device | None = None,
 ) -> ZImageTransformer:
-    """The model of a checkpoint (SVDQ INT4 of any rank, BF16, FP16, FP32; one file or a folder) on a device.
+    """The model of a checkpoint (a file or folder in a form of `identify.READ`) on a device.
 
     dtype is that of everything not quantized (default bf16). backend and precision choose the INT4 arithmetic for
     compute_device (default `device`), where the model will run if its weights wait elsewhere; see
@@ -288,7 +302,7 @@ def load_transformer(
     compute_device = torch.device(compute_device or device)
     with open_transformer(path) as (info, files):
         model = build_transformer(info)
-        sources = match_transformer(files, model)
+        sources = match_transformer(files, model, info)
         model.backend = select(backend, precision, device=compute_device, dtype=dtype) if info.rank else None
         model.use(ops.select(backend, compute_device, dtype, info.config.head_dim))
         fill(model, sources, device, dtype)

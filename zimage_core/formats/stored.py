@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear.adapters import Adapter, Terms
-from . import blocks
+from . import blocks, kitchen
+from .gguf import QUANTIZED
 
 CHUNK = 2**22  # weights dequantized at once
 WITHOUT_FP8 = ("mps",)  # devices whose tensors cannot have FP8 types
@@ -46,14 +47,29 @@ def _fp8_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return table[codes.int()]
 
 
+def e2m1(device: torch.device) -> Tensor:
+    """The values (16,) of 4-bit floats by their codes: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same negated.
+
+    Computed on the device, because a CUDA graph cannot capture a copy from the host.
+    """
+    code = torch.arange(8, device=device)
+    magnitudes = torch.where(code < 2, code / 2, (2 + code % 2) * torch.exp2(code // 2 - 2.0))
+    return torch.cat((magnitudes, -magnitudes))
+
+
 def _nvfp4(codes: Tensor, block_scale: Tensor, scale: Tensor) -> Tensor:
     """codes uint8 (n, K / 2), earlier column in the high nibble; block_scale FP8 bytes (n, K / 16); scale (n, 1)."""
-    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=codes.device)
-    values = torch.cat((magnitudes, -magnitudes))
+    values = e2m1(codes.device)
     pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), -1)  # (256, 2): a byte's two values
     scales = _fp8_values(block_scale, torch.float8_e4m3fn) * scale.float()
     rows = F.embedding(codes.int(), pairs).reshape(*scales.shape, 16)
     return (rows * scales.unsqueeze(-1)).flatten(1)
+
+
+def _mxfp8(codes: Tensor, block_scale: Tensor) -> Tensor:
+    """codes: the bytes of FP8 values (n, K); block_scale: exponents of 2 above -127, uint8 (n, K / 32)."""
+    values = codes.view(torch.float8_e4m3fn).float().unflatten(1, (-1, 32))
+    return (values * torch.exp2(block_scale.float() - 127).unsqueeze(-1)).flatten(1)
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {
@@ -62,7 +78,14 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "float8_e4m3fn": _fp8(torch.float8_e4m3fn),
     "float8_e5m2": _fp8(torch.float8_e5m2),
     "nvfp4": _nvfp4,
+    "mxfp8": _mxfp8,
     "Q8_0": blocks.q8_0,
+    "Q4_0": blocks.q4_0,
+    "Q4_1": blocks.q4_1,
+    "Q5_0": blocks.q5_0,
+    "Q5_1": blocks.q5_1,
+    "Q2_K": blocks.q2_k,
+    "Q3_K": blocks.q3_k,
     "Q4_K": blocks.q4_k,
     "Q5_K": blocks.q5_k,
     "Q6_K": blocks.q6_k,
@@ -72,10 +95,13 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 def dequantize(form: str, parts: Mapping[str, Tensor]) -> Tensor:
     """Rows of parts -> rows (n, K) of the weight, fp32 (a float weight: as it is).
 
-    A GGUF type without a function here goes through the `gguf` package, on the CPU.
+    ComfyUI's rotated forms go through comfy-kitchen; a GGUF type without a function here goes through the `gguf`
+    package, on the CPU.
     """
     if form in FORMS:
         return FORMS[form](**parts)
+    if kitchen.knows(form):
+        return kitchen.dequantize(form, parts)
     import gguf
 
     codes = parts["codes"]
@@ -84,6 +110,11 @@ def dequantize(form: str, parts: Mapping[str, Tensor]) -> Tensor:
         return torch.empty(len(codes), codes.shape[1] // size * block, device="meta")
     rows = gguf.quants.dequantize(codes.cpu().numpy(), gguf.GGMLQuantizationType[form])
     return torch.from_numpy(rows).to(codes.device)
+
+
+def is_small(form: str) -> bool:
+    """Whether tensors of a form are weights that `dequantize` makes floats of."""
+    return form != "float" and (form in FORMS or form in QUANTIZED or kitchen.knows(form))
 
 
 class StoredWeight(nn.Module):
@@ -143,6 +174,8 @@ class StoredLinear(StoredWeight):
         return self.adapter(x.flatten(0, -2), self._linear, self.bias).view(*x.shape[:-1], self.out_features)
 
     def _linear(self, x: Tensor) -> Tensor:
+        if [form for form, _ in self.pieces] == ["float"]:
+            return F.linear(x, self.get_buffer("weight").to(x.dtype), self.bias)
         n, k = self.shape
         weight = torch.empty(n, k, dtype=x.dtype, device=x.device)
         step = max(1, CHUNK // k)

@@ -1,10 +1,10 @@
 """Which tensors of a file make up a weight, in which form, and its parts as `stored.py` takes them.
 
-Safetensors hold plain floats, ComfyUI's FP8 (older and newer naming) and NVFP4, ModelOpt's NVFP4, and quanto's INT8;
-GGUF files hold ggml's blocks. ComfyUI's and ModelOpt's NVFP4 have the same names and, since Qwen3-4B's widths fill
-ComfyUI's tiles of scales, the same shapes, but lie differently; so a file must say which it is, as the published ones
-do (`.comfy_quant` on every layer of Comfy-Org's qwen_3_4b_fp4_mixed and fp8_mixed, `quantization_config` in a
-config.json of ModelOpt's).
+Safetensors hold plain floats, ComfyUI's FP8 (older and newer naming), MXFP8, NVFP4, INT8 and rotated forms (ConvRot),
+ModelOpt's NVFP4, and quanto's INT8; GGUF files hold ggml's blocks. ComfyUI's and ModelOpt's NVFP4 have the same names
+and, since Qwen3-4B's widths fill ComfyUI's tiles of scales, the same shapes, but lie differently; so a file must say
+which it is, as the published ones do (`.comfy_quant` on every layer of Comfy-Org's qwen_3_4b_fp4_mixed and fp8_mixed,
+`quantization_config` in a config.json of ModelOpt's).
 
 Source: comfy/utils.py `convert_old_quants`, comfy/ops.py, comfy/float.py `to_blocked` and QUANTIZATION.md of
 Comfy-Org/ComfyUI@783545f6; qtensor/nvfp4_tensor.py@211c6b34 and export/convert_hf_config.py@0030d2b3 of
@@ -18,25 +18,29 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..sizes import round_up
+from . import kitchen
 from .gguf import QUANTIZED
 from .identify import FLOATS
 from .safetensors import Shape, TensorFiles
 from .stored import FORMS
 
-READ = "BF16, F16, F32, ComfyUI's FP8 or NVFP4, or quanto INT8"
+READ = "BF16, F16, F32, ComfyUI's FP8, NVFP4 or INT8, or quanto INT8"
 FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _MAIN = ("weight", "weight._data", "weight._data._data")
-_SCALES = ("weight_scale", "scale_weight", "weight_scale_2", "weight._scale")
+_SCALES = ("weight_scale", "scale_weight", "weight_scale_2", "weight._scale", "weight_s_rel")
+_MORE = ("weight_s_channel", "weight_codebook")  # beside weight_s_rel
 _UNUSED = ("weight._shift", "comfy_quant", "input_scale", "output_scale", "scale_input", "k_scale", "v_scale")
-_KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_MAIN, *_SCALES, *_UNUSED)))})")
+_KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_MAIN, *_SCALES, *_MORE, *_UNUSED)))})")
 _MARK = "scaled_fp8"
+COMFY = (*FP8.values(), "mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8")
+"""ComfyUI's names of forms that are read."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,21 @@ def read_parts(files: TensorFiles, stored: Stored) -> dict[str, Tensor]:
 def row_parts(stored: Stored, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parts as a file has them -> parts with one row each per row of the weight."""
     parts = dict(raw)
-    if stored.form in QUANTIZED or "codes" not in raw:
+    if "codes" not in raw:
         return parts
     n, k = stored.shape
-    if stored.form != "int8":
+    if stored.form in QUANTIZED:  # rows of another length may have been blocked (`comfy.gguf.orig_shape`)
+        return {"codes": raw["codes"].reshape(n, -1)}
+    if raw["codes"].dtype is not torch.int8:
         parts["codes"] = raw["codes"].view(torch.uint8)
+    if stored.form == "mxfp8":
+        return parts | {"block_scale": _unblocked(raw["block_scale"].view(torch.uint8), n, k // 32)}
+    if kitchen.knows(stored.form):
+        parts["codes"] = raw["codes"].view(torch.int8)
+        if "block_scale" in raw:
+            parts["block_scale"] = raw["block_scale"].view(torch.uint8)
+        if "codebook" in raw:
+            parts["codebook"] = raw["codebook"].float().reshape(1, -1).repeat(n, 1)
     if stored.form == "nvfp4":
         scales = raw["block_scale"].view(torch.uint8)
         parts["block_scale"] = scales if stored.plain else _unblocked(scales, n, k // 16)
@@ -122,13 +136,15 @@ class _Finder:
             if match := _KEY.fullmatch(key):
                 layers.setdefault(match[1], {})[match[2]] = key
             elif key != _MARK:
-                form = "float" if dtype in FLOATS else dtype
+                form = "float" if dtype in FLOATS or dtype in FP8 else dtype
                 found[key] = Stored(form, shape, {"codes" if dtype in QUANTIZED else "weight": key})
         described = self._described(layers)
-        return found | {f"{layer}.weight": self._weight(keys, described.get(layer)) for layer, keys in layers.items()}
+        return found | {
+            f"{layer}.weight": self._weight(keys, described.get(layer, {})) for layer, keys in layers.items()
+        }
 
-    def _described(self, layers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        """ComfyUI's name for each quantized layer's form, from the file's metadata and the layers' own JSON."""
+    def _described(self, layers: Mapping[str, Mapping[str, str]]) -> dict[str, dict]:
+        """ComfyUI's description of each quantized layer's form, from the file's metadata and the layers' own JSON."""
         found: dict[str, object] = {}
         if text := self.files.metadata.get("_quantization_metadata"):
             where = "_quantization_metadata"
@@ -141,14 +157,16 @@ class _Finder:
                 found[layer] = self._json(bytes(self.files.get(key).flatten().view(torch.uint8).tolist()), key)
         formats = {}
         for layer, info in found.items():
-            form = info.get("format") if isinstance(info, dict) else info
-            if form not in (*FP8.values(), "nvfp4"):
-                self._refuse(layer, "float8_e4m3fn, float8_e5m2 or nvfp4", form)
-            formats[layer] = form
+            described = info if isinstance(info, dict) else {"format": info}
+            if described.get("format") not in COMFY:
+                self._refuse(layer, f"one of {', '.join(COMFY)}", described.get("format"))
+            params = described.get("params")
+            formats[layer] = (params if isinstance(params, dict) else {}) | described
         return formats
 
-    def _weight(self, keys: Mapping[str, str], comfy: str | None) -> Stored:
-        """The form of one layer from the keys it has."""
+    def _weight(self, keys: Mapping[str, str], described: Mapping[str, Any]) -> Stored:
+        """The form of one layer from the keys it has and what the file says of it."""
+        comfy = described.get("format")
         mains = [suffix for suffix in _MAIN if suffix in keys]
         if len(mains) != 1:
             found = "several forms of it" if mains else "none"
@@ -157,7 +175,7 @@ class _Finder:
         key = keys[main]
         dtype, shape = self.tensors[key]
         scales = [suffix for suffix in _SCALES if suffix in keys]
-        if dtype in FLOATS:
+        if dtype in FLOATS or (dtype in FP8 and len(shape) != 2):
             if main == "weight" and not scales:
                 return Stored("float", shape, {"weight": key})
             self._refuse(key, f"FP8 because of its .{scales[0]}" if scales else READ, dtype)
@@ -183,13 +201,70 @@ class _Finder:
                 "scale": self._part(keys, "weight_scale_2", one),
             }
             return Stored("nvfp4", (n, 2 * shape[1]), parts, plain)
+        if main == "weight" and (found := self._by_comfyui(keys, described, one, each)):
+            return found
         form = comfy if dtype == "U8" else FP8.get(dtype)
         if main == "weight" and form in FP8.values() and comfy in (None, form) and "weight_scale_2" not in scales:
             parts = {"codes": key}
             if scales:
                 parts["scale"] = self._part(keys, scales[0], each)
             return Stored(str(form), shape, parts)
-        self._refuse(key, f"{comfy} as described" if comfy else READ, f"{dtype} of shape {shape}")
+        expected = f"{comfy} as described" if comfy else READ
+        if dtype == "I8":
+            expected = "ComfyUI's .comfy_quant beside it, which says how INT8 is meant"
+        self._refuse(key, expected, f"{dtype} of shape {shape}")
+
+    def _by_comfyui(
+        self,
+        keys: Mapping[str, str],
+        described: Mapping[str, Any],
+        one: tuple[Shape, ...],
+        each: tuple[Shape, ...],
+    ) -> Stored | None:
+        """MXFP8, INT8 and the rotated forms as ComfyUI stores them; None for every other form."""
+        comfy, key = described.get("format"), keys["weight"]
+        dtype, (n, columns) = self.tensors[key]
+        if comfy == "mxfp8" and dtype in ("F8_E4M3", "U8") and columns % 32 == 0:
+            tiled = (-(-n // 128) * 128, -(-columns // 32 // 4) * 4)
+            scale = self._part(keys, "weight_scale", (tiled,), ("F8_E8M0", "U8"))
+            return Stored(comfy, (n, columns), {"codes": key, "block_scale": scale})
+        if dtype != "I8" or comfy not in ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"):
+            return None
+        rotated = comfy != "int8_tensorwise" or described.get("convrot")
+        if not rotated:
+            return Stored("int8", (n, columns), {"codes": key, "scale": self._part(keys, "weight_scale", each)})
+        size = self._number(key, described, "convrot_groupsize", 256)
+        if comfy == "asym_w4a8_int8":
+            group = self._number(key, described, "group_size", 16)
+            _, (_, groups) = self.tensors.get(keys.get("weight_s_rel", ""), ("", (0, 0)))
+            k = groups * group
+            shapes = ((n, k // 2), (n, k // 4 * 3))
+            if k == 0 or (n, columns) not in shapes:
+                self._refuse(key, f"shape {shapes[0]} beside its .weight_s_rel", f"{(n, columns)}")
+            parts = {
+                "codes": key,
+                "block_scale": self._part(keys, "weight_s_rel", ((n, groups),), ("F8_E4M3", "U8")),
+                "scale": self._part(keys, "weight_s_channel", ((n,),)),
+            }
+            if "weight_codebook" in keys:
+                parts["codebook"] = self._part(keys, "weight_codebook", ((16,),))
+            form = f"{comfy} {group} {size}"
+        else:
+            k = columns if comfy == "int8_tensorwise" else 2 * columns
+            parts = {"codes": key, "scale": self._part(keys, "weight_scale", each)}
+            form = f"{'int8_convrot' if comfy == 'int8_tensorwise' else comfy} {size}"
+        if size not in kitchen.ROTATIONS or k % size:
+            self._refuse(key, f"a convrot_groupsize that is a power of 4 and divides {k}", size)
+        if reason := kitchen.missing():
+            raise ValueError(f"{self.files.path}: {key}: {comfy} {reason}, or {self.remedy}")
+        return Stored(form, (n, k), parts)
+
+    def _number(self, key: str, described: Mapping[str, Any], name: str, default: int) -> int:
+        """A positive integer of a layer's description."""
+        found = described.get(name, default)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            self._refuse(key, f"a positive integer as {name}", found)
+        return found
 
     def _part(
         self, keys: Mapping[str, str], suffix: str, shapes: tuple[Shape, ...], dtypes: tuple[str, ...] = FLOATS

@@ -31,7 +31,7 @@ from ..models.config import ZImageConfig
 from ..models.transformer import PIXELS_PER_CELL, Block
 from . import calibrate
 from .solver import svdq_calibrated, svdq_from_dense
-from .source import SOURCES, DenseSource, match_source
+from .source import DenseSource, match_source
 from .writer import StreamedFile, block_names, check_destination, file_metadata, plan_header
 
 Progress = Callable[[int, int, str], None]
@@ -73,7 +73,7 @@ def quantize_checkpoint(
     if device.type == "mps":
         raise ValueError("device mps: expected one with float64, which quantizing needs; use cpu")
     loras = [(load_lora(path), float(strength)) for path, strength in merge]
-    with open_transformer(src, SOURCES) as (info, files):
+    with open_transformer(src) as (info, files):
         if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
             raise ValueError(f"{dst}: is the source itself; choose another destination")
         header = plan_header(info.config, rank, skip_refiners)
@@ -100,7 +100,7 @@ def check_request(dst: str | Path, size: int, merge: Sequence[tuple[str | Path, 
 
 def check_source(src: str | Path) -> None:
     """ValueError if `quantize_checkpoint` would refuse the file or folder, from its header alone."""
-    with open_transformer(src, SOURCES) as (info, files):
+    with open_transformer(src) as (info, files):
         match_source(files, info)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from ..formats.gguf import QUANTIZED
 from ..formats.identify import ModelInfo
 from ..formats.load import build_transformer, match_transformer
-from ..formats.safetensors import TensorFiles
+from ..formats.safetensors import TensorFiles, tensor_bytes
 from ..formats.stored import dequantize
 from ..formats.weights import Stored, read_parts
 from ..linear.adapters import Linear
@@ -20,23 +22,36 @@ from ..lora.deltas import Bias, Delta
 from ..lora.read import Lora
 from ..models.transformer import ZImageTransformer
 
-SOURCES = ("dense", "fp8", "svdq-int4")
-"""Formats that are opened as a source; `match_source` has its own words for the last, which it refuses."""
+EIGHT_BITS = 7.99  # of a weight on average, from which on a source is as good as it gets
 LARGEST = 1e6  # allowed in weights: far above any working model's, and with powers that fp32 still holds
 
 
 def match_source(files: TensorFiles, info: ModelInfo) -> tuple[ZImageTransformer, Mapping[str, list[Stored]]]:
-    """The model of an open file on the meta device, and where each of its tensors is; FP8 with a warning.
+    """The model of an open file on the meta device, and where each of its tensors is; a warning below 8 bits.
 
-    ValueError unless the file is a dense or FP8 Z-Image transformer with every tensor.
+    ValueError unless the file is a Z-Image transformer without SVDQuant, with every tensor.
     """
-    if info.format == "svdq-int4":
-        raise ValueError(f"{files.path}: expected a BF16 model, found svdq-int4; quantize its BF16 original")
-    if info.format == "fp8":
-        text = f"{files.path}: is FP8, so its weights get rounded twice; the BF16 file gives better ones"
-        warnings.warn(text, stacklevel=4)
+    if info.format.startswith("svdq"):
+        raise ValueError(f"{files.path}: expected a BF16 model, found {info.format}; quantize its BF16 original")
     model = build_transformer(info)
-    return model, match_transformer(files, model, any_form=True).stored
+    stored = match_transformer(files, model, info).stored
+    if (bits := _bits(files, stored)) < EIGHT_BITS:
+        text = (
+            f"{files.path}: has {bits:.1f} bits a weight, and they get rounded twice; the BF16 file gives better ones"
+        )
+        warnings.warn(text, stacklevel=4)
+    return model, stored
+
+
+def _bits(files: TensorFiles, stored: Mapping[str, list[Stored]]) -> float:
+    """Bits of a weight in a file on average, over its matrices."""
+    found = [one for pieces in stored.values() for one in pieces if len(one.shape) == 2]
+    size = 0.0
+    for one in found:
+        dtype, shape = files.tensors[one.key]
+        block, count = QUANTIZED.get(dtype, (1, 0))
+        size += prod(shape) / block * count if count else tensor_bytes(dtype, shape)
+    return 8 * size / sum(prod(one.shape) for one in found)
 
 
 class DenseSource:
@@ -76,7 +91,8 @@ class DenseSource:
     def _read(self, stored: Stored) -> Tensor:
         """A tensor of the file on the device, in bf16 where the file has it smaller."""
         if stored.form == "float":
-            return self.files.get(stored.key).to(self.device)
+            tensor = self.files.get(stored.key).to(self.device)
+            return tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor
         parts = read_parts(self.files, stored)
         return dequantize(stored.form, {part: t.to(self.device) for part, t in parts.items()}).to(torch.bfloat16)
 

@@ -1,0 +1,382 @@
+"""Every form that a transformer is stored in: files with full names in the demo's size, against what each writer means.
+
+comfy-kitchen and gguf write their own forms and dequantize them; FP8 and quanto's INT8 are written by their rules. Of
+each file: the weights in memory equal what the writer dequantizes, it stays small, and pictures, LoRAs, budgets and
+`zimage quantize` work.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zimage_core import cli, load_pipeline
+from zimage_core.demo import demo_files, demo_loras
+from zimage_core.formats.gguf import QUANTIZED
+from zimage_core.formats.identify import identify
+from zimage_core.formats.load import load_transformer, open_transformer
+from zimage_core.formats.stored import StoredLinear
+from zimage_core.lora.read import load_lora
+from zimage_core.memory.offload import BlockStreamer
+from zimage_core.memory.placement import module_bytes
+from zimage_core.memory.placement import weights as weights_of
+from zimage_core.models.transformer import Hooks
+from zimage_core.quantize.run import quantize_checkpoint
+from zimage_core.quantize.source import DenseSource
+
+BF16 = Path(__file__).parents[2] / "demo_training" / "z-image-demo-bf16.safetensors"
+PARTS = {name: path for name, path in demo_files().items() if name != "model"}
+PROMPT = "a large red circle in the top left corner on a blue background"
+
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def diffusers() -> Weights:
+    """The demo's BF16 tensors under the official names, q, k and v apart."""
+    return load_file(BF16)
+
+
+@pytest.fixture(scope="module")
+def comfy(diffusers) -> Weights:
+    """The same under ComfyUI's names, q, k and v in one."""
+    found = {}
+    for key, tensor in diffusers.items():
+        name = key.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")
+        name = name.replace("norm_q", "q_norm").replace("norm_k", "k_norm").replace("to_out.0", "out")
+        if name.endswith("to_q.weight"):
+            stem = key.removesuffix("to_q.weight")
+            found[f"{stem}qkv.weight"] = torch.cat([diffusers[f"{stem}to_{part}.weight"] for part in "qkv"])
+        elif not name.endswith(("to_k.weight", "to_v.weight")):
+            found[name] = tensor
+    return found
+
+
+def linears(weights: Weights) -> list[str]:
+    """The blocks' attention and feed-forward linears, without `.weight`."""
+    return [
+        n.removesuffix(".weight") for n, t in weights.items() if t.ndim == 2 and (".attention." in n or ".feed_" in n)
+    ]
+
+
+def described(form: str, **more: object) -> torch.Tensor:
+    return torch.tensor(list(json.dumps({"format": form, **more}).encode()), dtype=torch.uint8)
+
+
+def save(tensors: Weights, path: Path, prefix: str = "", **metadata: str) -> None:
+    with_config = {"config": config()} | metadata
+    save_file({prefix + name: t.contiguous() for name, t in tensors.items()}, path, metadata=with_config)
+
+
+def config() -> str:
+    from zimage_core.formats.safetensors import read_header
+
+    return read_header(BF16).metadata["config"]
+
+
+def to_fp8(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = weight.float().abs().max() / torch.finfo(dtype).max
+    return (weight.float() / scale).to(dtype), scale
+
+
+# ---------------------------------------------------------------- writers: (path, weights) -> the weights they mean
+
+
+def fp8_plain(path: Path, weights: Weights, dtype: torch.dtype = torch.float8_e4m3fn) -> Weights:
+    """Everything cast to FP8, norms and biases too, as many published files are."""
+    found = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    save(found, path)
+    return found
+
+
+def fp8_scaled(path: Path, weights: Weights, dtype: torch.dtype = torch.float8_e4m3fn) -> Weights:
+    """The older naming, in front of it ComfyUI's prefix of whole checkpoints."""
+    stored, meant = dict(weights), dict(weights)
+    for layer in linears(weights):
+        codes, scale = to_fp8(weights[f"{layer}.weight"], dtype)
+        stored |= {f"{layer}.weight": codes, f"{layer}.scale_weight": scale, f"{layer}.scale_input": torch.ones(())}
+        meant[f"{layer}.weight"] = codes.float() * scale
+    save(stored | {"scaled_fp8": torch.empty(2, dtype=dtype)}, path, "model.diffusion_model.")
+    return meant
+
+
+def fp8_mixed(path: Path, weights: Weights, where: str = "tensors") -> Weights:
+    """Every other layer, described by .comfy_quant or in the metadata."""
+    stored, meant, layers = dict(weights), dict(weights), {}
+    for layer in linears(weights)[::2]:
+        codes, scale = to_fp8(weights[f"{layer}.weight"], torch.float8_e4m3fn)
+        stored |= {f"{layer}.weight": codes, f"{layer}.weight_scale": scale}
+        layers[layer] = {"format": "float8_e4m3fn"}
+        meant[f"{layer}.weight"] = codes.float() * scale
+        if where == "tensors":
+            stored[f"{layer}.comfy_quant"] = described("float8_e4m3fn")
+    more = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    save(stored, path, **(more if where == "metadata" else {}))
+    return meant
+
+
+def quanto_int8(path: Path, weights: Weights) -> Weights:
+    """By quanto's rules: a scale for each row in the weight's dtype, nearest code; q, k, v and w1, w3 apart."""
+    stored, meant = dict(weights), dict(weights)
+    for layer in linears(weights):
+        weight = stored.pop(f"{layer}.weight")
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        codes = (weight / scale).round().clamp(-128, 127).to(torch.int8)
+        stored |= {f"{layer}.weight._data": codes, f"{layer}.weight._scale": scale}
+        stored |= {f"{layer}.{name}": torch.ones((), dtype=torch.bfloat16) for name in ("input_scale", "output_scale")}
+        meant[f"{layer}.weight"] = codes.float() * scale.float()
+    save(stored, path, quantization_format="quanto")
+    return meant
+
+
+def by_kitchen(quantize: Callable[[torch.Tensor], tuple[Weights, dict, torch.Tensor]], prefix: str = ""):
+    """A writer that quantizes each linear with comfy-kitchen: weight -> tensors by suffix, description, dequantized."""
+
+    def write(path: Path, weights: Weights) -> Weights:
+        pytest.importorskip("comfy_kitchen")
+        stored, meant = dict(weights), dict(weights)
+        for layer in linears(weights):
+            parts, says, value = quantize(weights[f"{layer}.weight"].float())
+            stored |= {f"{layer}.{suffix}": tensor for suffix, tensor in parts.items()}
+            stored[f"{layer}.comfy_quant"] = described(**says)
+            meant[f"{layer}.weight"] = value
+        save(stored, path, prefix)
+        return meant
+
+    return write
+
+
+def nvfp4(weight: torch.Tensor):
+    import comfy_kitchen as kitchen
+
+    scale = weight.abs().max() / (448 * 6)
+    codes, blocks = kitchen.quantize_nvfp4(weight, scale)
+    value = kitchen.dequantize_nvfp4(codes, scale, blocks, torch.float32)
+    return {"weight": codes, "weight_scale": blocks, "weight_scale_2": scale}, {"form": "nvfp4"}, value
+
+
+def mxfp8(weight: torch.Tensor):
+    import comfy_kitchen as kitchen
+
+    codes, blocks = kitchen.quantize_mxfp8(weight)
+    value = kitchen.dequantize_mxfp8(codes, blocks, torch.float32)
+    return {"weight": codes, "weight_scale": blocks.view(torch.uint8)}, {"form": "mxfp8"}, value
+
+
+def int8(weight: torch.Tensor, per_channel: bool = False, **rotation: object):
+    from comfy_kitchen.tensor import TensorWiseINT8Layout as Layout
+
+    options = {"per_channel": per_channel, "convrot": bool(rotation), **({"convrot_groupsize": 64} if rotation else {})}
+    codes, params = Layout.quantize(weight, **options)
+    value = Layout.dequantize(codes, params)
+    return {"weight": codes, "weight_scale": params.scale}, {"form": "int8_tensorwise", **rotation}, value
+
+
+def convrot_w4a4(weight: torch.Tensor):
+    import comfy_kitchen as kitchen
+
+    codes, scale = kitchen.quantize_convrot_w4a4_weight(weight, 64)
+    value = kitchen.dequantize_convrot_w4a4_weight(codes, scale, 64)
+    return {"weight": codes, "weight_scale": scale}, {"form": "convrot_w4a4", "convrot_groupsize": 64}, value
+
+
+def w4a8(weight: torch.Tensor, bits: int = 4):
+    import comfy_kitchen as kitchen
+
+    codes, rel, channel, _, book = kitchen.quantize_w4a8_int8_weight(weight, 16, 64, bits=bits)
+    value = kitchen.dequantize_w4a8_int8_weight(codes, rel, channel, book, None, 16, 64, torch.float32)
+    parts = {"weight": codes, "weight_s_rel": rel, "weight_s_channel": channel}
+    says = {"form": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 64}
+    return parts | ({} if book is None else {"weight_codebook": book}), says, value
+
+
+def gguf(kind: str, prefix: str = "", everything: bool = False, reshaped: bool = False):
+    """A writer of GGUF files as ComfyUI-GGUF's converter has them, or sd.cpp's with a prefix and more quantized.
+
+    Rows that a type's blocks do not fit are Q8_0, 1-D tensors F32, embedders and refiners F16 unless `everything`.
+    """
+
+    def form(name: str, tensor: torch.Tensor) -> str:
+        if tensor.ndim == 1 or tensor.numel() <= 1024:
+            return "F32"
+        if not everything and ("layers." not in name or "adaLN" in name):
+            return "F16"
+        return next(k for k in (kind, "Q8_0") if tensor.shape[1] % QUANTIZED[k][0] == 0)
+
+    def write(path: Path, weights: Weights) -> Weights:
+        package = pytest.importorskip("gguf")
+        writer, meant = package.GGUFWriter(path, "lumina2"), {}
+        for name, tensor in weights.items():
+            values = tensor.float()
+            if form(name, values) == "Q8_0" and reshaped:
+                values = values.view(-1, 32)
+                writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
+            which = package.GGMLQuantizationType[form(name, tensor)]
+            data = package.quants.quantize(values.numpy(), which)
+            writer.add_tensor(prefix + name, data, raw_dtype=which)
+            meant[name] = torch.from_numpy(package.quants.dequantize(data, which).copy()).view(tensor.shape)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return meant
+
+    return write
+
+
+@dataclass(frozen=True)
+class Case:
+    """write: of the files; names: of its tensors; form: what `identify` says; decibels: least PSNR to BF16's picture.
+
+    bits of a weight in the blocks, beside the scales of rows: at most this is in memory.
+    """
+
+    write: Callable[[Path, Weights], Weights]
+    names: str
+    form: str
+    bits: float
+    decibels: float
+    suffix: str = ".safetensors"
+
+
+CASES = {
+    "fp8": Case(fp8_plain, "comfy", "fp8", 8, 20),
+    "fp8-e5m2": Case(lambda p, w: fp8_plain(p, w, torch.float8_e5m2), "diffusers", "fp8", 8, 15),
+    "fp8-scaled": Case(fp8_scaled, "comfy", "fp8", 8, 25),
+    "fp8-scaled-apart": Case(fp8_scaled, "diffusers", "fp8", 8, 25),
+    "fp8-mixed": Case(fp8_mixed, "comfy", "fp8", 13, 25),
+    "fp8-metadata": Case(lambda p, w: fp8_mixed(p, w, "metadata"), "diffusers", "fp8", 13, 25),
+    "quanto-int8": Case(quanto_int8, "diffusers", "quanto-int8", 8, 30),
+    "nvfp4": Case(by_kitchen(nvfp4), "comfy", "nvfp4", 4.5, 12),
+    "mxfp8": Case(by_kitchen(mxfp8), "comfy", "fp8", 8.25, 20),
+    "int8": Case(by_kitchen(int8), "comfy", "int8", 8, 25),
+    "int8-rows": Case(by_kitchen(lambda w: int8(w, True), "transformer."), "diffusers", "int8", 8, 30),
+    "int8-convrot": Case(
+        by_kitchen(lambda w: int8(w, True, convrot=True, convrot_groupsize=64)), "comfy", "int8", 8, 30
+    ),
+    "convrot-w4a4": Case(by_kitchen(convrot_w4a4, "model.diffusion_model."), "comfy", "convrot-w4a4", 4, 10),
+    "w4a8": Case(by_kitchen(w4a8), "comfy", "comfy-w4a8", 5.5, 10),
+    "w6a8": Case(by_kitchen(lambda w: w4a8(w, 6)), "comfy", "comfy-w4a8", 7, 18),
+    "gguf-q8_0": Case(gguf("Q8_0"), "comfy", "gguf", 9, 30, ".gguf"),
+    "gguf-q8_0-sdcpp": Case(gguf("Q8_0", "model.diffusion_model.", True), "comfy", "gguf", 8.5, 30, ".gguf"),
+    "gguf-q8_0-reshaped": Case(gguf("Q8_0", reshaped=True), "comfy", "gguf", 9, 30, ".gguf"),
+    "gguf-q5_1": Case(gguf("Q5_1"), "comfy", "gguf", 7, 15, ".gguf"),
+    "gguf-q4_0": Case(gguf("Q4_0", everything=True), "diffusers", "gguf", 4.5, 10, ".gguf"),
+    "gguf-bf16": Case(gguf("BF16"), "comfy", "gguf", 17, 50, ".gguf"),
+}
+
+
+@pytest.fixture(scope="module")
+def written(request, tmp_path_factory) -> tuple[Path, Weights, Case]:
+    """One case's file and the weights it means."""
+    case = CASES[request.param]
+    path = tmp_path_factory.mktemp(request.param) / f"model{case.suffix}"
+    return path, case.write(path, request.getfixturevalue(case.names)), case
+
+
+every = pytest.mark.parametrize("written", CASES, indirect=True)
+
+
+@every
+def test_weights_equal_the_writers_own_and_stay_small(written, tmp_path):
+    path, meant, case = written
+    assert identify(path).role == "model" and identify(path).form.id == case.form
+    dense = tmp_path / "dense.safetensors"
+    save({name: tensor.float() for name, tensor in meant.items()}, dense)
+    model, expected = (load_transformer(p, dtype=torch.float32) for p in (path, dense))
+    known = dict(expected.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, StoredLinear):
+            assert torch.equal(module.dense_weight(), known.pop(f"{name}.weight")), name
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, known.pop(name)), name
+    assert not known
+    small = [module for module in load_transformer(path).layers[0].modules() if isinstance(module, StoredLinear)]
+    count, rows = sum(m.shape[0] * m.shape[1] for m in small), sum(m.shape[0] for m in small)
+    of_a_row = 4 + 64 * (case.form == "comfy-w4a8")  # its scale, and in one form the codebook
+    assert sum(map(module_bytes, small)) <= count * case.bits / 8 + rows * of_a_row
+
+
+def open_pipeline(path: Path, budget: str | None = None):
+    return load_pipeline(path, **PARTS, device="cpu", vram_budget=budget)
+
+
+def picture(pipeline) -> np.ndarray:
+    found = pipeline(PROMPT, height=128, width=128, generator=7, num_inference_steps=2)
+    return np.asarray(found.images[0]).astype(float)
+
+
+def decibels(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / max(((one - other) ** 2).mean(), 1e-9))
+
+
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    return picture(open_pipeline(BF16))
+
+
+@every
+def test_pictures_and_loras(written, plain):
+    path, _, case = written
+    pipeline = open_pipeline(path)
+    found = picture(pipeline)
+    assert decibels(found, plain) >= case.decibels
+    pipeline.set_loras([(load_lora(demo_loras()["frame"]), 1.0)])
+    assert decibels(picture(pipeline), found) < 30  # the LoRA draws a pink frame
+    pipeline.set_loras([])
+    assert np.array_equal(picture(pipeline), found)
+
+
+@pytest.mark.parametrize("written", ["fp8-scaled", "nvfp4", "int8-convrot", "gguf-q8_0-sdcpp"], indirect=True)
+def test_streamed_blocks_generate_the_same(written):
+    """Blocks of each form in flat host buffers, copied to slots: the same outputs, bit for bit."""
+    path, _, _ = written
+    model = load_transformer(path)
+    latents, t = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+    feats = [torch.randn(12, model.config.cap_feat_dim, generator=torch.Generator().manual_seed(1))]
+
+    def run(hooks: Hooks) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(latents, t, model.prepare(feats, 64, 64, hooks), hooks)
+
+    expected = run(Hooks())
+    streamer = BlockStreamer(model.blocks, model)
+    sizes = weights_of(model.blocks, model)
+    streamer.place(torch.device("cpu"), sizes.rest + 2 * sizes.slot + sizes.blocks[0])
+    assert streamer.host
+    assert torch.equal(run(Hooks(run_block=streamer.run_block)), expected)
+
+
+@every
+def test_as_a_source_of_quantizing(written):
+    """`zimage quantize` reads the same weights, rounded to bf16, and warns below 8 bits."""
+    path, meant, case = written
+    with open_transformer(path) as (info, files), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        source = DenseSource(files, info, (), torch.device("cpu"))
+        found = source.get("layers.1.feed_forward.w2.weight")
+    assert torch.equal(found.float(), meant["layers.1.feed_forward.w2.weight"].to(torch.bfloat16).float())
+    assert any("get rounded twice" in str(w.message) for w in caught) == (case.bits < 8)
+
+
+@pytest.mark.parametrize("written", ["quanto-int8", "gguf-q8_0-sdcpp"], indirect=True)
+def test_quantizing(written, tmp_path):
+    path, _, _ = written
+    target = tmp_path / "q.safetensors"
+    quantize_checkpoint(path, target, rank=16)
+    assert load_transformer(target).checkpoint.format == "svdq-int4"
+
+
+@every
+def test_inspect_says_what_it_is(written, capsys):
+    path, _, _ = written
+    assert cli.main(["inspect", str(path)]) == 0
+    assert "runs here" in capsys.readouterr().out
