@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .bench import every_way, machine
 from .formats.identify import model_info
 from .formats.safetensors import open_tensors
-from .linear.backends import Quantized, reference
+from .linear.backends import Quantized
 from .linear.svdq import SVDQLinear, SVDQWeights
 from .models.transformer import ZImageTransformer
 from .pipeline import Pipeline, load_pipeline
@@ -98,7 +98,7 @@ def fingerprint(weights: SVDQWeights) -> Fingerprint:
     """How the tensors of one linear relate, in fp32 on their device."""
     smooth, up = weights.smooth_factor.float(), weights.proj_up.float()
     down = weights.proj_down.float() * smooth
-    codes = reference.dequantize_codes(weights.qweight, weights.wscales.float())  # (N, K)
+    codes = weights.residual()
     finite = all(bool(t.isfinite().all()) for t in (smooth, up, down, codes)) and bool((smooth != 0).all())
     norm = codes.norm()
     if not finite or not norm:

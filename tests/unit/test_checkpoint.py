@@ -252,8 +252,11 @@ OTHERS = {
     "Stable Diffusion": {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4)},
     "Flux": {"double_blocks.0.img_attn.qkv.weight": torch.ones(4, 4)},
     "keys such as 'something'": {"something": torch.ones(4)},
-    "an FP8 model": {"layers.0.attention.qkv.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)},
-    "a quanto INT8 model": {"layers.0.attention.to_q.weight._data": torch.ones(4, 4, dtype=torch.int8)},
+    "an SDNQ model": {
+        "layers.0.attention.qkv.weight": torch.ones(4, 4),
+        "layers.0.attention.qkv.svd_up": torch.ones(4),
+    },
+    "a quanto INT4 or INT2 model": {"layers.0.attention.to_q.weight._data._data": torch.ones(4, 4, dtype=torch.int8)},
 }
 
 

@@ -37,8 +37,10 @@ class PictureGenerator:
         self.most = 1 if exact or pipeline.device.type == "cpu" else TOGETHER  # pictures at a time
         self.automatic = pipeline.vram_budget == "auto"
         self.backend, self.precision = "dense", None
-        if model_info(pipeline.files.model).rank:
-            chosen = backends.select(pipeline.backend, pipeline.precision, device=pipeline.device, dtype=pipeline.dtype)
+        if (info := model_info(pipeline.files.model)).rank:
+            chosen = backends.select(
+                pipeline.backend, pipeline.precision, device=pipeline.device, dtype=pipeline.dtype, fp4=info.fp4
+            )
             self.backend, self.precision = chosen.name, chosen.precision
         self._loras: dict[str, Lora] = {}
 

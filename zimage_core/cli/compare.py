@@ -95,9 +95,10 @@ def pipelines(args: argparse.Namespace) -> dict[str, Callable[[], Pipeline]]:
             precision=precision,
         )
         pipeline = load()  # reads headers only
-        quantized = model_info(pipeline.files.model).rank
+        info = model_info(pipeline.files.model)
+        quantized = bool(info.rank)
         if quantized:
-            select(args.backend, precision, device=pipeline.device, dtype=pipeline.dtype)
+            select(args.backend, precision, device=pipeline.device, dtype=pipeline.dtype, fp4=info.fp4)
         label = f"{model} {precision}" if quantized and len(args.precision) > 1 else model
         if label in models:
             raise ValueError(f"--models: {label} is there twice; leave one out, or give --precision for each model")

@@ -64,7 +64,7 @@ def diagnose() -> dict[str, object]:
     return facts
 
 
-def what_runs(quantized: bool) -> str:
+def what_runs(quantized: bool, fp4: bool = False) -> str:
     """The device, backend and precision that `auto` would choose on this machine."""
     from ..device import choose_device, choose_dtype
 
@@ -75,7 +75,7 @@ def what_runs(quantized: bool) -> str:
         return where
     from ..linear.backends import select
 
-    backend = select("auto", "auto", device=device, dtype=dtype)
+    backend = select("auto", "auto", device=device, dtype=dtype, fp4=fp4)
     return f"{backend.name} {backend.precision} {where}"
 
 

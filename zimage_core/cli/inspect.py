@@ -88,7 +88,11 @@ def inspect_file(path: Path) -> dict:
         return facts
     info = check_transformer(path)
     config = info.config
-    words = {"svdq-int4": "SVDQuant INT4, group 64", "dense": f"dense {info.dtype}"}
+    words = {
+        "svdq-int4": "SVDQuant INT4, group 64",
+        "svdq-fp4": "SVDQuant NVFP4, group 16",
+        "dense": f"dense {info.dtype}",
+    }
     facts |= {
         "format": words.get(info.format, found.form.words),
         "rank": info.rank or None,
@@ -99,6 +103,6 @@ def inspect_file(path: Path) -> dict:
         "heads": config.n_heads,
         "ffn_width": config.ffn_dim,
         "caption_width": config.cap_feat_dim,
-        "runs_here": what_runs(quantized=bool(info.rank)),
+        "runs_here": what_runs(quantized=bool(info.rank), fp4=info.fp4),
     }
     return facts

@@ -45,7 +45,7 @@ FORMATS = (
 )
 STORED = ("fp8", "int8", "nvfp4", "quanto-int8", "convrot-w4a4", "comfy-w4a8", "gguf")
 """Formats of transformers that are kept small in memory and dequantized layer by layer."""
-READ = ("svdq-int4", "dense", *STORED)
+READ = ("svdq-int4", "svdq-fp4", "dense", *STORED)
 """Formats of transformers that are loaded."""
 # A kind by the names of tensors that only it has, all of the patterns: role, in words, patterns.
 KINDS = (
@@ -98,7 +98,7 @@ PLACES = {
 }
 EXPECTED = {
     "model": (
-        "a Z-Image transformer in SVDQuant INT4, BF16, FP16, FP8, INT8, NVFP4 or GGUF",
+        "a Z-Image transformer in SVDQuant INT4 or FP4, BF16, FP16, FP8, INT8, NVFP4 or GGUF",
         "get svdq-int4_r256-z-image-turbo.safetensors or a BF16 file of Z-Image",
     ),
     "text encoder": (
@@ -155,6 +155,11 @@ class ModelInfo:
     config: ZImageConfig
     dtype: str
     metadata: Mapping[str, str]
+
+    @property
+    def fp4(self) -> bool:
+        """Whether its SVDQuant linears have FP4 codes."""
+        return self.format == "svdq-fp4"
 
 
 def identify(source: str | Path | TensorFiles) -> Identity:
@@ -235,7 +240,7 @@ def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = READ
         elif not key.endswith(UNUSED):
             raise unexpected(files.path, key, "a Z-Image transformer", EXPECTED["model"][1])
     downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
-    if form == "svdq-int4" and not downs:
+    if form.startswith("svdq") and not downs:
         raise ValueError(f"{files.path}: expected proj_down tensors beside qweight, found none; download it again")
     try:
         config = ZImageConfig(**_config_fields(files, shapes))

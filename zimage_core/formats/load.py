@@ -28,6 +28,8 @@ TILE = 128
 RANK_TILE = 16
 HALVES = FLOATS[:2]
 CODES = ("I8", "U8")
+OPTIONAL = (".wtscale", ".wcscales")  # scales of FP4 beside those of its groups, 1 where there is none
+MICRO_GROUP = 16
 Rename = Callable[[str], "tuple[str, str | None] | None"]
 """A file's name of a tensor -> the model's, and which part of a fused one it is; None where nothing matches."""
 
@@ -75,17 +77,22 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[Shape, tuple[str, ...]
             if n % TILE or k % TILE or rank % RANK_TILE:
                 raise ValueError(
                     f"{name}: the SVDQuant layout needs widths divisible by {TILE} and ranks by {RANK_TILE}, "
-                    f"found {n} x {k} at rank {rank}; this file cannot be a SVDQuant INT4 model"
+                    f"found {n} x {k} at rank {rank}; this file cannot be a SVDQuant model"
                 )
             expected |= {
                 f"{name}.qweight": ((n, k // 2), CODES),
-                f"{name}.wscales": ((k // GROUP_SIZE, n), HALVES),
+                f"{name}.wscales": ((k // MICRO_GROUP, n), ("F8_E4M3",))
+                if module.fp4
+                else ((k // GROUP_SIZE, n), HALVES),
                 f"{name}.smooth_factor": ((k,), HALVES),
                 f"{name}.proj_down": ((k, rank), HALVES),
                 f"{name}.proj_up": ((n, rank), HALVES),
             }
             if module.bias is not None:
                 expected[f"{name}.bias"] = ((n,), HALVES)
+            if module.fp4:
+                expected[f"{name}.wtscale"] = (1,), (*FLOATS, "F8_E4M3")
+                expected[f"{name}.wcscales"] = (n,), (*FLOATS, "F8_E4M3")
     return expected
 
 
@@ -124,6 +131,8 @@ def match_tensors(
     sources = {}
     for target, (shape, dtypes) in expected.items():
         parts = named.get(target, {})
+        if not parts and target.endswith(OPTIONAL):
+            continue
         order: tuple[str | None, ...] = (None,)
         if None not in parts:
             order = next((p for m, p in FUSED_PARTS.items() if target.endswith(f"{m}.weight")), order)
@@ -190,8 +199,8 @@ def fill(
         elif isinstance(module, SVDQLinear):
             leaves = [key.rpartition(".")[2] for key in sources.stored if key.startswith(f"{name}.")]
             packed = {leaf: sources.get(f"{name}.{leaf}", device) for leaf in leaves}
-            packed = {leaf: t if leaf == "qweight" else t.to(dtype) for leaf, t in packed.items()}
-            small = [leaf for leaf in packed if leaf in ("wscales", "smooth_factor", "bias")]
+            packed = {leaf: t if t.element_size() == 1 else t.to(dtype) for leaf, t in packed.items()}
+            small = [leaf for leaf in packed if leaf in ("wscales", "smooth_factor", "bias", "wtscale", "wcscales")]
             _check_numbers(sources, {sources.stored[f"{name}.{leaf}"][0].key: packed[leaf] for leaf in small})
             module.load(SVDQWeights.from_packed(packed), backend)
         for leaf, parameter in list(module.named_parameters(recurse=False)):
@@ -211,7 +220,7 @@ def _check_numbers(sources: Sources, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_meta:
             continue
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():  # torch has no isfinite of FP8
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(
                 f"{sources.files.path}: {key!r}: expected finite numbers in {dtype}, found NaN or infinity; download "
@@ -259,7 +268,7 @@ def build_transformer(info: ModelInfo) -> ZImageTransformer:
     from .stored import StoredLinear
 
     def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
-        return SVDQLinear(n_in, n_out, bias, rank=info.rank)
+        return SVDQLinear(n_in, n_out, bias, rank=info.rank, fp4=info.fp4)
 
     plain = StoredLinear if info.format in STORED else Linear
     with torch.device("meta"):
@@ -303,7 +312,8 @@ def load_transformer(
     with open_transformer(path) as (info, files):
         model = build_transformer(info)
         sources = match_transformer(files, model, info)
-        model.backend = select(backend, precision, device=compute_device, dtype=dtype) if info.rank else None
+        if info.rank:
+            model.backend = select(backend, precision, device=compute_device, dtype=dtype, fp4=info.fp4)
         model.use(ops.select(backend, compute_device, dtype, info.config.head_dim))
         fill(model, sources, device, dtype)
     model.checkpoint = info

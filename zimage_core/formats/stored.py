@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear.adapters import Adapter, Terms
+from ..linear.layout import e2m1
 from . import blocks, kitchen
 from .gguf import QUANTIZED
 
@@ -45,16 +46,6 @@ def _fp8_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
         return codes.view(dtype).float()
     table = torch.arange(256, dtype=torch.uint8).view(dtype).float().to(codes.device)
     return table[codes.int()]
-
-
-def e2m1(device: torch.device) -> Tensor:
-    """The values (16,) of 4-bit floats by their codes: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same negated.
-
-    Computed on the device, because a CUDA graph cannot capture a copy from the host.
-    """
-    code = torch.arange(8, device=device)
-    magnitudes = torch.where(code < 2, code / 2, (2 + code % 2) * torch.exp2(code // 2 - 2.0))
-    return torch.cat((magnitudes, -magnitudes))
 
 
 def _nvfp4(codes: Tensor, block_scale: Tensor, scale: Tensor) -> Tensor:

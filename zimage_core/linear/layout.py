@@ -1,7 +1,9 @@
-"""Packing and unpacking of nunchaku's INT4 tensors, and the compact form of the codes that is kept in memory.
+"""Packing and unpacking of nunchaku's INT4 and FP4 tensors, and the compact form of the codes that is kept in memory.
 
 A file stores all six tensors of an SVDQuant linear permuted for the fragments of nunchaku's `mma.m16n8k64`. Each
 permutation is a reshape and a permute: exact, without index tables, on any device.
+
+FP4 files differ in their scales alone: e4m3 of 16 channels in another order, times `wtscale` or `wcscales`.
 
 Legend: N out, K in, R rank, G = K / 64 groups; N % 128 = K % 128 = R % 16 = 0.
 Source: deepcompressor/backend/nunchaku/utils.py@69f3473 and nunchaku/src/kernels/zgemm/gemm_w4a4.cuh@92e4695.
@@ -14,6 +16,7 @@ from collections.abc import Mapping
 import torch
 
 GROUP = 64  # input channels that share one scale
+MICRO_GROUP = 16  # of FP4
 
 
 def pack_qweight(codes: torch.Tensor) -> torch.Tensor:
@@ -57,6 +60,22 @@ def pack_wscales(wscales: torch.Tensor) -> torch.Tensor:
     n, g = wscales.shape
     _require_tiles("wscales", wscales, n % 128, "(N, K/64) with N a multiple of 128")
     return wscales.reshape(n // 128, 8, 2, 4, 2, g).permute(0, 5, 1, 3, 2, 4).reshape(g, n)
+
+
+def unpack_micro_scales(wscales: torch.Tensor) -> torch.Tensor:
+    """Stored e4m3 scales of FP4 (K/16, N) -> (N, K/16), their bytes. ValueError if N % 128 or K % 64 is not 0."""
+    g, n = wscales.shape
+    _require_tiles("wscales", wscales, n % 128 or g % 4, "(K/16, N) with N a multiple of 128 and K of 64")
+    tiles = wscales.view(torch.uint8).reshape(n // 128, g // 4, 8, 4, 4, 4)  # n/128, g/4, n%8, n/8%4, n/32%4, g%4
+    return tiles.permute(0, 4, 3, 2, 1, 5).reshape(n, g)
+
+
+def pack_micro_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Bytes (N, K/16) -> stored e4m3 (K/16, N). ValueError if N % 128 or K % 64 is not 0."""
+    n, g = scales.shape
+    _require_tiles("wscales", scales, n % 128 or g % 4, "(N, K/16) with N a multiple of 128 and K of 64")
+    tiles = scales.reshape(n // 128, 4, 4, 8, g // 4, 4).permute(0, 4, 3, 2, 1, 5)
+    return tiles.reshape(g, n).view(torch.float8_e4m3fn)
 
 
 def unpack_vector(vector: torch.Tensor) -> torch.Tensor:
@@ -108,14 +127,35 @@ def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([(packed << 4) >> 4, packed >> 4], -1)
 
 
+def e2m1(device: torch.device) -> torch.Tensor:
+    """The values (16,) of 4-bit floats by their codes: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same negated.
+
+    Computed on the device, because a CUDA graph cannot capture a copy from the host.
+    """
+    code = torch.arange(8, device=device)
+    magnitudes = torch.where(code < 2, code / 2, (2 + code % 2) * torch.exp2(code // 2 - 2.0))
+    return torch.cat((magnitudes, -magnitudes))
+
+
 def pack_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The plain tensors of one linear by name -> as stored. ValueError as in the functions above."""
     return {name: _CODECS[name][0](tensor) for name, tensor in tensors.items()}
 
 
 def unpack_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored tensors of one linear by name -> plain, codes compact. ValueError as in the functions above."""
-    return {name: _CODECS[name][1](tensor) for name, tensor in tensors.items()}
+    """The stored tensors of one linear by name -> plain, codes compact. ValueError as in the functions above.
+
+    FP4 is told by its scales of one byte; `wtscale` and `wcscales` become `outer_scale` (N,).
+    """
+    if tensors["wscales"].element_size() > 1:
+        return {name: _CODECS[name][1](tensor) for name, tensor in tensors.items()}
+    found = {name: _CODECS[name][1](t) for name, t in tensors.items() if name in _CODECS and name != "wscales"}
+    outer = torch.ones(len(tensors["qweight"]), device=tensors["qweight"].device)
+    if (vector := tensors.get("wcscales")) is not None:
+        outer = outer * unpack_vector(vector.flatten()).float()
+    if (scale := tensors.get("wtscale")) is not None:
+        outer = outer * scale.flatten().float()
+    return found | {"wscales": unpack_micro_scales(tensors["wscales"]), "outer_scale": outer}
 
 
 def _fragments(qweight: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""The SVDQuant linear: int4 codes in groups of 64, a smoothing vector and a low-rank branch, run by a backend.
+"""The SVDQuant linear: 4-bit codes in groups, a smoothing vector and a low-rank branch, run by a backend.
 
 `SVDQWeights` holds one linear in plain row order, two codes to a byte. `SVDQLinear` is the module that models are
 built from. Backends compute y = (x / smooth) @ (q * s).T + (x @ down.T) @ up.T + bias; the low-rank branch takes x
-before smoothing.
+before smoothing. Codes are int4 in groups of 64, or FP4 (e2m1) in groups of 16, whose s is an e4m3 scale times a scale
+of the row.
 
-Legend: M rows, N out, K in, R rank, G = K / 64 groups.
+Legend: M rows, N out, K in, R rank, G = K / 64 groups, K / 16 of FP4.
 Source: SVDQuant (arXiv:2411.05007); nunchaku/models/linear.py@92e4695 for the tensors of a stored linear.
 """
 
@@ -27,21 +28,23 @@ class SVDQWeights:
     """One quantized linear: dense weight = q * s / smooth + up @ down. ValueError if the shapes do not agree."""
 
     qweight: torch.Tensor  # (N, K/2) uint8, layout.pack_nibbles
-    wscales: torch.Tensor  # (N, G)
+    wscales: torch.Tensor  # (N, G); of FP4 the bytes of e4m3, uint8, so that a cast of floats leaves them alone
     smooth_factor: torch.Tensor  # (K,)
     proj_down: torch.Tensor  # (R, K)
     proj_up: torch.Tensor  # (N, R)
     bias: torch.Tensor | None = None  # (N,)
+    outer_scale: torch.Tensor | None = None  # (N,) of FP4
 
     def __post_init__(self) -> None:
         n, k, r = self.out_features, self.in_features, self.rank
         expected = {
             "qweight": (n, k // 2),
-            "wscales": (n, k // layout.GROUP),
+            "wscales": (n, k // (layout.MICRO_GROUP if self.fp4 else layout.GROUP)),
             "smooth_factor": (k,),
             "proj_down": (r, k),
             "proj_up": (n, r),
             "bias": (n,),
+            "outer_scale": (n,),
         }
         for name, tensor in self.tensors().items():
             if tuple(tensor.shape) != expected[name]:
@@ -50,18 +53,18 @@ class SVDQWeights:
     @classmethod
     def from_packed(cls, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> SVDQWeights:
         """Unpack the stored tensors of one linear. ValueError names the key that is missing or has a wrong shape."""
-        required = [field.name for field in fields(cls) if field.name != "bias"]
+        required = [field.name for field in fields(cls) if field.name not in ("bias", "outer_scale")]
         for name in required:
             if prefix + name not in tensors:
                 raise ValueError(f"{prefix}{name}: expected an SVDQ INT4 linear, found no such tensor")
-        names = required + ["bias"] * (f"{prefix}bias" in tensors)
+        names = required + [name for name in ("bias", "wcscales", "wtscale") if prefix + name in tensors]
         try:
             return cls(**layout.unpack_linear({name: tensors[prefix + name] for name in names}))
         except ValueError as error:
             raise ValueError(f"{prefix}{error}") from None
 
     def to_packed(self) -> dict[str, torch.Tensor]:
-        """The tensors as a file stores them, without `smooth_factor_orig`."""
+        """The tensors as an INT4 file stores them, without `smooth_factor_orig`."""
         return layout.pack_linear(self.tensors())
 
     @property
@@ -76,6 +79,10 @@ class SVDQWeights:
     def rank(self) -> int:
         return self.proj_down.shape[0]
 
+    @property
+    def fp4(self) -> bool:
+        return self.wscales.dtype is torch.uint8
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name; a linear without bias has no "bias"."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -88,29 +95,50 @@ class SVDQWeights:
 
     def dequantize(self) -> torch.Tensor:
         """The dense weight (N, K) in fp32: q * s / smooth + up @ down."""
-        n, k = self.out_features, self.in_features
-        grouped = layout.unpack_nibbles(self.qweight).view(n, -1, layout.GROUP) * self.wscales.float()[:, :, None]
-        return torch.addmm(grouped.view(n, k) / self.smooth_factor, self.proj_up.float(), self.proj_down.float())
+        return torch.addmm(self.residual() / self.smooth_factor, self.proj_up.float(), self.proj_down.float())
+
+    def residual(self) -> torch.Tensor:
+        """q * s (N, K) in fp32."""
+        codes = layout.unpack_nibbles(self.qweight)
+        if self.outer_scale is None:
+            grouped = codes.view(len(codes), -1, layout.GROUP) * self.wscales.float()[:, :, None]
+        else:
+            scales = self.wscales.view(torch.float8_e4m3fn).float() * self.outer_scale.float()[:, None]
+            values = layout.e2m1(codes.device)[codes.int() & 15]
+            grouped = values.view(len(codes), -1, layout.MICRO_GROUP) * scales[:, :, None]
+        return grouped.view(codes.shape)
 
 
 class SVDQLinear(nn.Module):
-    """A linear of SVDQ INT4 weights, x (..., K) -> (..., N); an optional adapter runs beside it."""
+    """A linear of SVDQ weights, x (..., K) -> (..., N); an optional adapter runs beside it."""
 
     backend: Backend  # set by `load`
     adapter: Adapter | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, rank: int, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        rank: int,
+        fp4: bool = False,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         self.in_features, self.out_features, self.rank, self.dtype = in_features, out_features, rank, dtype
+        self.fp4 = fp4
         self._joined = False  # whether an adapter's pair is appended to the low-rank branch
-        groups = in_features // layout.GROUP
+        groups = in_features // (layout.MICRO_GROUP if fp4 else layout.GROUP)
         self._hold(
             qweight=torch.empty(out_features, in_features // 2, device=device, dtype=torch.uint8),
-            wscales=torch.empty(out_features, groups, device=device, dtype=dtype),
+            wscales=torch.empty(out_features, groups, device=device, dtype=torch.uint8 if fp4 else dtype),
             smooth_factor=torch.empty(in_features, device=device, dtype=dtype),
             proj_down=torch.empty(rank, in_features, device=device, dtype=dtype),
             proj_up=torch.empty(out_features, rank, device=device, dtype=dtype),
             bias=torch.empty(out_features, device=device, dtype=dtype) if bias else None,
+            outer_scale=torch.empty(out_features, device=device, dtype=dtype) if fp4 else None,
         )
         self.register_module("adapter", None)
 
@@ -118,10 +146,10 @@ class SVDQLinear(nn.Module):
         """Take over the weights in the backend's form, on their device, in this module's dtype if it has one.
 
         ValueError if their features or rank are not this linear's."""
-        found = (weights.in_features, weights.out_features, weights.rank)
-        if found != (self.in_features, self.out_features, self.rank):
-            expected = (self.in_features, self.out_features, self.rank)
-            raise ValueError(f"SVDQ linear: expected (in, out, rank) {expected}, found {found}")
+        found = (weights.in_features, weights.out_features, weights.rank, weights.fp4)
+        expected = (self.in_features, self.out_features, self.rank, self.fp4)
+        if found != expected:
+            raise ValueError(f"SVDQ linear: expected (in, out, rank, FP4) {expected}, found {found}")
         self.adapter, self._joined = None, False
         self._buffers.clear()
         self._hold(**backend.prepare(weights.to(dtype=self.dtype)))

@@ -1,6 +1,6 @@
 """The backends that run an SVDQ linear, and the choice between them.
 
-Each backend is a module with PRECISIONS and five functions:
+Each backend is a module with PRECISIONS, FP4 (those in which it takes FP4 weights, if any) and five functions:
 
     unavailable(device, dtype) -> str | None      why it cannot run there, or None
     prepare(weights, precision) -> dict           the tensors that `linear` takes, which replace the stored ones
@@ -106,8 +106,8 @@ class Backend:
         return self.module.linear(x, prepared, self.precision)
 
 
-def select(backend: str = "auto", precision: str = "auto", *, device, dtype: torch.dtype) -> Backend:
-    """The backend and precision for a device; a named backend never falls back to another.
+def select(backend: str = "auto", precision: str = "auto", *, device, dtype: torch.dtype, fp4: bool = False) -> Backend:
+    """The backend and precision for a device and INT4 or FP4 weights; a named backend never falls back to another.
 
     ValueError for an unknown name, or with every backend's reason if none can run what is asked for."""
     name = "reference" if backend == "torch" else backend
@@ -122,10 +122,12 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
             continue
         module = load(candidate)
         refusal = module.unavailable(device, dtype)
+        if refusal is None and fp4 and level not in getattr(module, "FP4", ()):
+            refusal = f"has no {level} for FP4 weights"
         if refusal is None and (precision, level) == ("auto", "w4a8") and (capability(device) or 0) < FP8_CAPABILITY:
             continue
         if refusal is None:
-            reason = f"{candidate} {level} on {describe(device)}"
+            reason = f"{candidate} {level}{' of FP4 weights' if fp4 else ''} on {describe(device)}"
             if passed:
                 reason += f" ({'; '.join(f'{other}: {why}' for other, why in passed.items())})"
             if name == "auto":
@@ -133,7 +135,7 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
             return Backend(candidate, level, module, reason)
         passed[candidate] = refusal
     rows = [row for row in report(device, dtype) if name in ("auto", row[0])]
-    reasons = "; ".join(f"{row[0]}: {row[1] or 'runs ' + ', '.join(row[2])}" for row in rows)
+    reasons = "; ".join(f"{row[0]}: {passed.get(row[0]) or row[1] or 'runs ' + ', '.join(row[2])}" for row in rows)
     asked = f"backend {backend!r} with precision {precision!r} cannot run on {describe(device)} in {dtype}"
     remedy = "precision auto" if name == "auto" else "backend auto, which takes the fastest that runs"
     raise ValueError(f"{asked}: {reasons}; choose {remedy}")

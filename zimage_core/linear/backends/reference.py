@@ -3,7 +3,8 @@
 w4a16 dequantizes a bounded number of rows at a time in a few whole-tensor operations, then multiplies once. Small
 weights, such as the demo's, take longer to dequantize than to multiply, so their dense form is kept beside the codes.
 
-Legend: M rows, N out, K in, R rank, G = K / 64 groups. H is the 16-bit dtype of x (or fp32: no rounding).
+Legend: M rows, N out, K in, R rank, G = K / 64 groups (K / 16 of FP4, which has w4a16 only). H is the 16-bit dtype of
+x (or fp32: no rounding).
 Source of the w4a4 order: nunchaku/src/kernels/zgemm/{gemm_w4a4.cuh,lora.cuh}@92e4695.
 """
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from ..svdq import SVDQWeights
 
 PRECISIONS = ("w4a16", "w4a4")
-FIELDS = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "bias")
+FP4 = ("w4a16",)
+FIELDS = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "bias", "outer_scale")
 CHUNK = 2**24  # elements unpacked at a time: 16 MiB of codes
 DENSE = 2**20  # elements up to which a weight's dense form is kept: 2 MiB in bf16
 
@@ -35,7 +37,7 @@ def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
     """The weights' tensors by name; with w4a16 a small weight's `dense` form (N, K) beside them."""
     prepared = weights.tensors()
     if precision == "w4a16" and 2 * weights.qweight.numel() <= DENSE:
-        prepared["dense"] = weights.dequantize().to(weights.wscales.dtype)
+        prepared["dense"] = weights.dequantize().to(weights.smooth_factor.dtype)
     return prepared
 
 
@@ -77,6 +79,23 @@ def dequantize_codes(qweight: torch.Tensor, wscales: torch.Tensor) -> torch.Tens
     return dense
 
 
+def dequantize_fp4(
+    qweight: torch.Tensor, wscales: torch.Tensor, outer_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Compact codes (N, K/2), the bytes of e4m3 scales (N, K/16) and row scales (N,) -> q * s (N, K), rounded once."""
+    n, half = qweight.shape
+    dense = torch.empty(n, 2 * half, dtype=dtype, device=qweight.device)
+    values = layout.e2m1(qweight.device)
+    rows = max(1, CHUNK // (2 * half))
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        codes = layout.unpack_nibbles(qweight[part]).int() & 15
+        scales = wscales[part].view(torch.float8_e4m3fn).float() * outer_scale[part, None].float()
+        exact = values[codes].view(*scales.shape, layout.MICRO_GROUP) * scales[:, :, None]
+        dense[part] = exact.flatten(1)
+    return dense
+
+
 def quantize_activations(x: torch.Tensor, smooth_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (M, K) -> codes (M, K) int8 in -8..7 and the unrounded scales (M, G) fp32, one per row and group of 64."""
     smoothed = (x / smooth_factor).float().view(len(x), -1, layout.GROUP)
@@ -90,7 +109,10 @@ def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tenso
     bias = prepared.get("bias")
     if "dense" in prepared:
         return F.linear(x, prepared["dense"], bias)
-    weight = dequantize_codes(prepared["qweight"], prepared["wscales"])
+    if "outer_scale" in prepared:
+        weight = dequantize_fp4(*(prepared[name] for name in ("qweight", "wscales", "outer_scale")), x.dtype)
+    else:
+        weight = dequantize_codes(prepared["qweight"], prepared["wscales"])
     y = F.linear(x / prepared["smooth_factor"], weight, bias)
     return torch.addmm(y, x @ prepared["proj_down"].T, prepared["proj_up"].T)
 
