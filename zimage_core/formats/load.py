@@ -74,6 +74,7 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[Shape, tuple[str, ...]
             expected[f"{name}.weight"] = (module.shape, None)
         elif isinstance(module, SVDQLinear):
             n, k, rank = module.out_features, module.in_features, module.rank
+            group = MICRO_GROUP if module.fp4 else GROUP_SIZE
             if n % TILE or k % TILE or rank % RANK_TILE:
                 raise ValueError(
                     f"{name}: the SVDQuant layout needs widths divisible by {TILE} and ranks by {RANK_TILE}, "
@@ -81,9 +82,7 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[Shape, tuple[str, ...]
                 )
             expected |= {
                 f"{name}.qweight": ((n, k // 2), CODES),
-                f"{name}.wscales": ((k // MICRO_GROUP, n), ("F8_E4M3",))
-                if module.fp4
-                else ((k // GROUP_SIZE, n), HALVES),
+                f"{name}.wscales": ((k // group, n), ("F8_E4M3",) if module.fp4 else HALVES),
                 f"{name}.smooth_factor": ((k,), HALVES),
                 f"{name}.proj_down": ((k, rank), HALVES),
                 f"{name}.proj_up": ((n, rank), HALVES),
