@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from .formats.identify import model_info
+from .formats.identify import identify, model_info
 from .models.tokenizer import find_tokenizer
 
 PathOption: TypeAlias = "str | Path | None"
@@ -28,9 +28,9 @@ def find_files(
 ) -> ModelFiles:
     """The four files of a pipeline, all there; no model at all means the bundled demo.
 
-    `model` may be a whole diffusers folder, whose parts are then the defaults. The tokenizer is looked for beside
-    the encoder unless named. Raises ValueError for a transformer that cannot be read, or a part that is not named or
-    not there.
+    `model` may be a whole diffusers folder or a checkpoint of all models, whose parts are then the defaults. The
+    tokenizer is looked for beside the encoder unless named. Raises ValueError for a transformer that cannot be read,
+    or a part that is not named or not there.
     """
     if model is None:
         from .demo import demo_files
@@ -41,6 +41,8 @@ def find_files(
         parts["model"] = Path(model) / "transformer"
     else:
         parts = {"model": Path(model)}
+        if parts["model"].is_file() and identify(parts["model"]).role == "checkpoint":
+            parts |= {"text_encoder": parts["model"], "vae": parts["model"]}
     model_info(parts["model"])
     if text_encoder is not None:
         parts.pop("tokenizer", None)

@@ -9,7 +9,7 @@ import folder_paths
 from ...zimage_core.demo import demo_files, demo_loras
 from ...zimage_core.formats.controlnet import control_info
 from ...zimage_core.formats.encoder import open_encoder
-from ...zimage_core.formats.identify import identify, model_info
+from ...zimage_core.formats.identify import identify, model_info, open_part
 from ...zimage_core.formats.safetensors import read_header
 from ...zimage_core.lora.read import inspect
 
@@ -89,7 +89,7 @@ def check_vae(name: str) -> None:
     """ValueError unless a file of `vae` is a 16-channel autoencoder."""
     path = find("vae", name, "vae")
     if name != DEMO:
-        identify(path).require("vae")
+        identify(open_part(path, "vae")).require("vae")
 
 
 def check_lora(name: str) -> None:

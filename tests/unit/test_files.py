@@ -17,8 +17,13 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save_file
 
 from zimage_core.demo import demo_files
+from zimage_core.files import find_files
+from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.identify import READ, identify, model_info
+from zimage_core.formats.load import load_transformer
 from zimage_core.formats.safetensors import open_tensors, read_header, tensor_bytes
+from zimage_core.formats.vae import load_vae
+from zimage_core.models.vae import VAE, VAEConfig
 
 TINY = Path(__file__).parents[1] / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
 
@@ -179,7 +184,10 @@ def quantized(tensors: dict, make) -> dict:
 
 @pytest.fixture(scope="module")
 def dense() -> dict[str, torch.Tensor]:
-    return load_file(Path(__file__).parents[2] / "demo_training" / "z-image-demo-bf16.safetensors")
+    return load_file(DENSE)
+
+
+DENSE = Path(__file__).parents[2] / "demo_training" / "z-image-demo-bf16.safetensors"
 
 
 U8, I8, F8 = torch.uint8, torch.int8, torch.float8_e4m3fn
@@ -274,13 +282,23 @@ def test_parts_and_whole_checkpoints(dense, tmp_path):
     encoder = load_file(parts["text_encoder"] / "model.safetensors")
     whole = {f"model.diffusion_model.{k}": v for k, v in dense.items()}
     whole |= {f"text_encoders.qwen3_4b.transformer.{k}": v for k, v in encoder.items()}
+    parts["vae"] = tmp_path / "vae.safetensors"  # one whose config its shapes tell
+    save_file(VAE(VAEConfig((32, 32, 32, 32), 1)).state_dict(), parts["vae"])
     whole |= {f"vae.{k}": v for k, v in load_file(parts["vae"]).items()}
     save_file(whole, tmp_path / "x.safetensors")
     assert identify(tmp_path / "x.safetensors").role == "checkpoint"
-    with pytest.raises(
-        ValueError, match="found a whole Z-Image checkpoint .*; save its transformer, text encoder and VAE"
-    ):
-        model_info(tmp_path / "x.safetensors")
+    path = tmp_path / "x.safetensors"
+    assert model_info(path).format == "dense"
+    files = find_files(path, tokenizer=parts["tokenizer"])
+    assert files.model == files.text_encoder == files.vae == path
+    for load, part in ((load_text_encoder, "text_encoder"), (load_vae, "vae")):
+        apart, within = (dict(load(p).state_dict()) for p in (parts[part], path))
+        assert apart.keys() == within.keys() and all(torch.equal(apart[k], within[k]) for k in apart)
+    names = {name: load_transformer(p).state_dict() for name, p in (("whole", path), ("apart", DENSE))}
+    assert all(torch.equal(t, names["apart"][k]) for k, t in names["whole"].items())
+    save_file({k: v for k, v in whole.items() if not k.startswith("vae.")}, path)
+    with pytest.raises(ValueError, match="expected a checkpoint with a vae, found none in it"):
+        load_vae(path)
 
 
 def test_names_left_by_wrappers_are_read(dense, tmp_path):

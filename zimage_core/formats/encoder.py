@@ -20,10 +20,10 @@ import torch
 from ..linear.adapters import Linear
 from ..models.text_encoder import TextEncoder, TextEncoderConfig
 from .gguf import GGUFFile
-from .identify import EXPECTED, FORMATS, identify
+from .identify import EXPECTED, FORMATS, identify, open_part
 from .load import Sources, expected_tensors, fill, match_tensors
 from .names import encoder_tensor
-from .safetensors import TensorFiles, open_tensors
+from .safetensors import TensorFiles
 from .stored import HostEmbedding, StoredLinear
 from .weights import READ, Stored, find_weights
 
@@ -167,7 +167,7 @@ def open_encoder(path: str | Path) -> Iterator[EncoderFile]:
     """
     path = Path(path)
     path = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-    with open_tensors(path) as files:
+    with open_part(path, "text encoder") as files:
         found = identify(files)
         found.require("text encoder")
         form = found.form

@@ -49,6 +49,7 @@ class GGUFFile(TensorFiles):
     def __init__(self, path: str | Path):
         self.path = check_file(path)
         self.fields: dict[str, object] = {}
+        self.prefix = ""
         self.tensors = {}
         self._place: dict[str, tuple[int, int]] = {}
         try:
@@ -75,7 +76,7 @@ class GGUFFile(TensorFiles):
         import torch
 
         dtype, shape = self.tensors[name]
-        start, size = self._place[name]
+        start, size = self._place[self.prefix + name]
         data = torch.frombuffer(self._data, dtype=torch.uint8, count=size, offset=start)
         if dtype in QUANTIZED:
             return data.view(*shape[:-1], -1)

@@ -86,6 +86,12 @@ OTHER_MODELS = (
 )
 PARTS = (r"^model\.diffusion_model\.", r"^(text_encoders|cond_stage_model|conditioner|vae|first_stage_model)\.")
 """Names of a whole checkpoint: the diffusion model, and another part beside it."""
+WITHIN = {
+    "model": PARTS[0],
+    "text encoder": r"^(text_encoders\.\w+\.|cond_stage_model\.\w+\.)(transformer\.)?(?=model\.)",
+    "vae": r"^(vae|first_stage_model)\.",
+}
+"""Role -> what stands in front of its names in a whole checkpoint."""
 
 PLACES = {
     "model": "it goes into models/diffusion_models and is loaded with the model loader or --model",
@@ -93,8 +99,7 @@ PLACES = {
     "text encoder": "put it into models/text_encoders and load it with the text encoder loader or --text-encoder",
     "vae": "put it into models/vae and load it with the VAE loader or --vae",
     "lora": "put it into models/loras and load it with a LoRA loader or --lora",
-    "checkpoint": "save its transformer, text encoder and VAE as files of their own, as ComfyUI's ModelSave, CLIPSave "
-    "and VAESave do",
+    "checkpoint": "name it with --model, which takes its text encoder and VAE too",
 }
 EXPECTED = {
     "model": (
@@ -169,6 +174,22 @@ def identify(source: str | Path | TensorFiles) -> Identity:
     return Identity(files.path, *_kind(files.tensors, form), form)
 
 
+def open_part(path: str | Path, role: str) -> TensorFiles:
+    """A file or folder, or of a whole checkpoint the part with a role, under names of its own.
+
+    A checkpoint's config is that of its transformer, if it has one.
+    """
+    files = open_tensors(path)
+    if identify(files).role == "checkpoint":
+        first = next(filter(None, (re.match(WITHIN[role], key) for key in files.tensors)), None)
+        if first is None:
+            raise ValueError(f"{path}: expected a checkpoint with a {role}, found none in it; {EXPECTED[role][1]}")
+        files.narrow(first[0])
+        if role != "model":
+            files.metadata.pop("config", None)
+    return files
+
+
 def _kind(tensors: Tensors, form: Form) -> tuple[str, str]:
     """Role and words of a file with these tensors."""
     if not tensors:
@@ -226,7 +247,7 @@ def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> Form:
 
 def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = READ) -> ModelInfo:
     """Format, rank and sizes of a transformer in one of some formats. ValueError names what the file is otherwise."""
-    files = source if isinstance(source, TensorFiles) else open_tensors(source)
+    files = source if isinstance(source, TensorFiles) else open_part(source, "model")
     found = identify(files)
     found.require("model")
     form = found.form.id

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from .identify import EXPECTED, FLOATS, GROUP_SIZE, READ, STORED, ModelInfo, model_info, unexpected
+from .identify import EXPECTED, FLOATS, GROUP_SIZE, READ, STORED, ModelInfo, model_info, open_part, unexpected
 from .names import FUSED_PARTS, UNUSED, canonical_tensor
-from .safetensors import Shape, TensorFiles, open_tensors
+from .safetensors import Shape, TensorFiles
 
 if TYPE_CHECKING:
     import torch
@@ -235,7 +235,7 @@ def _check_numbers(sources: Sources, tensors: Mapping[str, Tensor]) -> None:
 @contextmanager
 def open_transformer(path: str | Path, formats: tuple[str, ...] = READ) -> Iterator[tuple[ModelInfo, TensorFiles]]:
     """What a transformer file is, and the file opened; `match_transformer` checks its tensors."""
-    with open_tensors(path) as files:
+    with open_part(path, "model") as files:
         yield model_info(files, formats), files
 
 

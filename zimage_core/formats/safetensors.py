@@ -123,6 +123,7 @@ class TensorFiles:
         self.headers: list[Header] = []
         self.tensors: Tensors = {}
         self.metadata: dict[str, str] = {}
+        self.prefix = ""  # taken off the names, see `narrow`
         self._file: dict[str, Path] = {}
         folder = self.path if self.path.is_dir() else None
         if folder and not list(folder.glob("*.safetensors*")) and (folder / "transformer").is_dir():
@@ -182,7 +183,12 @@ class TensorFiles:
 
     def get(self, name: str) -> Tensor:
         """The tensor as stored, a view of the mapped file; copy it before the file is closed."""
-        return self._open[self._file[name]].get_tensor(name)
+        return self._open[self._file[self.prefix + name]].get_tensor(self.prefix + name)
+
+    def narrow(self, prefix: str) -> None:
+        """Leave the tensors whose names begin with a prefix, without it: one model of a file of several."""
+        self.prefix += prefix
+        self.tensors = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
 
 
 def open_tensors(path: str | Path) -> TensorFiles:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ..models.vae import VAE, VAEConfig, check_dtype
-from .identify import EXPECTED, identify
+from .identify import EXPECTED, identify, open_part
 from .load import Sources, fill, match_tensors
 from .names import vae_tensor
-from .safetensors import TensorFiles, open_tensors
+from .safetensors import TensorFiles
 from .weights import find_weights
 
 _REMEDY = EXPECTED["vae"][1]
@@ -81,7 +81,7 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
 
 def read_vae_config(path: str | Path) -> VAEConfig:
     """The sizes of the VAE in a file or folder, from its header; errors as load_vae."""
-    with open_tensors(path) as files:
+    with open_part(path, "vae") as files:
         return _match(files)[0].config
 
 
@@ -111,7 +111,7 @@ def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     wrong kind of file, config values not known here, and unexpected, missing or misshapen tensors; also for fp16.
     """
     check_dtype(dtype)
-    with open_tensors(path) as files:
+    with open_part(path, "vae") as files:
         vae, sources = _match(files)
         fill(vae, sources, device, dtype)
     return vae

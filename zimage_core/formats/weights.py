@@ -151,7 +151,7 @@ class _Finder:
             described = self._json(text, where).get("layers")
             if not isinstance(described, dict):
                 self._refuse(where, "layers", "none")
-            found |= described
+            found |= {layer.removeprefix(self.files.prefix): info for layer, info in described.items()}
         for layer, keys in layers.items():
             if key := keys.get("comfy_quant"):
                 found[layer] = self._json(bytes(self.files.get(key).flatten().view(torch.uint8).tolist()), key)
