@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from .formats.identify import identify, model_info
+from .formats.safetensors import read_text
+from .models.config import SHIFT
 from .models.tokenizer import find_tokenizer
 
+LARGEST_SHIFT = 100
 PathOption: TypeAlias = "str | Path | None"
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one pipeline; `demo` where the transformer is the bundled model."""
+    """The files of one pipeline; `demo` where the transformer is the bundled model; `shift` of its sigmas."""
 
     model: Path
     text_encoder: Path
     tokenizer: Path
     vae: Path
     demo: bool = False
+    shift: float = SHIFT
 
 
 def find_files(
@@ -57,7 +62,23 @@ def find_files(
             raise ValueError(f"{path}: the {name.replace('_', ' ')} is not there; check the path")
     if "tokenizer" not in parts:
         parts["tokenizer"] = get_tokenizer(parts["text_encoder"])
-    return ModelFiles(**parts, demo=model is None)
+    return ModelFiles(**parts, demo=model is None, shift=read_shift(parts["model"]))
+
+
+def read_shift(transformer: Path) -> float:
+    """The shift that the scheduler of a diffusers folder has, which its `transformer` is in; else Turbo's."""
+    path = transformer.parent / "scheduler" / "scheduler_config.json"
+    if not (transformer.is_dir() and path.is_file()):
+        return SHIFT
+    try:
+        config = json.loads(read_text(path))
+        shift, dynamic = config.get("shift", 1.0), config.get("use_dynamic_shifting", False)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON object, found otherwise ({error}); download it again") from None
+    if dynamic or isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= LARGEST_SHIFT:
+        found = "use_dynamic_shifting" if dynamic else f"shift {shift!r}"
+        raise ValueError(f"{path}: expected a fixed shift up to {LARGEST_SHIFT}, found {found}; get Z-Image's own")
+    return float(shift)
 
 
 def get_tokenizer(text_encoder: str | Path, comfyui: PathOption = None) -> Path:

@@ -176,7 +176,8 @@ class Pipeline:
             )
         side = DEMO_SIZE if self.files.demo else REAL_SIZE
         height, width = picture_size(height, width, (side, side) if image is None else image.size)
-        sigmas = sampler.get_sigmas(num_inference_steps, start=strength if image is not None else 1.0)
+        start = strength if image is not None else 1.0
+        sigmas = sampler.get_sigmas(num_inference_steps, start, shift=self.files.shift)
         noise, seeds = sampler.starting_noise(generator, len(prompts) * num_images_per_prompt, height, width)
         texts = prompts + [negative_prompt or ""] * (guidance_scale > 0)
         edit = None if mask is None else make_edit(image, mask, width, height, feather)
@@ -365,6 +366,7 @@ class Pipeline:
                 cond,
                 negative=negative,
                 guidance=guidance,
+                shift=self.files.shift,
                 on_step=on_step,
                 hold=None if job.edit is None else given.hold(job.edit, self.device),
             )

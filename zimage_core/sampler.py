@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .models.config import SHIFT
 from .models.transformer import PIXELS_PER_CELL, Conditioning
 
-SHIFT = 3.0
 MAX_STEPS = 100
 SEEDS = 2**64
 ROUNDING = 1e-5  # of a sigma in fp32, far below a step
@@ -32,7 +32,7 @@ def shift_sigma(s: Tensor, shift: float = SHIFT) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def get_sigmas(steps: int = 8, start: float = 1.0, end: float = 0.0) -> Tensor:
+def get_sigmas(steps: int = 8, start: float = 1.0, end: float = 0.0, shift: float = SHIFT) -> Tensor:
     """(steps + 1,) fp32 from the shifted `start` down to the shifted `end`, evenly spaced before the shift.
 
     start below 1 is the denoise strength of img2img; end above 0 leaves noise in. Raises ValueError for steps
@@ -42,7 +42,7 @@ def get_sigmas(steps: int = 8, start: float = 1.0, end: float = 0.0) -> Tensor:
         raise ValueError(f"steps: expected 1 to {MAX_STEPS}, found {steps}; 8 is what the model was made for")
     if not 0.0 <= end < start <= 1.0:
         raise ValueError(f"denoise range: expected 0 <= end < start <= 1, found start {start}, end {end}")
-    return shift_sigma(torch.linspace(start, end, steps + 1, dtype=torch.float64)).float()
+    return shift_sigma(torch.linspace(start, end, steps + 1, dtype=torch.float64), shift).float()
 
 
 def draw_noise(generator: torch.Generator | int, batch: int, height: int, width: int, channels: int = 16) -> Tensor:
@@ -87,12 +87,12 @@ def predict_flow(model: Model, latents: Tensor, sigma: Tensor, cond: Conditionin
     return -model(latents, 1.0 - sigma.reshape(-1), cond)
 
 
-def at_sigma(cond: Conditioning, sigma: float) -> Conditioning:
+def at_sigma(cond: Conditioning, sigma: float, shift: float = SHIFT) -> Conditioning:
     """The conditioning with the ControlNets that work at a sigma.
 
     How far the way from noise to picture is, is told as for evenly spaced steps, before the shift.
     """
-    way = 1 - sigma / (SHIFT - (SHIFT - 1) * sigma) + ROUNDING
+    way = 1 - sigma / (shift - (shift - 1) * sigma) + ROUNDING
     working = tuple(control for control in cond.controls if control.start <= way < control.end)
     return cond if len(working) == len(cond.controls) else replace(cond, controls=working)
 
@@ -107,12 +107,14 @@ def denoise(
     guidance: float = 0.0,
     on_step: Callable[[int, int, Tensor], bool | None] | None = None,
     hold: Callable[[Tensor, float], Tensor] | None = None,
+    shift: float = SHIFT,
 ) -> Tensor:
     """Integrate the flow from sigmas[0] to sigmas[-1] with Euler steps; returns fp32 latents of the same shape.
 
     With guidance g > 0 the flow is pos + g (pos - neg), g + 1 in ComfyUI's terms, and `negative` is needed.
     on_step(done, total, predicted image latents) after each step; returning False stops the run early. hold(latents,
-    sigma) replaces the latents before the first step and after each, for what is known of the picture.
+    sigma) replaces the latents before the first step and after each, for what is known of the picture. shift is that of
+    the sigmas, for ControlNets that work part of the way.
     """
     if guidance > 0 and negative is None:
         raise ValueError(f"guidance {guidance}: a negative prompt's conditioning is needed, none was given")
@@ -123,9 +125,9 @@ def denoise(
     if hold:
         latents = hold(latents, steps[0])
     for i in range(total):
-        flow = predict_flow(model, latents, device_sigmas[i], at_sigma(cond, steps[i]))
+        flow = predict_flow(model, latents, device_sigmas[i], at_sigma(cond, steps[i], shift))
         if guidance > 0 and negative is not None:
-            against = predict_flow(model, latents, device_sigmas[i], at_sigma(negative, steps[i]))
+            against = predict_flow(model, latents, device_sigmas[i], at_sigma(negative, steps[i], shift))
             flow = flow + guidance * (flow - against)
         before, latents = latents, latents + (steps[i + 1] - steps[i]) * flow
         if hold:

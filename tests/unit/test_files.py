@@ -318,3 +318,20 @@ def test_identifying_leaves_torch_alone():
     code += f"print(m({str(TINY)!r}).rank, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=TINY.parents[3])
     assert done.stdout.split() == ["32", "False"]
+
+
+def test_the_shift_of_a_folders_scheduler(tmp_path):
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    (folder / "x.safetensors").write_bytes(DENSE.read_bytes())
+    parts = demo_files()
+    options = (folder, parts["text_encoder"], parts["vae"], parts["tokenizer"])
+    assert find_files(*options).shift == 3
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.parent.mkdir()
+    scheduler.write_text(json.dumps({"shift": 6.0, "use_dynamic_shifting": False}))
+    assert find_files(*options).shift == 6
+    for bad in ({"shift": -1}, {"shift": "6"}, {"shift": 3, "use_dynamic_shifting": True}, []):
+        scheduler.write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match="scheduler_config.json: expected a"):
+            find_files(*options)

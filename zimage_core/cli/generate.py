@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ..pipeline import Pictures, Pipeline
 
 
+PRESETS = {"turbo": (8, 0.0), "base": (30, 4.0)}
+"""What a model was made for -> steps, guidance in diffusers' form."""
+
+
 def add_parser(commands: Commands) -> Parser:
     p = commands.add_parser("generate", help="generate pictures from a prompt")
     p.add_argument("prompt")
@@ -28,7 +32,13 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--out", type=Path, help="PNG to write (default zimage-SEED.png); a batch adds -1, -2, ...")
     p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 128 with the bundled demo)")
     p.add_argument("--height", type=int, help="likewise")
-    p.add_argument("--steps", type=int, default=8, help="1 to 100 (default 8)")
+    p.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="turbo",
+        help="what steps and guidance are unless given: turbo (default) 8 and 0, base (Z-Image) 30 and 4",
+    )
+    p.add_argument("--steps", type=int, help="1 to 100 (default as --preset)")
     p.add_argument("--seed", type=int, help="picture i of a batch uses SEED + i (default random)")
     p.add_argument("--batch", type=int, default=1, help="pictures to generate (default 1)")
     add_models(p)
@@ -69,7 +79,11 @@ def add_parser(commands: Commands) -> Parser:
         help="its control picture; one for each --control, or one for all",
     )
     p.add_argument("--canny", action="store_true", help="take the outlines of --control-image (needs OpenCV)")
-    p.add_argument("--guidance", type=float, default=0.0, help="0 for Turbo (default), above 0 costs twice the time")
+    p.add_argument(
+        "--guidance",
+        type=float,
+        help="0 for Turbo, above 0 costs twice the time; in ComfyUI's terms cfg is 1 more (default as --preset)",
+    )
     add_budget(p)
     p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
     add_runtime(p)
@@ -82,6 +96,9 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     targets = output_paths(args.out, args.batch)
+    steps, guidance = PRESETS[args.preset]
+    args.steps = steps if args.steps is None else args.steps
+    args.guidance = guidance if args.guidance is None else args.guidance
     image, mask = edited(args)
     controls = read_controls(args)
     if args.strength is None:

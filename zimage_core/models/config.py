@@ -20,6 +20,9 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 """The least and the most of each number of a config, with room around every published model."""
 
+SHIFT = 3.0
+"""Of Turbo's sigmas; a folder's scheduler_config.json may have another (6 for Z-Image)."""
+
 
 @dataclass(frozen=True)
 class ZImageConfig:
