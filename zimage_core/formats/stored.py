@@ -59,7 +59,7 @@ def _nvfp4(codes: Tensor, block_scale: Tensor, scale: Tensor) -> Tensor:
 
 def _mxfp8(codes: Tensor, block_scale: Tensor) -> Tensor:
     """codes: the bytes of FP8 values (n, K); block_scale: exponents of 2 above -127, uint8 (n, K / 32)."""
-    values = codes.view(torch.float8_e4m3fn).float().unflatten(1, (-1, 32))
+    values = _fp8_values(codes, torch.float8_e4m3fn).unflatten(1, (-1, 32))
     return (values * torch.exp2(block_scale.float() - 127).unsqueeze(-1)).flatten(1)
 
 
