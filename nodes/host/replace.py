@@ -9,6 +9,7 @@ their own before the widgets.
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +59,14 @@ REPLACEMENTS = {
 
 
 def register() -> bool:
-    """Register the replacements with ComfyUI's server; False where there is none, or one without replacements."""
-    try:
-        from comfy_api.latest import io
-        from server import PromptServer
-    except ImportError:
-        return False
-    server = getattr(PromptServer, "instance", None)
+    """Register the replacements with ComfyUI's server; False where none runs, or one without replacements."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     manager = getattr(server, "node_replace_manager", None)
-    if server is None or manager is None or not hasattr(io, "NodeReplace"):
+    if server is None or manager is None:
+        return False
+    from comfy_api.latest import io
+
+    if not hasattr(io, "NodeReplace"):
         return False
     for old, found in REPLACEMENTS.items():
         set_values = {"backend": "auto", "precision": "auto"} if found.new == LOADER else {}

@@ -15,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = {
+    "ZImageControlNetApply",
+    "ZImageControlNetLoader",
+    "ZImageLoraSwitches",
     "ZImageINT4ModelLoader",
     "ZImageTextEncoderLoader",
     "ZImagePromptEncode",
@@ -68,7 +71,7 @@ def test_registered_and_described(server):
     assert set(info) >= IDS
     for name in IDS:
         node = info[name]
-        assert node["description"] and node["display_name"].startswith("Z-Image") and node["output_tooltips"]
+        assert node["description"] and "Z-Image" in node["display_name"] and node["output_tooltips"]
         assert node["python_module"] == "custom_nodes.zimage-int4"
         assert node.get("search_aliases", ["zimage"]), name
     assert not re.search(r"IMPORT FAILED.*zimage-int4", server.log.read_text(errors="replace"))
