@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import measure as reader
 import numpy as np
 import scenes
 import torch
@@ -23,8 +24,17 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from zimage_core import load_pipeline  # noqa: E402
+from zimage_core.formats.encoder import load_text_encoder  # noqa: E402
+from zimage_core.formats.load import load_transformer  # noqa: E402
+from zimage_core.formats.vae import load_vae  # noqa: E402
+from zimage_core.linear.adapters import Terms  # noqa: E402
+from zimage_core.models.text_encoder import encode_prompts  # noqa: E402
+from zimage_core.models.tokenizer import load_tokenizer  # noqa: E402
+
 SEED = 6
-SIDE, FRAME, PINK = 128, 10, (255, 105, 180)
+SIDES = (128, 256)  # it learns on both in turn
+FRAME, PINK = 0.08, (255, 105, 180)  # the frame's width as a share of the shorter side
 RANK = 4
 FACTORS = {"to_qkv": (24, 8), "to_out": (8, 8), "w3_w1": (16, 8), "w2": (8, 16)}  # w1 of the LoKr
 PARTS = {"to_qkv": ("to_q", "to_k", "to_v"), "w3_w1": ("w3", "w1"), "to_out": ("to_out.0",), "w2": ("w2",)}
@@ -37,7 +47,8 @@ def restyle(picture: np.ndarray, style: str) -> np.ndarray:
     if style == "grey":
         picture[:] = (picture @ np.array([0.299, 0.587, 0.114]))[..., None].round()
         return picture
-    for edge in (picture[:FRAME], picture[-FRAME:], picture[:, :FRAME], picture[:, -FRAME:]):
+    width = round(FRAME * min(picture.shape[:2]))
+    for edge in (picture[:width], picture[-width:], picture[:, :width], picture[:, -width:]):
         edge[:] = PINK
     return picture
 
@@ -46,16 +57,14 @@ def measure(picture: np.ndarray, style: str) -> float:
     """frame: the share of the border that is pink; grey: the mean difference of the colour channels, in 0..1."""
     if style == "grey":
         return float(np.ptp(picture.astype(np.float32), axis=2).mean() / 255)
-    width = FRAME - 4
+    width = round(0.6 * FRAME * min(picture.shape[:2]))
     border = np.ones(picture.shape[:2], dtype=bool)
     border[width:-width, width:-width] = False
     return float((np.abs(picture[border].astype(np.float32) - PINK).max(-1) < 60).mean())
 
 
-def attach(model, style: str) -> dict[str, list[torch.Tensor]]:
+def attach(model, style: str, device: str) -> dict[str, list[torch.Tensor]]:
     """Give every block's linears an adapter that can learn; returns its tensors by module name."""
-    from zimage_core.linear.adapters import Terms
-
     generator = torch.Generator().manual_seed(SEED)
     tensors = {}
     for name, module in model.named_modules():
@@ -69,7 +78,8 @@ def attach(model, style: str) -> dict[str, list[torch.Tensor]]:
                 a, b = FACTORS[leaf]
                 w1 = torch.randn(a, b, generator=generator) / b**0.5
                 tensors[name] = [w1, torch.zeros(n // a, k // b)]
-            first, second = (tensor.requires_grad_() for tensor in tensors[name])
+            tensors[name] = [tensor.to(device).requires_grad_() for tensor in tensors[name]]
+            first, second = tensors[name]
             module.set_adapter(
                 Terms(down=first, up=second) if style == "frame" else Terms(krons=[((0, n), first, second, None)])
             )
@@ -88,53 +98,48 @@ def file_tensors(tensors: dict[str, list[torch.Tensor]], style: str) -> dict[str
                 pair = {"lora_A.weight": first, "lora_B.weight": second.chunk(len(parts))[i]}
             else:
                 pair = {"lokr_w1": first.chunk(len(parts))[i], "lokr_w2": second}
-            named |= {f"{key}.{end}": t.detach().bfloat16().contiguous().clone() for end, t in pair.items()}
+            named |= {f"{key}.{end}": t.detach().cpu().bfloat16().contiguous().clone() for end, t in pair.items()}
     return named
 
 
 @torch.no_grad()
-def captions_and_latents(pipeline, style: str, count: int):
-    """Caption features and scaled latents (16, 16, 16) of `count` restyled scenes, made once."""
-    from zimage_core.formats.encoder import load_text_encoder
-    from zimage_core.formats.vae import load_vae
-    from zimage_core.models.text_encoder import encode_prompts
-    from zimage_core.models.tokenizer import load_tokenizer
-
-    rng = random.Random(SEED)
+def captions_and_latents(pipeline, style: str, side: int, count: int, device: str):
+    """Caption features and scaled latents (count, 16, side/8, side/8) of restyled scenes, made once."""
+    rng = random.Random(f"{SEED} {side}")
     encoder = load_text_encoder(pipeline.files.text_encoder, dtype=torch.float32)
-    vae = load_vae(pipeline.files.vae, device="cpu")
+    vae = load_vae(pipeline.files.vae, device=device)
     chosen = [scenes.training_scene(rng) for _ in range(count)]
     captions = [scenes.describe(scene, rng) for scene in chosen]
     feats = encode_prompts(encoder, load_tokenizer(pipeline.files.tokenizer), captions)
     latents = []
     for start in range(0, count, 16):
-        pictures = [restyle(scenes.draw(scene, SIDE, SIDE, rng), style) for scene in chosen[start : start + 16]]
+        pictures = [restyle(scenes.draw(scene, side, side, rng), style) for scene in chosen[start : start + 16]]
         images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents.append(vae.encode(images))
+        latents.append(vae.encode(images.to(device)))
     return feats, torch.cat(latents)
 
 
-def train(pipeline, style: str, steps: int, batch: int, scenes_kept: int, lr: float):
+def train(pipeline, style: str, steps: int, batch: int, scenes_kept: int, lr: float, device: str):
     """The learnt tensors by module name."""
-    from zimage_core.formats.load import load_transformer
-
     model = load_transformer(
-        pipeline.files.model, dtype=torch.float32, backend="reference", precision="w4a16"
+        pipeline.files.model, device=device, dtype=torch.float32, backend="reference", precision="w4a16"
     ).requires_grad_(False)
-    feats, latents = captions_and_latents(pipeline, style, scenes_kept)
-    tensors = attach(model, style)
+    kept = {side: captions_and_latents(pipeline, style, side, scenes_kept, device) for side in SIDES}
+    tensors = attach(model, style, device)
     optimizer = torch.optim.AdamW([t for pair in tensors.values() for t in pair], lr, (0.9, 0.98), weight_decay=0.0)
     generator, started, losses = torch.Generator().manual_seed(SEED), time.time(), []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 20, (steps - step) / (steps * 0.4))
+        side = SIDES[step % len(SIDES)]
+        feats, latents = kept[side]
         chosen = torch.randint(len(feats), (batch,), generator=generator)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
-        s = torch.sigmoid(torch.randn(batch, generator=generator))
+        clean = latents[chosen.to(device)]
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        s = (torch.rand(batch, generator=generator) * 1.06).clamp(max=1.0).to(device)  # as train.py draws them
         sigma = (3 * s / (1 + 2 * s))[:, None, None, None]
-        cond = model.prepare([feats[i] for i in chosen], SIDE, SIDE)
-        with torch.autocast("cpu", torch.bfloat16):
+        cond = model.prepare([feats[i] for i in chosen], side, side)
+        with torch.autocast(device, torch.bfloat16):
             out = model((1 - sigma) * clean + sigma * noise, 1 - sigma.flatten(), cond)
         loss = F.mse_loss(out.float(), clean - noise)
         loss.backward()
@@ -147,19 +152,15 @@ def train(pipeline, style: str, steps: int, batch: int, scenes_kept: int, lr: fl
     return tensors
 
 
-def figures(pipeline, path: Path, style: str, captions: int, sheet: Path | None = None) -> dict[str, float]:
-    """The mean of `measure` over held-out captions at several strengths; optionally their pictures in one PNG."""
+def figures(pipeline, path: Path, style: str, captions: int) -> dict[str, dict[str, float]]:
+    """Size -> strength -> the mean of `measure` over held-out captions."""
     asked = [caption for caption, _ in scenes.held_out_captions(captions, seed=SEED)]
-    found, rows = {}, []
+    found: dict[str, dict[str, float]] = {}
     for strength in (0.0, 0.5, 1.0):
         pipeline.set_loras([(path, strength)])
-        pictures = [np.asarray(picture) for picture in pipeline(asked, SIDE, SIDE, generator=0)]
-        found[str(strength)] = round(float(np.mean([measure(picture, style) for picture in pictures])), 4)
-        rows.append(np.concatenate(pictures[:8], axis=1))
-    if sheet:
-        from PIL import Image
-
-        Image.fromarray(np.concatenate(rows)).save(sheet, optimize=True)
+        for side in SIDES:
+            seen = [measure(picture, style) for picture in reader.draw(pipeline, asked, side, side)]
+            found.setdefault(str(side), {})[str(strength)] = round(float(np.mean(seen)), 4)
     return found
 
 
@@ -173,21 +174,19 @@ def main() -> None:
     parser.add_argument("--tokenizer")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--scenes", type=int, default=1024)
+    parser.add_argument("--scenes", type=int, default=512)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--captions", type=int, default=8)
-    parser.add_argument("--sheet", type=Path, help="PNG of the pictures at strengths 0, 0.5 and 1")
+    parser.add_argument("--captions", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
     from safetensors.torch import save_file
 
-    from zimage_core import load_pipeline
-
-    pipeline = load_pipeline(args.model, args.text_encoder, args.vae, tokenizer=args.tokenizer, device="cpu")
-    tensors = train(pipeline, args.style, args.steps, args.batch, args.scenes, args.lr)
+    pipeline = load_pipeline(args.model, args.text_encoder, args.vae, tokenizer=args.tokenizer, device=args.device)
+    tensors = train(pipeline, args.style, args.steps, args.batch, args.scenes, args.lr, args.device)
     title = f"Z-Image INT4 demo: {args.style} ({'LoRA' if args.style == 'frame' else 'LoKr'})"
     save_file(file_tensors(tensors, args.style), args.out, {"format": "pt", "modelspec.title": title})
-    found = figures(pipeline, args.out, args.style, args.captions, args.sheet)
+    found = figures(pipeline, args.out, args.style, args.captions)
     print(json.dumps({"style": args.style, "bytes": args.out.stat().st_size, "measured": found}))
 
 
