@@ -1,14 +1,14 @@
 """Captioned scenes that the bundled demo model learns to draw: shapes and letters on a plain, graded or parted ground.
 
-A scene is a frozen tuple of facts. `layout` turns it into numbers for one picture size (what a caption does not say, such
-as the exact place, is random), `render` turns layouts into pixels, `describe` into one of many phrasings, and `held_out`
-keeps one combination of facts in sixteen away from the training, so that `measure.py` can ask for pictures that were never
-seen. A caption that leaves out a size, a fill or a place means the default (medium, plain, center); a colour, a shape or a
-ground that it leaves out is random. Everything follows from a `random.Random`.
+A scene is a frozen tuple of facts. `layout` turns it into numbers for one picture size (what a caption does not say,
+such as the exact place, is random), `render` turns layouts into pixels, `describe` into one of many phrasings, and
+`held_out` keeps one combination of facts in sixteen away from the training, so that `measure.py` can ask for pictures
+that were never seen. A caption that leaves out a size, a fill or a place means the default (medium, plain, center); a
+colour, a shape or a ground that it leaves out is random. Everything follows from a `random.Random`.
 
-Every outline, letters too, is a tile of signed distances made once from polygons, so that pictures of any size are sharp
-and the same on every machine, and a GPU draws thousands a second. `glyphs.json` holds the capitals and digits of DejaVu
-Sans Mono Bold 2.37 (free licence, dejavu-fonts.github.io) as polygons two units high.
+Every outline, letters too, is a tile of signed distances made once from polygons, so that pictures of any size are
+sharp and the same on every machine, and a GPU draws thousands a second. `glyphs.json` holds the capitals and digits of
+DejaVu Sans Mono Bold 2.37 (free licence, dejavu-fonts.github.io) as polygons two units high.
 
 Units: pixels from the upper left corner; an outline's own coordinates are multiples of its radius, y downwards.
 """
@@ -312,7 +312,8 @@ OPENINGS = (
     "there is ", "draw ", "show me ", "one can see ", "a simple picture of ", "a clean flat illustration that shows ",
 )  # fmt: skip
 TAILS = (
-    ", flat colours", ", clean edges", ", simple and clear", ", nothing else", ", minimal poster, flat design, sharp edges",
+    ", flat colours", ", clean edges", ", simple and clear", ", nothing else",
+    ", minimal poster, flat design, sharp edges",
     ", vector graphic with flat colours, sharp outlines and nothing else in the picture",
 )  # fmt: skip
 SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
@@ -357,8 +358,11 @@ def _text_words(thing: Thing, rng: random.Random, keep) -> str:
     noun, quoted = rng.choice(nouns), f'"{thing.shape}"'
     colour = thing.colour if keep(0.95) else ""
     return rng.choice(
-        [f"{colour} {noun} {quoted}".strip(), f"{noun} {quoted}{' in ' + colour if colour else ''}",
-         f"large {colour} {noun} {quoted}".replace("  ", " ")]  # fmt: skip
+        [
+            f"{colour} {noun} {quoted}".strip(),
+            f"{noun} {quoted}{' in ' + colour if colour else ''}",
+            f"large {colour} {noun} {quoted}".replace("  ", " "),
+        ]  # fmt: skip
     )
 
 

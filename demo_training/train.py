@@ -2,10 +2,10 @@
 
 `vae` trains the autoencoder, `latents` learns the tokenizer and stores encoded scenes with tokenized captions, `model`
 trains the text encoder and the transformer together by flow matching (x_t = (1 - sigma) x + sigma noise; the output is
-x - noise, as diffusers' model gives it), `export` writes the files. `vae` and `model` take --minutes, which the learning
-rate follows, save to DIR and go on from there; --stop-after ends a part earlier. bf16 autocast throughout. Matrices learn
-by Muon, the rest by AdamW; what is exported is the moving average of the weights. See README.md beside this file for the
-settings used and the measured figures.
+x - noise, as diffusers' model gives it), `export` writes the files. `vae` and `model` take --minutes, which the
+learning rate follows, save to DIR and go on from there; --stop-after ends a part earlier. bf16 autocast throughout.
+Matrices learn by Muon, the rest by AdamW; what is exported is the moving average of the weights. See README.md beside
+this file for the settings used and the measured figures.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ from zimage_core.models.vae import VAE, VAEConfig  # noqa: E402
 
 SEED = 20261127
 VAE_SIZES = VAEConfig((24, 48, 64, 64), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0, shift_factor=0.0)
-MODEL_SIZES = ZImageConfig(
-    dim=384, n_layers=5, n_refiner_layers=1, n_heads=6, cap_feat_dim=128, axes_dims=(16, 24, 24)
-)
+MODEL_SIZES = ZImageConfig(dim=384, n_layers=5, n_refiner_layers=1, n_heads=6, cap_feat_dim=128, axes_dims=(16, 24, 24))
 ENCODER_SIZES = TextEncoderConfig(640, 128, 256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -173,7 +171,8 @@ def train_vae(
 ) -> None:
     """Autoencoder; decoder_only, the latents stay what they are."""
     with multiprocessing.Pool() as pool:
-        kept = {size: np.concatenate(pool.map(_vae_layouts, [(size, i) for i in range(shards)])) for size in VAE_BATCHES}
+        tasks = {size: [(size, shard) for shard in range(shards)] for size in VAE_BATCHES}
+        kept = {size: np.concatenate(pool.map(_vae_layouts, of_it)) for size, of_it in tasks.items()}
     torch.manual_seed(SEED)
     torch.backends.cudnn.benchmark = True
     vae = VAE(VAE_SIZES)
@@ -271,8 +270,8 @@ def train_tokenizer(work: Path) -> None:
 
 
 def _captioned_layouts(task: tuple[str, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """SHARD layouts, and of each PHRASINGS captions' tokens (SHARD, PHRASINGS, longest) int16 and their numbers; a number
-    of 0 marks a caption that is too long. 4 % of the captions are empty, 4 % have a stray word."""
+    """SHARD layouts, and of each PHRASINGS captions' tokens (SHARD, PHRASINGS, longest) int16 and their numbers; a
+    number of 0 marks a caption that is too long. 4 % of the captions are empty, 4 % have a stray word."""
     tokenizer, height, width, shard = task
     rng, tokenize = random.Random(f"{SEED} {height} {width} {shard}"), load_tokenizer(tokenizer)
     rows = np.zeros(SHARD, scenes.Layout)
@@ -291,7 +290,7 @@ def _captioned_layouts(task: tuple[str, int, int, int]) -> tuple[np.ndarray, np.
 
 
 def store_latents(work: Path, device: str, share: float) -> None:
-    """Encode the scenes of every size; a file per size holds raw latents (n, 16, h, w) bf16 and the captions' tokens."""
+    """Encode the scenes of every size: a file for each holds raw latents (n, 16, h, w) bf16 and captions' tokens."""
     with multiprocessing.Pool(max(1, os.cpu_count() * 2 // 3)) as pool:  # before the device is in use: they are forks
         if not (work / "tokenizer").exists():
             train_tokenizer(work)
@@ -366,8 +365,8 @@ class Data:
             self.sizes[size] = (held["latents"].to(self.device), held["ids"].flatten(0, 1).to(self.device), lengths)
 
     def batch(self, rng: random.Random, progress: float, tokens: int):
-        """(size, token ids (B, L), lengths (B,), latents (B, 16, h, w), noise, sigma (B,)) of one step, of about so many
-        tokens in all."""
+        """(size, token ids (B, L), lengths (B,), latents (B, 16, h, w), noise, sigma (B,)) of one step, of about so
+        many tokens in all."""
         shares = [SIZES[size][1] + (SIZES[size][2] - SIZES[size][1]) * min(progress / 0.5, 1) for size in self.sizes]
         (size,) = rng.choices(list(self.sizes), shares)
         latents, ids, lengths = self.sizes[size]

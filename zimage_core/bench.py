@@ -48,7 +48,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Call = Callable[[], Tensor]
 Step = Callable[[int, int], Call]  # (pixels, batch) -> one step
 
-DEMO = ZImageConfig(384, 4, 1, 6, cap_feat_dim=128, axes_dims=(16, 24, 24))
+DEMO = ZImageConfig(384, 5, 1, 6, cap_feat_dim=128, axes_dims=(16, 24, 24))
 DEMO_RANK, RANK = 16, 256
 CAPTION_TOKENS = 128
 CELL = 16  # edge of a token in pixels

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import sampler
 from .control import Control, Given, check_controls, control_contexts, make_edit
+from .demo import advice
 from .device import choose_device, choose_dtype
 from .failures import check_finite, out_of_memory
 from .files import ModelFiles, find_files
@@ -37,11 +38,11 @@ from .models.vae import decode_image
 from .pictures import FEATHER, composite, fit, to_tensor
 from .recorder import OnStage, Recorder, Stage
 from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
+from .sizes import DEMO_SIZE, REAL_SIZE
 
 if TYPE_CHECKING:
     from PIL import Image
 
-REAL_SIZE, DEMO_SIZE = 1024, 128  # pixels, where no size is asked for
 CACHED_PROMPTS = 32
 MAX_GUIDANCE = 100
 
@@ -158,7 +159,7 @@ class Pipeline:
     ) -> Pictures:
         """Pictures (PIL) of one prompt or several, `num_images_per_prompt` in a row for each.
 
-        height, width: pixels, divisible by 16; left out, the image's own, else 1024 (128 for the bundled demo).
+        height, width: pixels, divisible by 16; left out, the image's own, else 1024 (256 for the bundled demo).
         generator: an int seed, with which picture i starts from the noise of seed + i, a seed for each picture, or a
         CPU torch.Generator; left out, a random seed. guidance_scale g > 0 follows pos + g (pos - neg). image, strength:
         start from that picture, at 1 from noise alone; it is cropped to the size. mask: repaint only what is white in
@@ -184,6 +185,9 @@ class Pipeline:
         controls = (control,) if isinstance(control, Control) else tuple(control or ())
         controls = check_controls(controls, masked=edit is not None)
         chosen = None if loras is None else load_loras(loras)
+
+        for sentence in advice(prompts, height, width) if self.files.demo else ():
+            logger.warning(sentence)
 
         with self._lock:
             used = self._loras if chosen is None else chosen

@@ -1,8 +1,9 @@
-"""Byte counts and multiples: GiB, sizes in words, rounding up. Without torch."""
+"""Byte counts and multiples: GiB, sizes in words, rounding up; the edge of a picture. Without torch."""
 
 from __future__ import annotations
 
 GIB = 2**30
+REAL_SIZE, DEMO_SIZE = 1024, 256  # pixels of an edge where no size is asked for; of the bundled demo
 
 
 def readable(count: float) -> str:

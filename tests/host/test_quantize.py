@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BF16 = "z-image-demo-bf16.safetensors"
 DEMO = "bundled demo"
-BLOCKS = 6  # of the demo
+BLOCKS = 7  # of the demo
 
 spec = importlib.util.spec_from_file_location("zimage_server_checks", Path(__file__).with_name("test_server.py"))
 checks = importlib.util.module_from_spec(spec)

@@ -426,7 +426,7 @@ def test_compare_gives_a_bf16_model_no_precision(tmp_path, capsys, monkeypatch):
 
 
 def test_the_draw_command_of_the_readme_follows_its_prompt(tmp_path, monkeypatch, capsys):
-    """The bundled demo draws a red circle in the top left corner on blue; colours by the larger channel."""
+    """The bundled demo generates a red circle in the top left corner on blue; colours by the larger channel."""
     monkeypatch.chdir(tmp_path)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = [line for line in readme.splitlines() if line.startswith("pip install . && zimage generate ")]
@@ -434,8 +434,21 @@ def test_the_draw_command_of_the_readme_follows_its_prompt(tmp_path, monkeypatch
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["model"] == "bundled demo"
     with Image.open("picture.png") as picture:
-        assert picture.size == (128, 128)
-        red, _, blue = picture.getpixel((35, 35))
+        assert picture.size == (256, 256)
+        red, _, blue = picture.getpixel((70, 70))
         assert red > 150 > 100 > blue
-        red, _, blue = picture.getpixel((100, 100))
+        red, _, blue = picture.getpixel((200, 200))
         assert blue > 150 > 100 > red
+
+
+def test_the_demo_says_what_it_does_not_know(tmp_path, caplog):
+    """Logged before it starts, with the words and sizes that it knows."""
+    command = ["generate", "a cat", "--width=64", "--height=64", "--steps=1", "--seed=1", "--device=cpu"]
+    assert cli.main([*command, f"--out={tmp_path / 'a.png'}"]) == 0
+    said = caplog.text
+    caplog.clear()
+    assert "'a cat': the bundled demo knows no word of this prompt" in said and "crescent" in said
+    assert "64 x 64: the bundled demo was trained on edges of 128 to 512 pixels" in said
+    command = ["generate", "three small stars", "--width=128", "--height=256", *command[4:]]
+    assert cli.main([*command, f"--out={tmp_path / 'b.png'}"]) == 0
+    assert "bundled demo knows" not in caplog.text and "was trained on" not in caplog.text

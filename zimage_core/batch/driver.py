@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..sizes import readable
+from ..sizes import DEMO_SIZE, REAL_SIZE, readable
 from .columns import Cells, Columns, PictureColumns
 from .rows import Rows
 from .sink import Done, Sink
@@ -19,7 +19,6 @@ from .work import CHUNK, Generator, Result, Task, Worker, journal_name, pinned
 if TYPE_CHECKING:
     from .cluster import ClusterRun
 
-DEMO_SIZE, REAL_SIZE = 128, 1024
 BYTES_A_PIXEL = 1.6  # of a PNG of a photograph
 
 logger = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("file", help=".jsonl, .csv or .txt (a prompt a line), or - for standard input")
     p.add_argument("--out", required=True, help="folder, or a URL such as s3://bucket/folder")
     p.add_argument("--negative-prompt", help="what to avoid; needs guidance above 0")
-    p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 128 with the bundled demo)")
+    p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 256 with the bundled demo)")
     p.add_argument("--height", type=int, help="likewise")
     p.add_argument("--steps", type=int, help="1 to 100 (default 8)")
     p.add_argument("--seed", type=int, help="of every row without one (default: a seed from the row's id)")

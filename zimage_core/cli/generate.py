@@ -30,7 +30,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("prompt")
     p.add_argument("--negative-prompt", help="what to avoid; needs --guidance above 0")
     p.add_argument("--out", type=Path, help="PNG to write (default zimage-SEED.png); a batch adds -1, -2, ...")
-    p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 128 with the bundled demo)")
+    p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 256 with the bundled demo)")
     p.add_argument("--height", type=int, help="likewise")
     p.add_argument(
         "--preset",

@@ -16,7 +16,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--text-encoder", help="Qwen3-4B folder or safetensors file")
     p.add_argument("--tokenizer", help="tokenizer.json or its folder (default: beside the text encoder)")
     p.add_argument("--vae", help="VAE file or folder")
-    p.add_argument("--size", type=int, help="pixels of an edge of the picture (default 1024; 128 with the demo)")
+    p.add_argument("--size", type=int, help="pixels of an edge of the picture (default 1024; 256 with the demo)")
     add_device(p)
     return p
 
