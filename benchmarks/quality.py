@@ -239,7 +239,7 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
                 "rank": rank, "way": way, "precision": precision, "MB": size / 1e6,
                 "flow error": drawn["flow error"], "latent PSNR": -10 * math.log10(max(latents.item(), 1e-10)),
                 "PSNR": sum(similar) / len(similar), "SSIM": sum(ssim(a, b) for a, b in pairs) / len(pairs),
-                **{fact: sum(found[fact] for found in facts) / len(facts) for fact in facts[0]},
+                **measure.figures(facts),
             }
         )  # fmt: skip
         print(table([rows[-1]]).splitlines()[-1], flush=True)

@@ -579,8 +579,8 @@ def plot_losses(work: Path, path: Path) -> None:
     steps, seconds, losses = zip(*torch.load(work / "model.pt", map_location="cpu")["log"])
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
     axes.plot(np.array(seconds) / 60, losses, linewidth=0.4, color="C0", alpha=0.5)
-    smooth = np.convolve(losses, np.ones(20) / 20, "valid")
-    axes.plot(np.array(seconds[19:]) / 60, smooth, color="C0")
+    smooth = np.convolve(losses, np.ones(5) / 5, "valid")
+    axes.plot(np.array(seconds[4:]) / 60, smooth, color="C0")
     axes.set(xlabel=f"minutes ({steps[-1]} steps)", ylabel="flow matching loss", ylim=(0, np.percentile(losses, 98)))
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
