@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 
 
@@ -14,8 +18,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         device = next((kind for kind, module in kinds.items() if module.is_available()), "cpu")
     try:
         device = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device {device!r} is no torch device; use cpu, cuda, cuda:0, xpu or mps") from None
+    if device.type not in ("cpu", *kinds):
+        raise ValueError(f"device {device}: expected cpu, cuda, xpu or mps, found {device.type}; nothing runs there")
     if device.type in ("xpu", "mps") and not kinds[device.type].is_available():
         raise ValueError(f"device {device} is not there: torch {torch.__version__} sees none; use cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -39,3 +45,23 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     if chosen not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"dtype {dtype!r}: use bfloat16, float16 or float32")
     return chosen
+
+
+def host_memory() -> int | None:
+    """Bytes of memory and swap that this process may take at most; None where the system does not say."""
+    limits = []
+    with suppress(OSError, ValueError, IndexError, KeyError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
+        limits.append(sizes["MemTotal"] + sizes["SwapTotal"])
+    with suppress(OSError, ValueError):  # of a container; "max" where it has none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    with suppress(ImportError):
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        limits += [soft] if soft != resource.RLIM_INFINITY else []
+    if not limits and hasattr(os, "sysconf"):
+        with suppress(OSError, ValueError):
+            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)

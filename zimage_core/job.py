@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PIXELS_MULTIPLE = 16
+MAX_SIDE, MAX_PIXELS = 2**14, 2**31
+"""Of one picture's edge, and of all pictures of a call, whose noise is then 2 GiB."""
 LoraChoice = Iterable[tuple[str | Path | Lora, float]]
 
 
@@ -96,8 +100,48 @@ class Job:
 
 
 def load_loras(loras: LoraChoice) -> Loras:
-    """LoRAs and their strengths, read where files are given."""
-    return tuple((x if isinstance(x, Lora) else load_lora(x), float(s)) for x, s in loras)
+    """LoRAs and their strengths, read where files are given. ValueError for anything but pairs of the two."""
+    found = []
+    for pair in loras:
+        try:
+            lora, strength = pair
+            number = float(strength)
+            wrong = isinstance(pair, str)
+        except (TypeError, ValueError):
+            wrong = True
+        if wrong or not isinstance(lora, Lora | str | Path):
+            raise ValueError(f"loras: expected pairs of a file or Lora and its strength, found {pair!r}")
+        found.append((lora if isinstance(lora, Lora) else load_lora(lora), number))
+    return tuple(found)
+
+
+def check_texts(prompt: Any, negative: Any) -> list[str]:
+    """The prompts as a list. ValueError unless they and the negative prompt, if any, are text that is Unicode."""
+    prompts = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
+    others = [] if negative is None else [("negative prompt", negative)]
+    for name, text in [*(("prompt", text) for text in prompts), *others]:
+        if not isinstance(text, str):
+            raise ValueError(f"{name}: expected text, found {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}: expected UTF-8 text, found other bytes; save or type it as UTF-8") from None
+    return prompts
+
+
+def integer(name: str, found: object) -> int:
+    """An integer. ValueError, under its name, for anything else."""
+    try:
+        return operator.index(found)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, found {found!r}") from None
+
+
+def number(name: str, found: object) -> float:
+    """A finite number. ValueError, under its name, for anything else."""
+    if not isinstance(found, int | float) or not math.isfinite(found):
+        raise ValueError(f"{name}: expected a number, found {found!r}")
+    return found
 
 
 def encoder_loras(loras: Loras) -> Loras:
@@ -112,12 +156,16 @@ def picture_size(height: int | None, width: int | None, own: tuple[int, int]) ->
     """
     sides = []
     for name, side, default in (("height", height, own[1]), ("width", width, own[0])):
-        side = default // PIXELS_MULTIPLE * PIXELS_MULTIPLE if side is None else side
+        side = default // PIXELS_MULTIPLE * PIXELS_MULTIPLE if side is None else integer(name, side)
         if side < PIXELS_MULTIPLE or side % PIXELS_MULTIPLE:
             below = max(side // PIXELS_MULTIPLE, 1) * PIXELS_MULTIPLE
             raise ValueError(
                 f"{name}: expected a multiple of {PIXELS_MULTIPLE} pixels, found {side}; the nearest are {below} "
                 f"and {below + PIXELS_MULTIPLE}"
+            )
+        if side > MAX_SIDE:
+            raise ValueError(
+                f"{name}: expected up to {MAX_SIDE} pixels, found {side}; 1024 is what the model was made for"
             )
         sides.append(side)
     return sides[0], sides[1]

@@ -6,24 +6,99 @@ A mask is white where a picture is to be repainted. Legend: B batch, H x W pixel
 from __future__ import annotations
 
 import logging
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .formats.safetensors import check_file
 from .models.transformer import PIXELS_PER_CELL
 
+FILE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+"""What Pillow raises for damaged files."""
+ORIENTATION = 0x0112  # in EXIF data
+MODES = ("L", "LA", "RGB", "RGBA")
 FEATHER = 8  # pixels, by default
 MULTIPLE = 16  # of a side that is generated
 
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """A picture file, opened. ValueError for one that is none of `FILE_FORMATS`, is damaged, or is far too large."""
+    check_file(path)
+    try:
+        with Image.open(path, formats=FILE_FORMATS) as image:
+            yield image
+    except UnidentifiedImageError:
+        expected = f"a picture ({', '.join(FILE_FORMATS)})"
+        raise ValueError(f"{path}: expected {expected}, found another file; save it as PNG") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}; make it smaller first") from None
+    except BROKEN as error:
+        raise ValueError(f"{path}: expected a whole picture, found a damaged one ({error}); get it again") from None
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The picture of a file, `upright`; of an animation the first one. ValueError as `open_picture`."""
+    with open_picture(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            logger.warning("%s: holds several pictures; the first is used", path)
+        image.load()
+        return upright(image)
+
+
+def file_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of the picture that `read_image` would give, from the file's header."""
+    with open_picture(path) as image:
+        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF data say, in one of `MODES`; gray of more than 8 bits becomes 8-bit gray."""
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(turned, dtype=np.float64))
+        largest = values.max(initial=0)
+        if turned.mode == "F" and largest <= 1:
+            values = values * 255
+        elif turned.mode.startswith("I;16") or largest > 255:
+            values = values / 257  # 65535 is white
+        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if turned.mode in MODES and "transparency" not in turned.info:
+        return turned.copy()
+    return turned.convert("RGBA" if turned.has_transparency_data else "RGB")
+
+
+def checked_picture(name: str, image: object) -> Image.Image | None:
+    """A picture, upright, or None; ValueError, under its name, for anything else."""
+    if image is not None and not isinstance(image, Image.Image):
+        raise ValueError(f"{name}: expected a PIL image, found {type(image).__name__}; open a file with PIL.Image.open")
+    return None if image is None else upright(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An upright picture in RGB, on white where it is transparent."""
+    image = upright(image)
+    if image.mode not in ("RGBA", "LA"):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture in RGB, resized to cover width x height and cropped in the middle."""
-    return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.fit(to_rgb(image), (width, height), Image.Resampling.LANCZOS)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -35,7 +110,7 @@ def control_picture(image: Image.Image, width: int, height: int) -> Image.Image:
     """A control picture in RGB at a size: stretched to it, as the trainer's code does; a log line tells of it."""
     if image.size != (width, height):
         logger.info("control picture: resized from %d x %d to %d x %d", *image.size, width, height)
-    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def check_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
@@ -96,7 +171,7 @@ def pad(image: Image.Image, left: int, top: int, right: int, bottom: int) -> tup
                 f"pad: with its borders the picture is {width} x {height}, expected a {name} that is a multiple of "
                 f"{MULTIPLE}; add {-side % MULTIPLE} more or {side % MULTIPLE} fewer pixels"
             )
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(to_rgb(image))
     around = ((top, bottom), (left, right))
     mask = np.pad(np.zeros(pixels.shape[:2], np.uint8), around, constant_values=255)
     return Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode="edge")), Image.fromarray(mask)
@@ -113,4 +188,4 @@ def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
         raise ValueError("outlines need OpenCV: pip install opencv-python-headless") from None
     if not 0 <= low <= high:
         raise ValueError(f"canny: expected 0 <= low <= high, found {low} and {high}; 100 and 200 are usual")
-    return Image.fromarray(cv2.Canny(np.array(image.convert("RGB")), low, high)).convert("RGB")
+    return Image.fromarray(cv2.Canny(np.array(to_rgb(image)), low, high)).convert("RGB")

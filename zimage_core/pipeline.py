@@ -24,10 +24,22 @@ from torch import Tensor
 from . import sampler
 from .control import Control, Given, check_controls, control_contexts, make_edit
 from .demo import advice
-from .device import choose_device, choose_dtype
+from .device import choose_device, choose_dtype, host_memory
 from .failures import check_finite, out_of_memory
 from .files import ModelFiles, find_files
-from .job import PIXELS_MULTIPLE, Job, LoraChoice, Pictures, encoder_loras, load_loras, picture_size
+from .job import (
+    MAX_PIXELS,
+    PIXELS_MULTIPLE,
+    Job,
+    LoraChoice,
+    Pictures,
+    check_texts,
+    encoder_loras,
+    integer,
+    load_loras,
+    number,
+    picture_size,
+)
 from .linear.backends import Backend
 from .lora.apply import apply
 from .memory import plan as planning
@@ -35,7 +47,7 @@ from .memory.stages import MetaModels, libraries
 from .models.tokenizer import Tokenizer, load_tokenizer
 from .models.transformer import ZImageTransformer
 from .models.vae import decode_image
-from .pictures import FEATHER, composite, fit, to_tensor
+from .pictures import FEATHER, checked_picture, composite, fit, to_tensor
 from .recorder import OnStage, Recorder, Stage
 from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
 from .sizes import DEMO_SIZE, REAL_SIZE
@@ -168,15 +180,21 @@ class Pipeline:
         on_stage(name, steps) before each stage; on_step(done, total, predicted latents), which stops the run early
         by returning False. Raises ValueError for sizes, counts and ranges that cannot be generated.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if num_images_per_prompt < 1 or not prompts:
+        prompts = check_texts(prompt, negative_prompt)
+        if integer("num_images_per_prompt", num_images_per_prompt) < 1 or not prompts:
             raise ValueError(f"pictures: expected at least 1, found {num_images_per_prompt} of {len(prompts)} prompts")
-        if not 0 <= guidance_scale <= MAX_GUIDANCE:
+        if not 0 <= number("guidance", guidance_scale) <= MAX_GUIDANCE:
             raise ValueError(
                 f"guidance: expected 0 to {MAX_GUIDANCE}, found {guidance_scale}; 0 is what the model was made for"
             )
+        image, mask = checked_picture("image", image), checked_picture("mask", mask)
         side = DEMO_SIZE if self.files.demo else REAL_SIZE
         height, width = picture_size(height, width, (side, side) if image is None else image.size)
+        if len(prompts) * num_images_per_prompt * height * width > MAX_PIXELS:
+            count = len(prompts) * num_images_per_prompt
+            most = max(MAX_PIXELS // (height * width), 1)
+            raise ValueError(f"pictures: expected up to {most} of {width} x {height} in a call, found {count}")
+        integer("steps", num_inference_steps), number("strength", strength)
         start = strength if image is not None else 1.0
         sigmas = sampler.get_sigmas(num_inference_steps, start, shift=self.files.shift)
         noise, seeds = sampler.starting_noise(generator, len(prompts) * num_images_per_prompt, height, width)
@@ -277,6 +295,7 @@ class Pipeline:
         stays = ("transformer", "VAE") if budget is None and not self.once else ()
         limits = planning.Limits(
             budget=budget,
+            host=host_memory() if self.device.type == "cpu" else None,
             libraries=libraries(self.device),
             streamed=[name for name, least in self._too_much.items() if pixels >= least],
             stays=(*stays, "text encoder") if self._keeps_encoder else stays,

@@ -119,7 +119,7 @@ def refused(capsys, code: int) -> str:
         ("--out=gone/cat.png", "no such folder"),
         ("--out=cat.jpg", "ends in .png"),
         ("--image=gone.png", "gone.png: no such file"),
-        ("--image=pyproject.toml", "cannot identify image file"),
+        ("--image=pyproject.toml", "expected a picture (PNG, JPEG"),
         ("--backend=magic", "magic"),
         ("--device=cuda:99", "--device cpu"),
         ("--dtype=int3", "bfloat16"),

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "formats": {"failures", "linear", "models", "sizes"},
     "lora": {"formats", "linear", "models"},
     "sampler": {"models"},
-    "pictures": {"models"},
+    "pictures": {"formats", "models"},
     "memory": {"formats", "linear", "models", "sampler", "sizes"},
     "demo": set(),
     "hub": {"formats", "models", "sizes"},

@@ -126,13 +126,12 @@ def listed(column: str, value: object) -> list[str]:
 
 def picture_size(column: str, path: str) -> tuple[int, int]:
     """Width and height of a picture file; ValueError where it is none."""
-    from PIL import Image, UnidentifiedImageError
+    from ..pictures import file_size
 
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{column}: {path}: expected a picture, found none ({error})") from None
+        return file_size(path)
+    except ValueError as error:
+        raise ValueError(f"{column}: {error}") from None
 
 
 # ---- values ---------------------------------------------------------------------------------------------------

@@ -171,9 +171,7 @@ def controls(settings: Mapping[str, Any]) -> list[Control]:
 
 
 def read_image(path: str) -> Image:
-    """The picture of a file, decoded."""
-    from PIL import Image
+    """`pictures.read_image`, imported when needed."""
+    from ..pictures import read_image
 
-    with Image.open(path) as image:
-        image.load()
-        return image.copy()
+    return read_image(path)

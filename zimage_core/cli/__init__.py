@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .. import __version__
 from ..failures import out_of_memory
@@ -26,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interruptible():
             warnings.showwarning = lambda message, *_: print(f"zimage: {message}", file=sys.stderr)
             code = args.run(args)
         sys.stdout.flush()
@@ -46,6 +51,40 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"zimage: {one_line(error)}", file=sys.stderr)
         return EXIT_INPUT
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Say at once that Ctrl-C was heard, and end the process at once at the second.
+
+    Python itself raises KeyboardInterrupt only when a computation that runs is over, which can take minutes; the byte
+    of `signal.set_wakeup_fd` comes at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def watch() -> None:
+        heard = 0
+        while numbers := receiver.recv(64):
+            heard += numbers.count(signal.SIGINT)
+            if heard > 1:
+                os._exit(EXIT_INTERRUPT)
+            if heard:
+                print("zimage: stopping at the next chance; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        sender.close()
+        thread.join()
+        receiver.close()
 
 
 def build_parser() -> Parser:

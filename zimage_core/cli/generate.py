@@ -243,9 +243,7 @@ def save(
 
 
 def read_image(path: Path) -> Image.Image:
-    """The picture of a file, decoded."""
-    from PIL import Image
+    """`pictures.read_image`, imported when needed."""
+    from ..pictures import read_image
 
-    with Image.open(path) as image:
-        image.load()
-        return image.copy()
+    return read_image(path)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from tqdm import tqdm
 
+MOST_PICTURES = 10_000
+
 
 class Progress:
     """A bar on stderr for the current stage; silent where stderr is no terminal."""
@@ -48,6 +50,8 @@ class Progress:
 
 def output_paths(out: Path | None, batch: int) -> list[Path]:
     """Where the pictures of a batch go, empty where each is named after its seed. Raises ValueError before any work."""
+    if batch > MOST_PICTURES:
+        raise ValueError(f"--batch: expected up to {MOST_PICTURES} pictures, found {batch}; `zimage batch` makes more")
     if out is None:
         return []
     if out.suffix.lower() != ".png":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.config import ControlNetConfig, ZImageConfig
-from .identify import EXPECTED, FLOATS, identify, unexpected
+from .identify import EXPECTED, FLOATS, branch_rank, identify, unexpected
 from .load import Sources, fill, match_tensors
 from .names import CONTROL, control_tensor
 from .safetensors import Shape, TensorFiles, open_tensors
@@ -77,7 +77,7 @@ def control_info(source: str | Path | TensorFiles) -> ControlNetInfo:
     return ControlNetInfo(
         files.path,
         found.form.id,
-        rank=next(iter(downs.values()))[-1] if downs else 0,
+        rank=branch_rank(files.path, downs),
         quantized_refiner=any(name.startswith("noise_refiner") for name in downs),
         config=_config(files, shapes),
         dtype="/".join(sorted({dtype for dtype, _ in files.tensors.values() if dtype in FLOATS})),
@@ -87,9 +87,12 @@ def control_info(source: str | Path | TensorFiles) -> ControlNetInfo:
 
 def _config(files: TensorFiles, shapes: Mapping[str, Shape]) -> ControlNetConfig:
     """Sizes from the shapes; what no shape shows from the metadata's config, or as the published files have it."""
-    missing = [n for n in ("x_embedder.weight", "layers.0.attention.norm_q.weight") if len(shapes.get(n, ())) < 1]
-    if missing:
-        raise ValueError(f"{files.path}: expected tensor {CONTROL}{missing[0]}, found none; download it again")
+    for name, count in (("x_embedder.weight", 2), ("layers.0.attention.norm_q.weight", 1)):
+        if len(shapes.get(name, ())) != count or 0 in shapes[name]:
+            found = shapes.get(name, "none")
+            raise ValueError(
+                f"{files.path}: expected tensor {CONTROL}{name} of {count} axes, found {found}; download it again"
+            )
     try:
         given: dict[str, Any] = dict(json.loads(files.metadata.get("config") or "{}"))
     except (ValueError, TypeError, RecursionError) as error:

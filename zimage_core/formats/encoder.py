@@ -113,7 +113,7 @@ def config_from_shapes(weights: Mapping[str, Stored], where: str) -> TextEncoder
 
     vocab_size, hidden_size = rows("embed_tokens.weight")
     (head_dim,) = rows("layers.0.self_attn.q_norm.weight", axes=1)
-    indices = [int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d+\.", name)]
+    indices = [int(name.split(".")[1]) for name in weights if re.match(r"layers\.\d{1,9}\.", name)]
     return _checked_config(
         where,
         vocab_size=vocab_size,

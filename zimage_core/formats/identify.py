@@ -26,6 +26,7 @@ from .safetensors import Shape, TensorFiles, Tensors, open_tensors
 FLOATS = ("BF16", "F16", "F32")
 LATENT_CHANNELS = 16
 GROUP_SIZE = 64
+MOST_RANK = 2**14
 
 # A stored form by the name of a tensor that only it has: id, in words, pattern. `dense` and `FP8` have none.
 FORMATS = (
@@ -224,7 +225,8 @@ def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> Form:
     dtypes = {dtype for dtype, _ in tensors.values()}
     for form, words, pattern in FORMATS:
         if key := _first(pattern, tensors):
-            weight = _json(metadata.get("quantization_config")).get("weight") or {}
+            described = _json(metadata.get("quantization_config")).get("weight")
+            weight = described if isinstance(described, dict) else {}
             kind, group = weight.get("dtype", "int4"), weight.get("group_size", GROUP_SIZE)
             if form == "svdq-int4" and (any(d.startswith("F8_") for d in dtypes) or "fp4" in str(kind)):
                 return Form("svdq-fp4", "SVDQuant NVFP4", key)
@@ -261,6 +263,7 @@ def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = READ
         elif not key.endswith(UNUSED):
             raise unexpected(files.path, key, "a Z-Image transformer", EXPECTED["model"][1])
     downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
+    rank = branch_rank(files.path, downs)
     if form.startswith("svdq") and not downs:
         raise ValueError(f"{files.path}: expected proj_down tensors beside qweight, found none; download it again")
     try:
@@ -270,12 +273,22 @@ def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = READ
     return ModelInfo(
         files.path,
         form,
-        rank=next(iter(downs.values()))[-1] if downs else 0,
+        rank=rank,
         quantized_refiners=any("refiner" in name for name in downs),
         config=config,
         dtype="/".join(sorted({dtype for dtype, _ in files.tensors.values() if dtype in FLOATS})),
         metadata=files.metadata,
     )
+
+
+def branch_rank(path: Path, downs: Mapping[str, Shape]) -> int:
+    """The rank that the shapes (K, R) of low-rank branches tell, 0 without any; ValueError for others."""
+    if not downs:
+        return 0
+    name, shape = next(iter(downs.items()))
+    if len(shape) != 2 or not 0 < shape[1] <= MOST_RANK:
+        raise ValueError(f"{path}: {name!r}: expected a rank from 1 to {MOST_RANK}, found {shape}; download it again")
+    return shape[1]
 
 
 def unexpected(path: Path, key: str, what: str, remedy: str) -> ValueError:

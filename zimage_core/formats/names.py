@@ -22,6 +22,9 @@ _WRAPPER = re.compile(r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_w
 _LEAF = re.compile(r"(.+?)\.(weight\..+|[^.]+)")
 """A tensor's name -> module and leaf, where a quantized weight's parts are one leaf (`weight._data`)."""
 
+LONGEST = 512
+"""Characters of a name; longer ones match nothing, as the patterns' time grows faster than a name."""
+
 CONTROL = "control_"  # begins every key of a ControlNet, whose blocks are named as the base's
 
 FUSED_PARTS = {"attention.to_qkv": ("q", "k", "v"), "feed_forward.w3_w1": ("w3", "w1")}
@@ -30,7 +33,7 @@ FUSED_PARTS = {"attention.to_qkv": ("q", "k", "v"), "feed_forward.w3_w1": ("w3",
 UNUSED = ("norm_final.weight", "scaled_fp8")
 """A norm left in some ComfyUI conversions from Lumina 2, which Z-Image has not, and a mark of older FP8 files."""
 
-_BLOCK = r"((?:layers|noise_refiner|context_refiner)\.\d+)\."
+_BLOCK = r"((?:layers|noise_refiner|context_refiner)\.\d{1,4})\."
 _MODULES: tuple[tuple[re.Pattern[str], str, str | None], ...] = tuple(
     (re.compile(f"^{pattern}$"), replacement, part)
     for pattern, replacement, part in (
@@ -99,8 +102,8 @@ _BFL_ROWS = (
 _LORA_PREFIX = re.compile(
     r"^(?:base_model\.model\.|(?:diffusion_model|transformer|model|dit|unet)[._]|lora_(?:unet|transformer)__?|lycoris_)+"
 )
-_FLAT_BLOCK = re.compile(r"^(layers|noise_refiner|context_refiner)_(\d+)_(.+)$")
-_ENCODER = re.compile(r"^(?:.*_)?layers_(\d+)_(self_attn|mlp)_((?:[qkvo]|gate|up|down)_proj)$")
+_FLAT_BLOCK = re.compile(r"^(layers|noise_refiner|context_refiner)_(\d{1,4})_(.+)$")
+_ENCODER = re.compile(r"^(?:.*_)?layers_(\d{1,4})_(self_attn|mlp)_((?:[qkvo]|gate|up|down)_proj)$")
 
 # The end of a LoRA file's key -> what the tensor is; an adapter's name may stand inside (PEFT's "default").
 _LORA_LEAVES = tuple(
@@ -142,6 +145,8 @@ def canonical_module(name: str) -> tuple[str, str | None] | None:
 
 def canonical_tensor(key: str) -> tuple[str, str | None] | None:
     """A tensor's key in any style -> (the model's tensor, part or None); None where nothing matches."""
+    if len(key) > LONGEST:
+        return None
     if (token := PREFIX.sub("", _WRAPPER.sub("", key))) in _TOKENS:
         return token, None
     match = _LEAF.fullmatch(key)
@@ -184,7 +189,9 @@ def vae_tensor(key: str, levels: int) -> tuple[str, None]:
 
     levels: the resolutions, which the former count from the finest in the decoder and the latter from the coarsest.
     """
-    if match := re.match(r"decoder\.up\.(\d+)\.", key):
+    if len(key) > LONGEST:
+        return key, None
+    if match := re.match(r"decoder\.up\.(\d{1,2})\.", key):
         key = f"decoder.up_blocks.{levels - 1 - int(match[1])}.{key[match.end() :]}"
     for pattern, replacement in _BFL_ROWS:
         key = re.sub(pattern, replacement, key)
@@ -214,7 +221,7 @@ def lora_leaf(key: str) -> tuple[str, str] | None:
 
     What it is: down, up, up_bias, alpha, magnitude, diff, diff_b, hada_*, lokr_*, oft_blocks or rescale.
     """
-    for pattern, leaf in _LORA_LEAVES:
+    for pattern, leaf in _LORA_LEAVES if len(key) <= LONGEST else ():
         if match := pattern.search(key):
             return key[: match.start()], match.expand(leaf)
     return None
@@ -222,8 +229,8 @@ def lora_leaf(key: str) -> tuple[str, str] | None:
 
 def lora_refused(key: str) -> str | None:
     """The name of the format that a key belongs to, if it is an adapter to Z-Image in one that is not read."""
-    for pattern, name in _LORA_REFUSED:
-        if (match := pattern.search(key)) and lora_target(match[1]):
+    for pattern, name in _LORA_REFUSED if len(key) <= LONGEST else ():
+        if (match := pattern.match(key)) and lora_target(match[1]):
             return name
     return None
 

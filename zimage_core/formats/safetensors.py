@@ -24,6 +24,7 @@ Tensors = dict[str, tuple[str, Shape]]
 
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16}
 _BITS |= {"I16": 16, "U16": 16, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # every other type has 8
+MOST_AXES, MOST_TEXT = 8, 2**26
 _PICKLE = "a pickled PyTorch file, which is never opened because it can run code"
 _MAGIC = (
     (b"GGUF", "a GGUF file"),
@@ -78,11 +79,17 @@ def read_header(path: str | Path) -> Header:
         with safe_open(path, framework="np") as file:
             views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             tensors = {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
-            return Header(path, tensors, file.metadata() or {})
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: {_fault(path, str(error))}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); check its permissions") from None
+    for name, (_, shape) in tensors.items():
+        if len(shape) > MOST_AXES:
+            raise ValueError(
+                f"{path}: {name[:100]!r}: expected up to {MOST_AXES} axes, found {len(shape)}; download it again"
+            )
+    return Header(path, tensors, metadata)
 
 
 def _fault(path: Path, reason: str) -> str:
@@ -153,7 +160,7 @@ class TensorFiles:
                 f"{index}: expected an index of shards with weight_map, found otherwise ({e}); download it again"
             ) from None
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
                 raise ValueError(f"{index}: names a file outside its folder, {name!r}; download it again")
         shards = {name: read_header(index.parent / name) for name in names}
         for header in shards.values():
@@ -215,6 +222,8 @@ def _only_file(folder: Path) -> Path:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file; ValueError where it is none or cannot be read."""
     try:
+        if check_file(path).stat().st_size > MOST_TEXT:
+            raise ValueError(f"{path}: expected up to {MOST_TEXT >> 20} MiB of text, found more; download it again")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: expected UTF-8 text, found other bytes ({e}); download it again") from None

@@ -69,7 +69,7 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
     blocks = {
         tuple(map(int, m.groups()))
         for key in shapes
-        if (m := re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", key))
+        if (m := re.match(r"encoder\.down_blocks\.(\d{1,2})\.resnets\.(\d{1,2})\.", key))
     }
     levels, layers = (1 + max((b[i] for b in blocks), default=0) for i in (0, 1))
     keys = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)] + ["decoder.conv_in.weight"]
@@ -89,7 +89,7 @@ def _match(files: TensorFiles) -> tuple[VAE, Sources]:
     """The VAE of an open file, without its weights, and where each of its tensors is."""
     identify(files).require("vae")
     found = find_weights(files, _REMEDY)
-    levels = 1 + max((int(m[1]) for key in found if (m := re.match(r"decoder\.up\.(\d+)\.", key))), default=0)
+    levels = 1 + max((int(m[1]) for key in found if (m := re.match(r"decoder\.up\.(\d{1,2})\.", key))), default=0)
     shapes = {vae_tensor(key, levels)[0]: stored.shape for key, stored in found.items()}
     raw = files.metadata.get("config")
     try:

@@ -287,8 +287,8 @@ class PeftConfig:
             return cls(
                 None if alpha is None else _number(alpha),
                 None if config.get("r") is None else _number(config["r"]),
-                {str(k): _number(v) for k, v in (config.get("alpha_pattern") or {}).items()},
-                {str(k): _number(v) for k, v in (config.get("rank_pattern") or {}).items()},
+                {_literal(k): _number(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+                {_literal(k): _number(v) for k, v in (config.get("rank_pattern") or {}).items()},
                 bool(config.get("use_rslora")),
             )
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -311,8 +311,19 @@ def _number(found: Any) -> float:
     return number
 
 
+def _literal(pattern: str) -> str:
+    """The module that a key of PEFT's patterns names. ValueError for other regular expressions: none is run."""
+    name = pattern.removeprefix("^").removeprefix(".*").removeprefix("\\.").removesuffix("$").replace("\\.", ".")
+    if not re.fullmatch(r"[\w.-]{1,512}", name):
+        raise ValueError(f"expected the name of a module as a pattern, found {pattern[:100]!r}")
+    return name.strip(".")
+
+
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float | None) -> float | None:
-    return next((value for p, value in patterns.items() if re.match(rf"(?:.*\.)?(?:{p})$", module)), default)
+    """The number of the first name, in the file's order, that a module ends in."""
+    parts = module.split(".")
+    found = [name for i in range(len(parts)) if (name := ".".join(parts[i:])) in patterns]
+    return patterns[min(found, key=list(patterns).index)] if found else default
 
 
 def load_lora(path: str | Path) -> Lora:

@@ -8,6 +8,7 @@ All sizes are bytes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -51,9 +52,9 @@ class Request:
 class Limits:
     """What may be used of the device.
 
-    budget: None for no limit. libraries: what cuBLAS and the like hold for good. streamed: models of which no block may
-    stay. stays: models that stay on the device through the others' stages; resident: what models have there now, from
-    the picture before.
+    budget: None for no limit. host: bytes of the machine where it computes itself, None where unknown. libraries: what
+    cuBLAS and the like hold for good. streamed: models of which no block may stay. stays: models that stay on the
+    device through the others' stages; resident: what models have there now, from the picture before.
     """
 
     budget: int | None = None
@@ -61,6 +62,7 @@ class Limits:
     streamed: Collection[str] = ()
     stays: Collection[str] = ()
     resident: Mapping[str, int] = field(default_factory=dict)
+    host: int | None = None
 
     @property
     def usable(self) -> int | None:
@@ -156,7 +158,7 @@ def parse_budget(text: str | int | float | None) -> int | str | None:
     """ "4GiB", "4096 MiB", "4GB", a number of GiB -> bytes; "auto" and None stay. ValueError for anything else."""
     if text is None or text == "auto":
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
     if match is None or match[2] not in UNITS or not float(match[1]):
         raise ValueError(f"vram budget: expected auto or a size such as 4GiB or 3500MiB, found {text!r}")
     return int(float(match[1]) * UNITS[match[2]])
@@ -196,20 +198,19 @@ def plan_pictures(
     stages = []
     if encoder is not None:
         activations = encoding_bytes(encoder, request.encoded)
-        stages.append(_stage("text encoder", encoder.layers, encoder.layers, activations, limits, there))
+        stage = _stage("text encoder", encoder.layers, encoder.layers, activations, limits, there)
+        stages.append(_checked(stage, request, limits))
     activations = sampling_bytes(transformer, *size, request.captions, request.negative, controls)
     nets = list(dict.fromkeys(controls))
     whole = nn.ModuleList([transformer, *nets])
-    stages.append(_stage("transformer", whole, run_order(transformer, nets), activations, limits, there))
+    stage = _stage("transformer", whole, run_order(transformer, nets), activations, limits, there)
+    stages.append(_checked(stage, request, limits))
     down = vae.config.downscale
     for tile in tile_sizes(request.height // down, request.width // down, down):
         stage = _stage("VAE", vae, (), decoding_bytes(vae, *size, tile), limits, there)
-        if stage.needed <= limits.available:
+        if stage.needed <= min(limits.available, limits.host or math.inf):
             break
-    stages.append(replace(stage, note=f"in tiles of {tile} cells") if tile else stage)
-    for stage in stages:
-        if stage.needed > limits.available:
-            raise _too_small(stage, request, limits)
+    stages.append(_checked(replace(stage, note=f"in tiles of {tile} cells") if tile else stage, request, limits))
     return Plan(str(request), tuple(stages), limits.budget, limits.usable, tile or "auto")
 
 
@@ -246,6 +247,18 @@ def _stage(
         allowance=allowance,
         beside=tuple(others),
     )
+
+
+def _checked(stage: Stage, request: Request, limits: Limits) -> Stage:
+    """The stage; ValueError where the budget or the machine cannot hold it."""
+    if stage.needed > limits.available:
+        raise _too_small(stage, request, limits)
+    if limits.host is not None and stage.needed > limits.host:
+        raise ValueError(
+            f"memory: the {stage.name} needs {readable(stage.needed)} for {request}, this machine has "
+            f"{readable(limits.host)}; generate smaller or fewer pictures at a time"
+        )
+    return stage
 
 
 def _too_small(stage: Stage, request: Request, limits: Limits) -> ValueError:

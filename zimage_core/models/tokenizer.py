@@ -51,23 +51,33 @@ def load_tokenizer(path) -> Tokenizer:
         import tokenizers
 
         check_json(file, "model")
-        fast = _opened(file, tokenizers.Tokenizer.from_file)
-        fast.no_truncation()
-        fast.no_padding()
-        return Tokenizer(lambda text: fast.encode(text, add_special_tokens=False).ids, str(file))
+
+        def read_fast(path: str) -> Callable[[str], list[int]]:
+            fast = tokenizers.Tokenizer.from_file(path)
+            fast.no_truncation()
+            fast.no_padding()
+            return lambda text: fast.encode(text, add_special_tokens=False).ids
+
+        return Tokenizer(_opened(file, read_fast), str(file))
     if not has_tokenizer(path):
         raise ValueError(f"{path}: expected a tokenizer, found none of its files; {_TOKENIZER_REMEDY}")
     import transformers
 
     check_json(path / "vocab.json", "a")
-    slow = _opened(path, transformers.Qwen2Tokenizer.from_pretrained, local_files_only=True)
-    return Tokenizer(lambda text: slow(text, add_special_tokens=False)["input_ids"], str(path))
+
+    def read_slow(path: str) -> Callable[[str], list[int]]:
+        slow = transformers.Qwen2Tokenizer.from_pretrained(path, local_files_only=True)
+        return lambda text: slow(text, add_special_tokens=False)["input_ids"]
+
+    return Tokenizer(_opened(path, read_slow), str(path))
 
 
-def _opened(path: Path, read: Callable, **options: object):
-    """The tokenizer that `read` makes of a file or folder; ValueError if it fails."""
+def _opened(path: Path, read: Callable[[str], Callable[[str], list[int]]]) -> Callable[[str], list[int]]:
+    """The function, text -> token ids, that `read` makes of a file or folder; ValueError if it or one word fails."""
     try:
-        return read(str(path), **options)
+        encode = read(str(path))
+        encode("a")
+        return encode
     except Exception as error:  # tokenizers has no narrower class, and transformers meets broken files with many
         words = " ".join(str(error).split())
         message = f"{path}: expected Qwen's tokenizer, found a broken one ({words}); {_TOKENIZER_REMEDY}"
@@ -78,7 +88,7 @@ def check_json(path: Path, key: str) -> None:
     """ValueError unless a file holds a JSON object with a key (a Git LFS pointer, say, does not)."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError, OSError):
         found = None
     if not isinstance(found, dict) or key not in found:
         raise ValueError(f"{path}: expected a JSON object with {key!r}, found otherwise; download it again")
