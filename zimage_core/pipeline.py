@@ -27,6 +27,7 @@ from .demo import advice
 from .device import choose_device, choose_dtype, host_memory
 from .failures import check_finite, out_of_memory
 from .files import ModelFiles, find_files
+from .formats.encoder import check_width
 from .job import (
     MAX_PIXELS,
     PIXELS_MULTIPLE,
@@ -197,6 +198,10 @@ class Pipeline:
         integer("steps", num_inference_steps), number("strength", strength)
         start = strength if image is not None else 1.0
         sigmas = sampler.get_sigmas(num_inference_steps, start, shift=self.files.shift)
+        if negative_prompt and not guidance_scale:
+            logger.warning("negative prompt: has no effect without guidance; give a guidance above 0, 1 say")
+        if image is None and strength != 1:
+            logger.warning("strength %g: has no effect without a picture to start from", strength)
         noise, seeds = sampler.starting_noise(generator, len(prompts) * num_images_per_prompt, height, width)
         texts = prompts + [negative_prompt or ""] * (guidance_scale > 0)
         edit = None if mask is None else make_edit(image, mask, width, height, feather)
@@ -291,6 +296,9 @@ class Pipeline:
         transformer, encoder = self._on_meta.transformer, self._on_meta.text_encoder if job.tokens else None
         for model in filter(None, (transformer, encoder)):
             apply(model, job.loras)
+        if encoder is not None:
+            files = self.files
+            check_width(encoder.config.hidden_size, transformer.config.cap_feat_dim, files.text_encoder, files.model)
         budget, pixels = self._budget(), job.pictures * job.height * job.width
         stays = ("transformer", "VAE") if budget is None and not self.once else ()
         limits = planning.Limits(

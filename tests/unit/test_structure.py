@@ -53,6 +53,7 @@ MAY_IMPORT = {
         "device",
         "failures",
         "files",
+        "formats",
         "job",
         "linear",
         "lora",

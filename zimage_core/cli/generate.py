@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     image, mask = edited(args)
     controls = read_controls(args)
     if args.strength is None:
-        args.strength = 0.6 if mask is None else 1.0
+        args.strength = 1.0 if image is None or mask else 0.6
     from ..pipeline import load_pipeline
 
     pipeline = load_pipeline(

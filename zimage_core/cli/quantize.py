@@ -113,7 +113,8 @@ def control_pictures(args: argparse.Namespace, count: int, size: int, device: to
 
 def captions(args: argparse.Namespace, prompts: Sequence[str], device: torch.device) -> list[torch.Tensor] | None:
     """Features (L, C) of the prompts to calibrate on, --prompts or the given ones; None where nothing is calibrated."""
-    from ..quantize.run import calibration_captions
+    from ..formats.encoder import check_text_encoder, check_width
+    from ..quantize.run import calibration_captions, caption_width
 
     encoder = args.text_encoder or Path(args.src) / "text_encoder"
     calibrated = not args.no_calibration and (args.text_encoder is not None or encoder.is_dir())
@@ -122,6 +123,8 @@ def captions(args: argparse.Namespace, prompts: Sequence[str], device: torch.dev
     if args.prompts:
         prompts = read_prompts(args.prompts)
     if calibrated:
+        model = args.base or args.src
+        check_width(check_text_encoder(encoder)[0].hidden_size, caption_width(model), encoder, model)
         return calibration_captions(encoder, prompts, tokenizer=args.tokenizer, device=device)
     if not args.no_calibration:
         print(

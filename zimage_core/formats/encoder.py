@@ -213,6 +213,15 @@ def check_text_encoder(path) -> tuple[TextEncoderConfig, Mapping[str, Stored]]:
         return file.config, file.weights
 
 
+def check_width(found: int, wanted: int, encoder: Path | str, model: Path | str) -> None:
+    """ValueError unless a text encoder's features are as wide as a model's captions."""
+    if found != wanted:
+        raise ValueError(
+            f"{encoder}: expected a text encoder of width {wanted}, as {model} takes, found {found}; use the encoder "
+            f"that the model was made for, or {ENCODER_REMEDY}"
+        )
+
+
 def _config(text: str | None, weights: Mapping[str, Stored], where: str) -> TextEncoderConfig:
     """Sizes from a JSON config, or from the weights' shapes where there is none."""
     if text is None:

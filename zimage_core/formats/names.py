@@ -112,7 +112,7 @@ _LORA_LEAVES = tuple(
         ("down", r"\.lora_A(?:\.\w+)?(?:\.weight)?|[._]lora[._](?:linear_layer\.)?down(?:\.\w+)?\.weight"),
         ("up_bias", r"\.lora_B(?:\.\w+)?\.bias|[._]lora[._]up\.bias"),
         ("up", r"\.lora_B(?:\.\w+)?(?:\.weight)?|[._]lora[._](?:linear_layer\.)?up(?:\.\w+)?\.weight"),
-        ("magnitude", r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*"),
+        ("magnitude", r"\.dora_scale|\.magnitude|\.lora_magnitude_vector(?:\.\w+)*"),
         ("alpha", r"\.alpha"),
         ("diff", r"\.(?:diff|w_norm)"),
         ("diff_b", r"\.(?:diff_b|b_norm)"),

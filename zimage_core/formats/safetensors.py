@@ -24,7 +24,7 @@ Tensors = dict[str, tuple[str, Shape]]
 
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16}
 _BITS |= {"I16": 16, "U16": 16, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # every other type has 8
-MOST_AXES, MOST_TEXT = 8, 2**26
+MOST_AXES, MOST_TEXT = 64, 2**26
 _PICKLE = "a pickled PyTorch file, which is never opened because it can run code"
 _MAGIC = (
     (b"GGUF", "a GGUF file"),
@@ -84,11 +84,6 @@ def read_header(path: str | Path) -> Header:
         raise ValueError(f"{path}: {_fault(path, str(error))}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); check its permissions") from None
-    for name, (_, shape) in tensors.items():
-        if len(shape) > MOST_AXES:
-            raise ValueError(
-                f"{path}: {name[:100]!r}: expected up to {MOST_AXES} axes, found {len(shape)}; download it again"
-            )
     return Header(path, tensors, metadata)
 
 
@@ -189,7 +184,12 @@ class TensorFiles:
         return self.tensors.keys()
 
     def get(self, name: str) -> Tensor:
-        """The tensor as stored, a view of the mapped file; copy it before the file is closed."""
+        """The tensor as stored, a view of the mapped file; copy it before the file is closed.
+
+        ValueError for one of more axes than torch has.
+        """
+        if (axes := len(self.tensors[name][1])) > MOST_AXES:
+            raise ValueError(f"{self.path}: {name!r}: expected up to {MOST_AXES} axes, found {axes}; download it again")
         return self._open[self._file[self.prefix + name]].get_tensor(self.prefix + name)
 
     def narrow(self, prefix: str) -> None:

@@ -27,6 +27,7 @@ from ..formats.safetensors import Shape, TensorFiles, open_tensors, read_text
 from .deltas import FORMAT_OF, FORMATS, KINDS, OPTIONAL, Bias, Delta, loha_is_low_rank
 
 TRAINING_ADAPTER = re.compile(r"training[_\- ]?adapter", re.IGNORECASE)
+ALPHAS = ("ss_network_alpha", "lora_alpha", "network_alpha", "alpha")  # in metadata of trainers
 DTYPES = ("BF16", "F16", "F32", "F64")
 REMEDY = EXPECTED["lora"][1]
 
@@ -211,6 +212,12 @@ def _report(
         warnings.append(
             f"{name} is a training adapter, made to be present while a LoRA is trained; it spoils pictures if applied"
         )
+    if not any("alpha" in source.keys for source in sources) and "lora_adapter_metadata" not in metadata:
+        told = [f"{key} {metadata[key][:20]}" for key in ALPHAS if metadata.get(key)]
+        if told:
+            warnings.append(
+                f"{name}: its metadata say {', '.join(told)}, its tensors hold no alpha: the change is taken as it is"
+            )
     return Report(
         name=str(name),
         matched=tuple(key for source in sources for key in source.keys.values()),
@@ -333,8 +340,9 @@ def load_lora(path: str | Path) -> Lora:
     read and files for other models; widths are compared with a model's by `Lora.check` and `apply`.
     """
     path = Path(path)
-    beside = path.parent / "adapter_config.json"
-    text = read_text(beside) if path.name.startswith("adapter_model") and beside.is_file() else None
+    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    own = path.is_dir() or path.name.startswith("adapter_model")
+    text = read_text(beside) if own and beside.is_file() else None
     with open_tensors(path) as files:
         sources, report = _checked_plan(files)
         config = PeftConfig.read(files.metadata, str(path), text)

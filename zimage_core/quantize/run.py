@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..formats.load import open_transformer
+from ..formats.identify import model_info
+from ..formats.load import FORMATS, open_transformer
 from ..formats.names import diffusers_svdq_module
 from ..linear.svdq import SVDQWeights
 from ..lora.read import load_lora
@@ -129,6 +130,11 @@ class TimeLeft:
 def calibration_defaults(device: str | torch.device) -> tuple[tuple[str, ...], int]:
     """The prompts and the size in pixels to calibrate with; smaller on a CPU, where calibration takes hours."""
     return calibrate.PROMPTS, 256 if torch.device(device).type == "cpu" else 512
+
+
+def caption_width(model: str | Path) -> int:
+    """Width of the captions that a transformer of any format takes, from its header."""
+    return model_info(model, (*SOURCES, *FORMATS)).config.cap_feat_dim
 
 
 def calibration_captions(
