@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from zimage_core import cli, load_pipeline
 from zimage_core.failures import out_of_memory
+from zimage_core.formats import load
 from zimage_core.lora.apply import apply
 from zimage_core.lora.read import Lora, PeftConfig
 from zimage_core.models import ops
@@ -63,7 +64,10 @@ def refused(files: dict) -> str:
         ("vae", "decoder.conv_out.bias", "conv_out.bias': expected finite numbers"),
     ],
 )
-def test_a_number_that_is_none_in_a_file(tiny_files, tmp_path, part, key, words, value):
+def test_a_number_that_is_none_in_a_file(tiny_files, tmp_path, monkeypatch, part, key, words, value):
+    """Small tensors are checked when they are loaded; for the stages' own checks the tiny ones pass for large."""
+    if "'" not in words:
+        monkeypatch.setattr(load, "SMALL", 0)
     path = changed(tiny_files[part], tmp_path / "changed.safetensors", key, value)
     message = refused({**tiny_files, part: path})
     assert words in message and ("download" in message or "damaged" in message)
@@ -74,7 +78,8 @@ def test_a_smoothing_factor_of_zero(tiny_files, tmp_path):
     assert "smooth_factor': expected no zero" in refused({**tiny_files, "model": path})
 
 
-def test_the_command_ends_with_a_sentence_and_exit_code_2(tiny_files, tmp_path, capsys):
+def test_the_command_ends_with_a_sentence_and_exit_code_2(tiny_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(load, "SMALL", 0)
     path = changed(tiny_files["vae"], tmp_path / "vae.safetensors", "decoder.conv_in.weight", math.nan)
     arguments = ["--model", tiny_files["model"], "--text-encoder", tiny_files["text_encoder"], "--vae", path]
     arguments += ["--width", 32, "--height", 32, "--steps", 1, "--device", "cpu", "--out", tmp_path / "x.png"]
@@ -114,7 +119,7 @@ def test_counts_of_the_vaes_config_are_bounded(sizes, words):
 
 @pytest.mark.parametrize("guidance", [*NUMBERS, -1.0, 1e30])
 def test_guidance(tiny_files, guidance):
-    with pytest.raises(ValueError, match="guidance: expected 0 to 100, found"):
+    with pytest.raises(ValueError, match="guidance: expected (0 to 100|a number), found"):
         load_pipeline(**tiny_files, device="cpu")("a cat", **SIZE, guidance_scale=guidance)
 
 

@@ -98,7 +98,8 @@ def build_parser() -> Parser:
 
 
 def one_line(error: Exception) -> str:
-    """The error as one sentence; for a file it is the system's own words."""
+    """The error as one sentence, in printable characters; for a file it is the system's own words."""
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"
-    return " ".join(str(error).split())
+        text = f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TILE = 128
 RANK_TILE = 16
+SMALL = 2**22  # numbers: scales, vectors, modulation
 HALVES = FLOATS[:2]
 CODES = ("I8", "U8")
 OPTIONAL = (".wtscale", ".wcscales")  # scales of FP4 beside those of its groups, 1 where there is none
@@ -177,6 +178,7 @@ def fill(
 
     The model's `backend` prepares SVDQuant linears. Without copy, what the CPU takes as it is stays memory-mapped.
     """
+    import torch
     from torch import nn
 
     from ..linear.svdq import SVDQLinear, SVDQWeights
@@ -199,22 +201,24 @@ def fill(
             leaves = [key.rpartition(".")[2] for key in sources.stored if key.startswith(f"{name}.")]
             packed = {leaf: sources.get(f"{name}.{leaf}", device) for leaf in leaves}
             packed = {leaf: t if t.element_size() == 1 else t.to(dtype) for leaf, t in packed.items()}
-            small = [leaf for leaf in packed if leaf in ("wscales", "smooth_factor", "bias", "wtscale", "wcscales")]
+            floats = [leaf for leaf, tensor in packed.items() if tensor.is_floating_point()]
+            small = [leaf for leaf in floats if packed[leaf].numel() <= SMALL or dtype is torch.float16]
             _check_numbers(sources, {sources.stored[f"{name}.{leaf}"][0].key: packed[leaf] for leaf in small})
             module.load(SVDQWeights.from_packed(packed), backend)
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             target = f"{name}.{leaf}".lstrip(".")
             value = sources.get(target, device).to(dtype, copy=copy).reshape(parameter.shape)
-            if value.ndim == 1:
+            if value.numel() <= SMALL or dtype is torch.float16:
                 _check_numbers(sources, {sources.stored[target][0].key: value})
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     model.eval().requires_grad_(False)
 
 
 def _check_numbers(sources: Sources, tensors: Mapping[str, Tensor]) -> None:
-    """ValueError where scales or vectors, which are small, hold NaN or infinity, or a smoothing factor is 0.
+    """ValueError where tensors hold NaN or infinity, or a smoothing factor is 0.
 
-    Larger tensors are not read for it: what they make is checked after each stage.
+    It is asked of small ones, where a gate's tanh would hide it, and in fp16, where saturating would. Larger ones are
+    not read for it: what they make is checked after each stage.
     """
     for key, tensor in tensors.items():
         if tensor.is_meta:

@@ -23,7 +23,7 @@ from torch import nn
 
 from .. import __version__
 from ..formats.identify import model_info
-from ..formats.load import FORMATS, open_transformer
+from ..formats.load import open_transformer
 from ..formats.names import diffusers_svdq_module
 from ..linear.svdq import SVDQWeights
 from ..lora.read import load_lora
@@ -134,7 +134,7 @@ def calibration_defaults(device: str | torch.device) -> tuple[tuple[str, ...], i
 
 def caption_width(model: str | Path) -> int:
     """Width of the captions that a transformer of any format takes, from its header."""
-    return model_info(model, (*SOURCES, *FORMATS)).config.cap_feat_dim
+    return model_info(model).config.cap_feat_dim
 
 
 def calibration_captions(
