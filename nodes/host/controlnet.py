@@ -78,7 +78,7 @@ def load_control(name: str, backend: str, precision: str) -> ControlPatcher:
 def describe_control(name: str, patcher: ControlPatcher) -> str:
     """One line: variant, format, channels, the size of the weights."""
     info = control_info(find("model_patches", name, "controlnet"))
-    form = f"INT4 r{info.rank}" if info.rank else info.dtype
+    form = f"INT4 r{info.rank}" if info.rank else info.dtype if info.format == "dense" else info.format.upper()
     mask = "takes masks" if info.config.channels == MASKED_CHANNELS else "no masks"
     return f"ControlNet {info.variant}, {form}, {mask}, {readable(patcher.model_size())}"
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from zimage_core.cli import main
 from zimage_core.formats.controlnet import control_info, load_controlnet
 from zimage_core.models.config import ControlNetConfig, ZImageConfig
+from zimage_core.quantize.controlnet import quantize_controlnet
 
 SIZES = {"dim": 32, "n_heads": 2, "axes_dims": (4, 6, 6), "cap_feat_dim": 16}
 
@@ -85,7 +86,7 @@ def test_a_damaged_file_is_refused(lite):
         ({"layers.0.attention_norm1.weight": torch.zeros(32)}, "unexpected tensor 'layers.0"),
         (
             {"control_layers.2.after_proj.bias": torch.zeros(32, dtype=torch.int32)},
-            "SVDQuant INT4, BF16 or FP16, found one in I32",
+            "SVDQuant INT4, BF16, FP16, FP8 or INT8, found one in I32",
         ),
     ):
         changed = {k: t for k, t in (named | change).items() if t is not None}
@@ -112,3 +113,47 @@ def test_inspect_says_which_variant(lite, capsys):
     assert main(["inspect", str(write(named))]) == 0
     out = capsys.readouterr().out
     assert "ControlNet 2.1 lite, F32" in out and "0 10 20" in out
+
+
+def quantized(named: dict[str, torch.Tensor], form: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights with every linear in a small form, and the weights that those mean."""
+    stored, meant = dict(named), dict(named)
+    for key in [key for key, tensor in named.items() if tensor.ndim == 2 and "adaLN" not in key and "x_emb" not in key]:
+        layer, weight = key.removesuffix(".weight"), stored.pop(key)
+        if form == "quanto":
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            codes = (weight / scale).round().to(torch.int8)
+            stored |= {f"{key}._data": codes, f"{key}._scale": scale}
+            stored |= {f"{layer}.{name}": torch.ones(()) for name in ("input_scale", "output_scale")}
+        elif form == "int8":
+            scale = weight.abs().max() / 127
+            codes = (weight / scale).round().to(torch.int8)
+            says = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+            stored |= {key: codes, f"{layer}.weight_scale": scale, f"{layer}.comfy_quant": says}
+        else:
+            scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            codes = (weight / scale).to(torch.float8_e4m3fn)
+            stored |= {key: codes, f"{layer}.scale_weight": scale, "scaled_fp8": torch.empty(2, dtype=codes.dtype)}
+        meant[key] = codes.float() * scale
+    return stored, meant
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "quanto"])
+def test_small_forms_are_kept_and_mean_what_they_say(lite, form, tmp_path):
+    """A linear in FP8 or INT8 stays small in memory and gives what its dequantized weight gives."""
+    named, write = lite
+    stored, meant = quantized(named, form)
+    small = load_controlnet(write(stored), dtype=torch.float32)
+    held = sum(t.numel() * t.element_size() for block in small.blocks for t in (*block.parameters(), *block.buffers()))
+    whole = load_controlnet(write(meant), dtype=torch.float32)
+    dense = sum(t.numel() * t.element_size() for block in whole.blocks for t in block.parameters())
+    assert held < 0.6 * dense  # the modulation stays in fp32
+    x, base = torch.randn(2, 1, 5, 32)
+    angles = torch.rand(1, 5, 1, 8)
+    for block, other in zip(small.blocks, whole.blocks):
+        args = (angles.cos(), angles.sin(), None, torch.ones(1, 32))
+        found, expected = (net(x, *args, base=base) for net in (block, other))
+        for one, two in zip(found, expected):
+            assert torch.allclose(one, two, atol=1e-5)
+    with pytest.raises(ValueError, match="expected a BF16 ControlNet, found"):
+        quantize_controlnet(write(stored), tmp_path / "four.safetensors", rank=16)

@@ -71,13 +71,12 @@ def inspect_file(path: Path) -> dict:
             "costs": list(report.costs),
             "warnings": list(report.warnings),
         }
-    if found.role == "controlnet" and found.form.id in ("svdq-int4", "dense"):
+    if found.role == "controlnet":
         from ..formats.controlnet import control_info
 
         control = control_info(path)
         return facts | {
-            "format": f"ControlNet {control.variant}, "
-            + ("SVDQuant INT4, group 64" if control.rank else control.dtype),
+            "format": f"ControlNet {control.variant}, {found.form.words}",
             "rank": control.rank or None,
             "places": " ".join(map(str, control.config.places)),
             "channels": control.config.channels,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.config import ControlNetConfig, ZImageConfig
-from .identify import EXPECTED, FLOATS, branch_rank, identify, unexpected
+from .identify import EXPECTED, FLOATS, STORED, branch_rank, identify, unexpected
 from .load import Sources, fill, match_tensors
 from .names import CONTROL, control_tensor
 from .safetensors import Shape, TensorFiles, open_tensors
@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from ..models.controlnet import ControlNet
 
 WHAT = "a Z-Image ControlNet"
+FORMATS = ("svdq-int4", "dense", *STORED)
+"""Formats of ControlNets that are loaded."""
 REFINERS = {None: "alone", "control_layers": "layers", "control_noise_refiner": "hints"}
 """diffusers' `add_control_noise_refiner` -> `ControlNetConfig.refiner`."""
 
 
 @dataclass(frozen=True)
 class ControlNetInfo:
-    """A ControlNet that can be loaded. format: "svdq-int4" or "dense"; rank 0 where dense."""
+    """A ControlNet that can be loaded. format: one of `FORMATS`; rank 0 without SVDQuant."""
 
     path: Path
     format: str
@@ -64,15 +66,16 @@ def control_info(source: str | Path | TensorFiles) -> ControlNetInfo:
     found = identify(files)
     found.require("controlnet")
     expected, remedy = EXPECTED["controlnet"]
-    if found.form.id not in ("svdq-int4", "dense"):
+    if found.form.id not in FORMATS:
         words = found.form.words
         raise ValueError(f"{files.path}: expected {expected}, found one in {words}; this is not read, {remedy}")
     shapes: dict[str, Shape] = {}
     for key, (_, shape) in files.tensors.items():
         target = control_tensor(key)
-        if target is None:
+        if target is not None:
+            shapes[target[0].removesuffix("._data")] = shape
+        elif found.form.id not in STORED:  # which have marks of their own; the loader checks them
             raise unexpected(files.path, key, WHAT, remedy)
-        shapes[target[0]] = shape
     downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
     return ControlNetInfo(
         files.path,
@@ -134,7 +137,7 @@ def _refiner(files: TensorFiles, shapes: Mapping[str, Shape]) -> str:
     keys = {control_tensor(key): key for key in files.tensors}
     for projection in ("after_proj", "before_proj"):
         key = keys.get((f"noise_refiner.0.{projection}.weight", None))
-        if key and not files.get(key).any():
+        if key and not files.get(key).float().any():
             return "layers"
     if not any(name.startswith("noise_refiner.0.before_proj.") for name in shapes):
         return "layers"
@@ -148,15 +151,17 @@ def build_controlnet(info: ControlNetInfo) -> ControlNet:
     from ..linear.adapters import Linear
     from ..linear.svdq import SVDQLinear
     from ..models.controlnet import ControlNet
+    from .stored import StoredLinear
 
     def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
         return SVDQLinear(n_in, n_out, bias, rank=info.rank)
 
+    plain = StoredLinear if info.format in STORED else Linear
     with torch.device("meta"):
         return ControlNet(
             info.config,
-            linear=svdq if info.rank else Linear,
-            refiner_linear=svdq if info.quantized_refiner else Linear,
+            linear=svdq if info.rank else plain,
+            refiner_linear=svdq if info.quantized_refiner else plain,
         )
 
 
@@ -168,7 +173,8 @@ def match_controlnet(files: TensorFiles, info: ControlNetInfo, model: nn.Module)
     def unneeded(name: str) -> bool:
         return name.startswith(unread) or name.endswith(".smooth_factor_orig")
 
-    return match_tensors(files, find_weights(files, remedy), model, control_tensor, remedy, unneeded, WHAT)
+    found = find_weights(files, remedy)
+    return match_tensors(files, found, model, control_tensor, remedy, unneeded, WHAT, any_form=info.format in STORED)
 
 
 def load_controlnet(

@@ -117,7 +117,7 @@ EXPECTED = {
     ),
     "lora": ("a LoRA for Z-Image", "get a LoRA that was trained for Z-Image"),
     "controlnet": (
-        "a Fun ControlNet for Z-Image in SVDQuant INT4, BF16 or FP16",
+        "a Fun ControlNet for Z-Image in SVDQuant INT4, BF16, FP16, FP8 or INT8",
         "get Z-Image-Turbo-Fun-Controlnet-Union-2.1-8steps.safetensors, or what `zimage quantize` makes of it",
     ),
 }

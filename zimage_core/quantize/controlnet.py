@@ -62,7 +62,7 @@ def quantize_controlnet(
         raise ValueError(f"calibration: expected a control context a prompt, found {len(contexts)}, {len(cap_feats)}")
     with open_tensors(src) as files:
         info = control_info(files)
-        if info.rank:
+        if info.format != "dense":
             raise ValueError(f"{src}: expected a BF16 ControlNet, found {info.format}; quantize its BF16 original")
         if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
             raise ValueError(f"{dst}: is the source itself; choose another destination")
