@@ -311,7 +311,7 @@ def test_good_files_pass(pack):
                 "layers.0.attention.to_out.0.wscales": ("F8_E4M3", (8, 128)),
                 "layers.0.attention.to_out.0.wcscales": ("BF16", (128,)),
             },
-            "FP4",
+            "proj_down",
         ),
         (IDS[1], "text_encoders", {"encoder.block.0.layer.0.SelfAttention.q.weight": ("F16", (64, 64))}, "Qwen3"),
         (IDS[5], "vae", {"decoder.conv_in.weight": ("F16", (512, 4, 3, 3))}, "4 latent channels"),
