@@ -48,11 +48,16 @@ def demo_paths(kind: str) -> dict[str, Path]:
 
 
 def find(folder: str, name: str, demo: str) -> Path:
-    """The path of a name in `choices(folder, demo)`; ValueError where the file is missing."""
+    """The path of a name in `choices(folder, demo)`; ValueError where the file is missing.
+
+    A name that leads out of the folder is no name: names come from whoever sends a prompt, and ComfyUI leaves the check
+    of those in VALIDATE_INPUTS to the node. Links in the folder are its owner's, and followed.
+    """
     bundled = demo_paths(demo)
     if name in bundled:
         return bundled[name]
-    known = folder in folder_paths.folder_names_and_paths
+    inside = not Path(name).anchor and ".." not in name.replace("\\", "/").split("/")
+    known = inside and folder in folder_paths.folder_names_and_paths
     roots = folder_paths.get_folder_paths(folder) if known else []
     path = folder_paths.get_full_path(folder, name) if known else None
     for root in roots:

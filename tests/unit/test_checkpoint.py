@@ -227,7 +227,7 @@ CASES = {
     "unknown": (put("layers.0.surprise.weight", torch.ones(3)), "unexpected tensor 'layers.0.surprise.weight'"),
     "twice": (put("layers.0.attention.qkv.qweight", torch.ones(3)), "are the same tensor"),
     "dtype": (put(f"{QKV}.wscales", torch.ones(6, 1152, dtype=torch.int32)), "expected dtype BF16 or F16, found I32"),
-    "fp4": (put(f"{QKV}.wcscales", torch.ones(1152)), "NVFP4.*svdq-int4_r256"),
+    "fp4": (put(f"{QKV}.wcscales", torch.ones(1152)), "expected dtype F8_E4M3, found BF16.*svdq-int4_r256"),
     "int8": (lambda t, m: m.update(quantization_config='{"weight": {"dtype": "int8"}}'), "weights int8"),
     "config": (lambda t, m: m.update(config='{"dim": 512}'), "metadata says dim = 512, the tensors 384"),
     "config not json": (lambda t, m: m.update(config="{"), "metadata config: expected JSON"),

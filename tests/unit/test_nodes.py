@@ -249,6 +249,19 @@ def test_demo_comes_first_where_no_file_is_there(pack):
     (pack.models / "text_encoders" / "q8.gguf").unlink()
 
 
+@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "..\\secret", "ABSOLUTE", "..", "/"])
+@pytest.mark.parametrize("folder", ["diffusion_models", "text_encoders", "vae", "loras"])
+def test_a_name_that_leads_out_of_a_folder_is_not_found(pack, folder, name):
+    """Names come from whoever sends a prompt; a folder with a config.json, and a file, lie beside the models."""
+    files, secret = sys.modules["zimage_unit_pack.nodes.host"].files, pack.models / "secret"
+    secret.mkdir(exist_ok=True)
+    (secret / "config.json").touch()
+    with pytest.raises(ValueError, match="is not in"):
+        files.find(folder, str(secret) if name == "ABSOLUTE" else name, "text_encoder")
+    (secret / "config.json").unlink()
+    secret.rmdir()
+
+
 def test_the_model_that_is_chosen_at_first_is_a_right_one(pack):
     """An SVDQuant file where there is one, else the demo: the first file by name may be any model."""
     demo, folder = sys.modules["zimage_unit_pack.nodes.host"].files.DEMO, pack.models / "diffusion_models"
