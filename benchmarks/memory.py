@@ -36,7 +36,7 @@ from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.models.vae import VAE, VAEConfig
 from zimage_core.pipeline import Pipeline
-from zimage_core.recorder import Stage
+from zimage_core.recorder import StageRecord
 from zimage_core.sizes import GIB
 
 # size, budget in GiB, seconds of sampling allowed as a multiple of the resident run's (None: it only has to fit)
@@ -179,7 +179,7 @@ def measure(arguments: argparse.Namespace, size: int, budget: float | None) -> d
     return found
 
 
-def compare_stages(plan: Plan, stages: Sequence[Stage]) -> list[dict]:
+def compare_stages(plan: Plan, stages: Sequence[StageRecord]) -> list[dict]:
     """Predicted and measured peaks in GiB of each of the plan's stages; none on a CPU, which counts nothing."""
     found = []
     for planned in plan.stages:

@@ -15,7 +15,7 @@ from .control import Control, Edit
 from .linear.backends import Backend
 from .lora.read import Lora, load_lora
 from .memory import plan as planning
-from .recorder import Recorder, Stage
+from .recorder import Recorder, StageRecord
 from .residents import Loras
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Pictures(list["Image.Image"]):
         self,
         pictures: Iterable[Image.Image],
         seeds: list[int] | None,
-        stages: list[Stage],
+        stages: list[StageRecord],
         plan: planning.Plan,
         backend: Backend | None,
     ):

@@ -49,7 +49,7 @@ from .models.tokenizer import Tokenizer, load_tokenizer
 from .models.transformer import ZImageTransformer
 from .models.vae import decode_image
 from .pictures import FEATHER, checked_picture, composite, fit, to_tensor
-from .recorder import OnStage, Recorder, Stage
+from .recorder import OnStage, Recorder, StageRecord
 from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
 from .sizes import DEMO_SIZE, REAL_SIZE
 
@@ -131,7 +131,7 @@ class Pipeline:
         self._too_much: dict[str, int] = {}  # model -> pixels from which memory ran out with blocks of it resident
 
     @property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[StageRecord]:
         """What each stage of the last call took."""
         return self.last.stages if self.last else []
 

@@ -13,7 +13,7 @@ OnStage = Callable[[str, int], object]
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRecord:
     """What one stage took: seconds, and peak bytes on the device and resident in the host's memory while it ran.
 
     device_peak counts tensors, device_reserved all that torch's allocator held for them; both are None on a CPU.
@@ -31,7 +31,7 @@ class Recorder:
     """Announces the stages of one call by on_stage(name, steps), and keeps what each took in `stages`."""
 
     def __init__(self, device: torch.device, on_stage: OnStage | None = None):
-        self.stages: list[Stage] = []
+        self.stages: list[StageRecord] = []
         self._device = device
         self._on_stage = on_stage
 
@@ -52,7 +52,7 @@ class Recorder:
         seconds = time.perf_counter() - start
         peak = torch.cuda.max_memory_allocated(self._device) if on_cuda else None
         reserved = torch.cuda.max_memory_reserved(self._device) if on_cuda else None
-        self.stages.append(Stage(name, seconds, peak, reserved, host_peak() if counted else None))
+        self.stages.append(StageRecord(name, seconds, peak, reserved, host_peak() if counted else None))
 
 
 def reset_host_peak() -> bool:

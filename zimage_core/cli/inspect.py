@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from .doctor import what_runs
 from .options import Commands, Parser
@@ -38,10 +39,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def inspect_file(path: Path) -> dict:
-    """What a safetensors file or folder is: kind, sizes, metadata and, for a transformer, what would run it here."""
+def inspect_file(path: Path) -> dict[str, Any]:
+    """What a safetensors file or folder is: kind, sizes, metadata, and what its kind has beside."""
     from ..formats.identify import READ, identify
-    from ..formats.load import check_transformer
     from ..formats.safetensors import open_tensors, tensor_bytes
 
     files = open_tensors(path)
@@ -49,7 +49,7 @@ def inspect_file(path: Path) -> dict:
     dtypes: dict[str, int] = {}
     for dtype, shape in files.tensors.values():
         dtypes[dtype] = dtypes.get(dtype, 0) + tensor_bytes(dtype, shape)
-    facts = {
+    facts: dict[str, Any] = {
         "file": str(path),
         "format": found.what,
         "tensors": len(files.tensors),
@@ -58,33 +58,50 @@ def inspect_file(path: Path) -> dict:
         "metadata": {name: " ".join(value.split()) for name, value in files.metadata.items()},
     }
     if found.role == "lora":
-        from ..lora.read import inspect as inspect_lora
+        facts |= lora_facts(path)
+    elif found.role == "controlnet":
+        facts |= control_facts(path, found.form.words)
+    elif found.role == "model" and found.form.id in READ:
+        facts |= model_facts(path, found.form.words)
+    return facts
 
-        report = inspect_lora(path)
-        facts |= {
-            "modules": report.transformer,
-            "text_encoder_modules": report.text_encoder,
-            "by_format": dict(report.formats),
-            "keys_matched": len(report.matched),
-            "unmatched": list(report.unmatched),
-            "ignored": [f"{key} ({why})" for key, why in report.ignored.items()],
-            "costs": list(report.costs),
-            "warnings": list(report.warnings),
-        }
-    if found.role == "controlnet":
-        from ..formats.controlnet import control_info
 
-        control = control_info(path)
-        return facts | {
-            "format": f"ControlNet {control.variant}, {found.form.words}",
-            "rank": control.rank or None,
-            "places": " ".join(map(str, control.config.places)),
-            "channels": control.config.channels,
-            "width": control.config.base.dim,
-            "runs_here": what_runs(quantized=bool(control.rank)),
-        }
-    if found.role != "model" or found.form.id not in READ:
-        return facts
+def lora_facts(path: Path) -> dict[str, Any]:
+    """Which modules a LoRA changes, by which formats, and what of it is not used."""
+    from ..lora.read import inspect as inspect_lora
+
+    report = inspect_lora(path)
+    return {
+        "modules": report.transformer,
+        "text_encoder_modules": report.text_encoder,
+        "by_format": dict(report.formats),
+        "keys_matched": len(report.matched),
+        "unmatched": list(report.unmatched),
+        "ignored": [f"{key} ({why})" for key, why in report.ignored.items()],
+        "costs": list(report.costs),
+        "warnings": list(report.warnings),
+    }
+
+
+def control_facts(path: Path, form: str) -> dict[str, Any]:
+    """Variant, rank and sizes of a ControlNet, and what would run it here."""
+    from ..formats.controlnet import control_info
+
+    control = control_info(path)
+    return {
+        "format": f"ControlNet {control.variant}, {form}",
+        "rank": control.rank or None,
+        "places": " ".join(map(str, control.config.places)),
+        "channels": control.config.channels,
+        "width": control.config.base.dim,
+        "runs_here": what_runs(quantized=bool(control.rank)),
+    }
+
+
+def model_facts(path: Path, form: str) -> dict[str, Any]:
+    """Rank and sizes of a transformer, and what would run it here."""
+    from ..formats.load import check_transformer
+
     info = check_transformer(path)
     config = info.config
     words = {
@@ -92,8 +109,8 @@ def inspect_file(path: Path) -> dict:
         "svdq-fp4": "SVDQuant NVFP4, group 16",
         "dense": f"dense {info.dtype}",
     }
-    facts |= {
-        "format": words.get(info.format, found.form.words),
+    return {
+        "format": words.get(info.format, form),
         "rank": info.rank or None,
         "quantized_refiners": info.quantized_refiners,
         "layers": config.n_layers,
@@ -104,4 +121,3 @@ def inspect_file(path: Path) -> dict:
         "caption_width": config.cap_feat_dim,
         "runs_here": what_runs(quantized=bool(info.rank), fp4=info.fp4),
     }
-    return facts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,70 +85,80 @@ class GGUFFile(TensorFiles):
 
     def _read(self) -> None:
         """Fields and tensors; struct.error, KeyError or ValueError where the file is damaged."""
-        place = len(MAGIC)
-
-        def number(kind: str) -> int:
-            nonlocal place
-            (found,) = struct.unpack_from(f"<{kind}", self._data, place)
-            place += struct.calcsize(f"<{kind}")
-            return found
-
-        def text() -> str:
-            nonlocal place
-            size = number("Q")
-            place += size
-            if place > len(self._data):
-                raise ValueError("a name goes past the end")
-            return self._data[place - size : place].decode("utf-8")
-
-        def value(key: str, kind: int) -> object:
-            nonlocal place
-            if kind == _STRING:
-                return text()
-            if kind != _ARRAY:
-                return number(_SCALARS[kind])
-            inner, count = number("I"), number("Q")
-            if inner == _STRING:
-                for _ in range(count):
-                    place += 8 + struct.unpack_from("<Q", self._data, place)[0]
-            elif inner == _ARRAY:
-                raise ValueError("an array of arrays")
-            elif key.startswith(_SHAPE) and count <= _MOST_AXES:
-                shapes[key.removeprefix(_SHAPE)] = tuple(number(_SCALARS[inner]) for _ in range(count))
-            else:
-                place += count * struct.calcsize(f"<{_SCALARS[inner]}")
-            return None
-
-        version = number("I")
+        cursor = _Cursor(self._data, len(MAGIC))
+        version = cursor.number("I")
         if version & 0xFFFF == 0:
             raise ValueError("it is big-endian, get a little-endian one")
-        tensors, fields = number("Q"), number("Q")
+        tensors, fields = cursor.number("Q"), cursor.number("Q")
         shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(fields):
-            key = text()
-            if (found := value(key, number("I"))) is not None:
+            key = cursor.text()
+            found = cursor.value(cursor.number("I"), keep=key.startswith(_SHAPE))
+            if isinstance(found, tuple):
+                shapes[key.removeprefix(_SHAPE)] = found
+            elif found is not None:
                 self.fields[key] = found
-        entries: list[tuple[str, int, int]] = []
-        for _ in range(tensors):
-            name, axes = text(), number("I")
-            if axes > _MOST_AXES or name in self._place:
-                raise ValueError(f"{name}: {axes} axes, or there twice")
-            shape = tuple(number("Q") for _ in range(axes))[::-1]
-            kind, block, size = _TYPES[number("I")]
-            if shape and shape[-1] % block:
-                raise ValueError(f"{name}: rows of {shape[-1]} weights in blocks of {block}")
-            self.tensors[name] = kind, shape
-            self._place[name] = 0, 0
-            entries.append((name, number("Q"), prod(shape) // block * size))
-            if original := shapes.get(name):
-                if prod(original) != prod(shape) or original[-1] % block:
-                    raise ValueError(f"{name}: {shape} in blocks of {block} cannot have been {original}")
-                self.tensors[name] = kind, original
+        entries = [self._entry(cursor, shapes) for _ in range(tensors)]
         alignment = self.fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0:
             raise ValueError(f"alignment {alignment}")
-        start = round_up(place, alignment)
+        start = round_up(cursor.place, alignment)
         for name, offset, size in entries:
             if start + offset + size > len(self._data):
                 raise ValueError(f"{name} goes past the end")
             self._place[name] = start + offset, size
+
+    def _entry(self, cursor: _Cursor, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int, int]:
+        """The next tensor: its name, and its offset and size in bytes."""
+        name, axes = cursor.text(), cursor.number("I")
+        if axes > _MOST_AXES or name in self._place:
+            raise ValueError(f"{name}: {axes} axes, or there twice")
+        shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
+        kind, block, size = _TYPES[cursor.number("I")]
+        if shape and shape[-1] % block:
+            raise ValueError(f"{name}: rows of {shape[-1]} weights in blocks of {block}")
+        self._place[name] = 0, 0
+        offset = cursor.number("Q")
+        original = shapes.get(name, shape)
+        if prod(original) != prod(shape) or original and original[-1] % block:
+            raise ValueError(f"{name}: {shape} in blocks of {block} cannot have been {original}")
+        self.tensors[name] = kind, original
+        return name, offset, prod(shape) // block * size
+
+
+class _Cursor:
+    """Reads a GGUF header from a place on; struct.error, KeyError or ValueError past the end."""
+
+    def __init__(self, data: mmap.mmap, place: int):
+        self.data, self.place = data, place
+
+    def number(self, kind: str) -> int:
+        """A number by its letter in `struct`."""
+        (found,) = struct.unpack_from(f"<{kind}", self.data, self.place)
+        self.place += struct.calcsize(f"<{kind}")
+        return found
+
+    def text(self) -> str:
+        size = self.number("Q")
+        self.place += size
+        if self.place > len(self.data):
+            raise ValueError("a name goes past the end")
+        return self.data[self.place - size : self.place].decode("utf-8")
+
+    def value(self, kind: int, keep: bool) -> object:
+        """The next value; arrays are passed over (None) unless a short one is to be kept."""
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.number(_SCALARS[kind])
+        inner, count = self.number("I"), self.number("Q")
+        if inner == _STRING:
+            for _ in range(count):
+                self.place += 8 + struct.unpack_from("<Q", self.data, self.place)[0]
+        elif inner == _ARRAY:
+            raise ValueError("an array of arrays")
+        elif keep and count <= _MOST_AXES:
+            return tuple(self.number(_SCALARS[inner]) for _ in range(count))
+        else:
+            self.place += count * struct.calcsize(f"<{_SCALARS[inner]}")
+        return None

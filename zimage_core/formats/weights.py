@@ -201,8 +201,8 @@ class _Finder:
                 "scale": self._part(keys, "weight_scale_2", one),
             }
             return Stored("nvfp4", (n, 2 * shape[1]), parts, plain)
-        if main == "weight" and (found := self._by_comfyui(keys, described, one, each)):
-            return found
+        if main == "weight" and (stored := self._by_comfyui(keys, described, one, each)):
+            return stored
         form = comfy if dtype == "U8" else FP8.get(dtype)
         if main == "weight" and form in FP8.values() and comfy in (None, form) and "weight_scale_2" not in scales:
             parts = {"codes": key}

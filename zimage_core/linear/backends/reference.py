@@ -110,7 +110,7 @@ def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tenso
     if "dense" in prepared:
         return F.linear(x, prepared["dense"], bias)
     if "outer_scale" in prepared:
-        weight = dequantize_fp4(*(prepared[name] for name in ("qweight", "wscales", "outer_scale")), x.dtype)
+        weight = dequantize_fp4(prepared["qweight"], prepared["wscales"], prepared["outer_scale"], x.dtype)
     else:
         weight = dequantize_codes(prepared["qweight"], prepared["wscales"])
     y = F.linear(x / prepared["smooth_factor"], weight, bias)
