@@ -719,7 +719,7 @@ def replaced(**parts):
         (fp8_scaled, replaced(weight=torch.zeros(FFN, 8).to(torch.float8_e4m3fn)), ["(512, 256)", "(512, 8)"]),
         (fp8_scaled, replaced(pre_quant_scale=torch.ones(WIDTH)), ["unexpected tensor", "up_proj.pre_quant_scale"]),
         (fp8_mixed, replaced(comfy_quant=comfy("mxfp8")), ["mlp.up_proj.weight_scale", "found F32 of shape ()"]),
-        (fp8_mixed, replaced(comfy_quant=comfy("int8_tensorwise")), ["expected int8_tensorwise as described", "found F8_E4M3"]),
+        (fp8_mixed, replaced(comfy_quant=comfy("int8_tensorwise")), ["int8_tensorwise as described", "found F8_E4M3"]),
         (fp8_mixed, replaced(comfy_quant=torch.zeros(4, dtype=torch.uint8)), ["comfy_quant: expected a JSON object"]),
         (fp8_mixed, replaced(weight_scale_2=torch.ones(())), ["expected float8_e4m3fn as described, found F8_E4M3"]),
         (nvfp4, replaced(comfy_quant=None), ["weight_scale_2: expected ComfyUI's .comfy_quant", "found neither"]),
