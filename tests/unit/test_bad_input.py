@@ -301,3 +301,14 @@ def test_files_that_are_no_pictures(tmp_path, monkeypatch):
         pictures.read_image(tmp_path)
     with pytest.raises(ValueError, match="no such file"):
         pictures.read_image("https://example.org/x.png")
+
+
+def test_a_file_s_texts_do_not_steer_the_terminal(tmp_path, capsys):
+    """Escape sequences in names and metadata, and in an error's file name, are shown and not sent."""
+    path = tmp_path / "x.safetensors"
+    save_file({"\x1b[31mred": torch.ones(1)}, path, {"title\x1b]0;": "\x1b[2J"})
+    assert cli.main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\\x1b[2J" in shown and "title\\x1b]0;" in shown
+    assert cli.main(["inspect", "gone\x1b[31m"]) == 2
+    assert "gone\\x1b[31m: no such file" in capsys.readouterr().err

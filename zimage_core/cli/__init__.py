@@ -21,6 +21,7 @@ from .. import __version__
 from ..failures import out_of_memory
 from . import batch, bench, compare, doctor, download, generate, inspect, quantize, quantize_encoder, verify
 from .options import EXIT_INPUT, Parser
+from .output import printable
 
 EXIT_MEMORY, EXIT_INTERRUPT, EXIT_BROKEN_PIPE = 3, 130, 141
 COMMANDS = (generate, batch, download, quantize, quantize_encoder, inspect, compare, doctor, bench, verify)
@@ -102,4 +103,4 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text)

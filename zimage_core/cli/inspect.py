@@ -10,7 +10,7 @@ from typing import Any
 
 from .doctor import what_runs
 from .options import Commands, Parser
-from .output import gib, print_facts
+from .output import gib, print_facts, printable
 
 
 def add_parser(commands: Commands) -> Parser:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if metadata:
         print("metadata:")
         for name, value in metadata.items():
-            print(f"  {name}: {value if len(value) <= 300 else value[:300] + ' ...'}")
+            print(f"  {printable(name)}: {printable(value if len(value) <= 300 else value[:300] + ' ...')}")
     if runs:
         sys.stdout.flush()
         print(f"runs here: {runs}")

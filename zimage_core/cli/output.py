@@ -78,6 +78,11 @@ def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str]) -> None
         part.unlink(missing_ok=True)
 
 
+def printable(text: str) -> str:
+    """A text with its control characters escaped, as they could steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_facts(facts: Mapping[str, object]) -> None:
     """Print a table of names and values, lists and nested tables indented."""
     for name, value in facts.items():
@@ -85,11 +90,11 @@ def print_facts(facts: Mapping[str, object]) -> None:
         if isinstance(value, Mapping):
             print(f"{label}:")
             for key, inner in value.items():
-                print(f"  {key}: {inner}")
+                print(f"  {printable(str(key))}: {printable(str(inner))}")
         elif isinstance(value, list):
-            print(f"{label}: {'; '.join(map(str, value)) or 'none'}")
+            print(f"{label}: {printable('; '.join(map(str, value))) or 'none'}")
         else:
-            print(f"{label}: {'none' if value is None else value}")
+            print(f"{label}: {'none' if value is None else printable(str(value))}")
 
 
 def gib(count: int | None) -> float | None:
