@@ -69,14 +69,22 @@ def starting_noise(generator: Seeds, count: int, height: int, width: int) -> tup
     if isinstance(generator, Sequence):
         if len(generator) != count:
             raise ValueError(f"seeds: expected {count}, one for each picture, found {len(generator)}")
-        seeds = [operator.index(seed) for seed in generator]
+        seeds = [_seed(seed) for seed in generator]
     else:
-        first = secrets.randbelow(2**32) if generator is None else operator.index(generator)
+        first = secrets.randbelow(2**32) if generator is None else _seed(generator)
         seeds = [first, *((first + i) % SEEDS for i in range(1, count))]
     for seed in seeds:
         if not 0 <= seed < SEEDS:
             raise ValueError(f"seed: expected 0 to 2^64 - 1, found {seed}")
     return torch.cat([draw_noise(seed, 1, height, width) for seed in seeds]), seeds
+
+
+def _seed(value: object) -> int:
+    """A seed as it is given, numpy's integers too; ValueError for anything else."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # what has no __index__ raises the TypeError
+    except TypeError:
+        raise ValueError(f"seed: expected an integer, found {value!r}") from None
 
 
 def predict_flow(model: Model, latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
