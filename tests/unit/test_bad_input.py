@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -197,9 +198,10 @@ def test_more_pictures_than_a_command_makes(capsys):
 
 
 BUSY = """
-import hashlib
+import hashlib, signal
 from zimage_core import cli
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background begins without it
 with cli.interruptible():
     print("busy", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
@@ -213,13 +215,18 @@ def test_the_second_interrupt_ends_at_once():
     process = subprocess.Popen(
         [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert process.stdout.readline() == "busy\n"
-    time.sleep(0.5)  # until it computes
-    process.send_signal(signal.SIGINT)
-    assert "stopping at the next chance; Ctrl-C again ends at once" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode == 130
+    limit = threading.Timer(60, process.kill)  # rather than waiting for a line that does not come
+    limit.start()
+    try:
+        assert process.stdout.readline() == "busy\n"
+        time.sleep(0.5)  # until it computes
+        process.send_signal(signal.SIGINT)
+        assert "stopping at the next chance; Ctrl-C again ends at once" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        assert process.returncode == 130
+    finally:
+        limit.cancel()
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------
