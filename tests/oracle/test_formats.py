@@ -209,7 +209,7 @@ def gguf(kind: str, prefix: str = "", everything: bool = False, reshaped: bool =
             return "F32"
         if not everything and ("layers." not in name or "adaLN" in name):
             return "F16"
-        return next(k for k in (kind, "Q8_0") if tensor.shape[1] % QUANTIZED[k][0] == 0)
+        return next(k for k in (kind, "Q8_0") if tensor.shape[1] % QUANTIZED.get(k, (1,))[0] == 0)
 
     def write(path: Path, weights: Weights) -> Weights:
         package = pytest.importorskip("gguf")

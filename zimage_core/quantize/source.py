@@ -44,8 +44,10 @@ def match_source(files: TensorFiles, info: ModelInfo) -> tuple[ZImageTransformer
 
 
 def _bits(files: TensorFiles, stored: Mapping[str, list[Stored]]) -> float:
-    """Bits of a weight in a file on average, over its matrices."""
-    found = [one for pieces in stored.values() for one in pieces if len(one.shape) == 2]
+    """Bits of a weight on average, over a file's quantized matrices; 16 without one."""
+    found = [one for pieces in stored.values() for one in pieces if one.form != "float"]
+    if not found:
+        return 16.0
     size = 0.0
     for one in found:
         dtype, shape = files.tensors[one.key]
