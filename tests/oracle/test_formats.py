@@ -270,7 +270,7 @@ CASES = {
     "gguf-q8_0-reshaped": Case(gguf("Q8_0", reshaped=True), "comfy", "gguf", 9, 30, ".gguf"),
     "gguf-q5_1": Case(gguf("Q5_1"), "comfy", "gguf", 7, 15, ".gguf"),
     "gguf-q4_0": Case(gguf("Q4_0", everything=True), "diffusers", "gguf", 4.5, 10, ".gguf"),
-    "gguf-bf16": Case(gguf("BF16"), "comfy", "gguf", 17, 50, ".gguf"),
+    "gguf-bf16": Case(gguf("BF16"), "comfy", "dense", 16, 50, ".gguf"),
 }
 
 
