@@ -122,7 +122,7 @@ FP32_COPIES = {
     "Q4_K": 2.2,
     "Q5_K": 2.6,
     "Q6_K": 2.4,
-    "Q4_0": 1,
+    "Q4_0": 2.3,  # the nibbles as bytes, as floats, their product with the scales
 }
 
 

@@ -130,7 +130,7 @@ def test_a_missing_or_misshapen_tensor_is_named():
         SVDQWeights.from_packed({k: t for k, t in tensors.items() if "proj_up" not in k}, "layers.0.w2.")
     with pytest.raises(ValueError, match=r"layers\.0\.w2\.wscales: expected \(128, 2\), found \(128, 4\)"):
         SVDQWeights.from_packed(tensors | {"layers.0.w2.wscales": torch.zeros(4, 128)}, "layers.0.w2.")
-    with pytest.raises(ValueError, match="expected \\(in, out, rank\\)"):
+    with pytest.raises(ValueError, match="expected \\(in, out, rank, FP4\\)"):
         SVDQLinear(128, 128, rank=32).load(golden(GOLDEN[0])[1], cpu())
 
 
