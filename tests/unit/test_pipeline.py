@@ -52,15 +52,18 @@ def test_stages_run_in_order_and_a_known_prompt_needs_no_encoder(tiny_files):
 
 @pytest.mark.skipif(not recorder.reset_host_peak(), reason="the system does not count a stage's own host memory")
 def test_a_stage_has_its_own_host_peak(draw):
-    """128 MiB touched and freed in one stage are in its peak and not in the next one's."""
+    """512 MiB touched and freed in one stage are in its peak and not in the next one's.
+
+    Half of it is asked for: the libraries' mapped pages count too, and a system may take them away and bring them back.
+    """
 
     def touch(name, steps):
         if name == "sample":
-            torch.ones(2**25).sum()
+            torch.ones(2**27).sum()
 
     draw("a cat", **SIZE, on_stage=touch)
     peaks = {stage.name: stage.host_peak for stage in draw.stages}
-    assert peaks["sample"] - peaks["decode"] > 100 * 2**20
+    assert peaks["sample"] - peaks["decode"] > 256 * 2**20
 
 
 def test_where_the_system_counts_no_stage_the_host_peak_is_left_out(draw, monkeypatch):
