@@ -175,7 +175,7 @@ def test_encoder_measures_every_form(script, capsys):
     out = capsys.readouterr().out
     assert out.count("| form") == 3
     rows = json.loads(out.splitlines()[-1])["rows"]
-    demo = {row["form"]: row for row in rows if row["layers"] == 2 and row["width"] == 128}
+    demo = {row["form"]: row for row in rows if row["layers"] == 3 and row["width"] == 128}
     int8, fp8, nvfp4 = (demo[name] for name in ("INT8, quanto", "FP8 scaled (e4m3)", "NVFP4, ComfyUI"))
     assert 1 > int8["mean"] > fp8["mean"] > nvfp4["mean"] > 0.99
     assert int8["weights"] < 0.01 < fp8["weights"] < 0.03 < nvfp4["weights"] < 0.1
