@@ -24,6 +24,7 @@ from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
 
 DATA = Path(__file__).parent.parent / "data"
 GOLDEN = sorted((DATA / "linear").glob("*.safetensors"))
+GOLDEN_FP4 = sorted((DATA / "linear_nvfp4").glob("*.safetensors"))
 WIDTHS = [(11520, 3840), (3840, 3840), (20480, 3840), (3840, 10240)]
 
 
@@ -267,11 +268,23 @@ def test_no_triton_leaves_the_reference(gpu, no_engine, monkeypatch):
         select("triton", device="cuda", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize(("sm", "reason"), [(90, "without 4-bit tensor cores"), (120, "refuse Blackwell"), (86, None)])
-def test_the_engine_is_not_asked_on_hardware_it_refuses(sm, reason, gpu, engine):
+@pytest.mark.parametrize(
+    ("sm", "fp4", "reason"),
+    [
+        (90, False, "without 4-bit tensor cores"),
+        (120, False, "refuse Blackwell"),
+        (86, False, None),
+        (89, True, "FP4 kernels need sm_120"),
+        (100, True, "FP4 kernels need sm_120"),
+        (120, True, None),
+    ],
+)
+def test_the_engine_is_not_asked_on_hardware_it_refuses(sm, fp4, reason, gpu, engine):
     gpu(sm)
-    found = nunchaku.unavailable(torch.device("cuda"), torch.bfloat16)
+    found = nunchaku.unavailable(torch.device("cuda"), torch.bfloat16, fp4)
     assert found is None if reason is None else reason in found
+    if fp4 and reason is None:
+        assert select(device="cuda", dtype=torch.bfloat16, fp4=True).name == "nunchaku"
 
 
 def test_the_statistics_library_of_pypi_is_told_from_the_engine(tmp_path, monkeypatch):
@@ -290,6 +303,30 @@ def test_nunchaku_gets_what_its_kernels_take(path, engine):
     assert torch.equal(module.qweight, tensors["packed.qweight"])
     assert torch.equal(module(x), linear(weights, cpu(precision="w4a4"))(x))
     assert all(torch.equal(a, b) for a, b in zip(module.weights().tensors().values(), weights.tensors().values()))
+
+
+@pytest.mark.parametrize("path", GOLDEN_FP4, ids=lambda path: path.stem)
+def test_nunchaku_gets_what_its_fp4_kernels_take(path, engine):
+    """Codes and scales as stored; every scale of the rows, wtscale or wcscales, as wcscales in 16 bits."""
+    tensors = load_file(path)
+    weights = SVDQWeights.from_packed(tensors, "packed.")
+    backend = backends.Backend("nunchaku", "w4a4", nunchaku, "")
+    module = SVDQLinear(weights.in_features, weights.out_features, rank=weights.rank, fp4=True)
+    module.load(weights, backend)
+    assert torch.equal(module.qweight, tensors["packed.qweight"])
+    assert torch.equal(module.wscales.view(torch.uint8), tensors["packed.wscales"].view(torch.uint8))
+    outer = tensors.get("packed.wcscales", tensors.get("packed.wtscale"))
+    assert torch.equal(module.wcscales, outer.expand(weights.out_features))
+    assert relative(module(tensors["x"]), tensors["y_w4a16"]) < 5e-3  # the engine of this test rounds to bf16 only
+    assert all(torch.equal(a, b) for a, b in zip(module.weights().tensors().values(), weights.tensors().values()))
+    module.set_adapter(
+        Terms(torch.ones(16, weights.in_features).bfloat16(), torch.ones(weights.out_features, 16).bfloat16())
+    )
+    assert module.adapter is None and module.proj_down.shape[1] == weights.rank + 16
+    module.set_adapter(None)
+    assert relative(module(tensors["x"]), tensors["y_w4a16"]) < 5e-3
+    x = torch.empty(3, weights.in_features, device="meta", dtype=torch.bfloat16)
+    assert backend.linear(x, backend.prepare(weights.to("meta"))).shape == (3, weights.out_features)
 
 
 def test_nunchaku_is_kept_from_what_its_kernels_get_wrong(engine, monkeypatch):
@@ -392,8 +429,8 @@ def engine(tmp_path, monkeypatch):
             def svdq_quantize_w4a4_act_fuse_lora_cuda(input, output=None, oscales=None, lora_down=None,
                     lora_act_out=None, smooth=None, fuse_glu=False, fp4=False, pad_size=256):
                 rows = -(-len(input) // pad_size) * pad_size
-                assert input.is_contiguous() and lora_down.shape[0] == input.shape[1] and not fp4
-                return (input, smooth), torch.zeros(input.shape[1] // 64, rows), (lora_down, rows)
+                assert input.is_contiguous() and lora_down.shape[0] == input.shape[1]
+                return (input, smooth, fp4), torch.zeros(input.shape[1] // 64, rows), (lora_down, rows)
             """
         )
     )
@@ -404,13 +441,18 @@ def engine(tmp_path, monkeypatch):
             from zimage_core.linear.svdq import SVDQWeights
 
             def svdq_gemm_w4a4_cuda(act, wgt, out=None, ascales=None, wscales=None, lora_act_in=None, lora_up=None,
-                    bias=None):
-                (x, smooth), (down, rows) = act, lora_act_in
+                    bias=None, fp4=False, alpha=1.0, wcscales=None):
+                (x, smooth, quantized_fp4), (down, rows) = act, lora_act_in
+                assert fp4 is quantized_fp4 is (wcscales is not None) and alpha == 1.0
                 assert rows % 256 == 0 and ascales.shape[1] == rows
                 assert out.shape == (len(x), len(wgt)) and out.dtype == x.dtype
                 packed = dict(qweight=wgt, wscales=wscales, smooth_factor=smooth, proj_down=down, proj_up=lora_up)
                 packed |= {} if bias is None else {"bias": bias}
-                out.copy_(reference.linear(x, SVDQWeights.from_packed(packed).tensors(), "w4a4"))
+                if fp4:
+                    assert str(wscales.dtype) == "torch.float8_e4m3fn" and wcscales.dtype == x.dtype
+                    packed["wcscales"] = wcscales
+                precision = "w4a16" if fp4 else "w4a4"
+                out.copy_(reference.linear(x, SVDQWeights.from_packed(packed).tensors(), precision))
             """
         )
     )

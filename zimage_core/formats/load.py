@@ -200,7 +200,8 @@ def fill(
         elif isinstance(module, SVDQLinear):
             leaves = [key.rpartition(".")[2] for key in sources.stored if key.startswith(f"{name}.")]
             packed = {leaf: sources.get(f"{name}.{leaf}", device) for leaf in leaves}
-            packed = {leaf: t if t.element_size() == 1 else t.to(dtype) for leaf, t in packed.items()}
+            kept = {leaf for leaf, t in packed.items() if t.element_size() == 1 or f".{leaf}" in OPTIONAL}
+            packed = {leaf: t if leaf in kept else t.to(dtype) for leaf, t in packed.items()}
             floats = [leaf for leaf, tensor in packed.items() if tensor.is_floating_point()]
             small = [leaf for leaf in floats if packed[leaf].numel() <= SMALL or dtype is torch.float16]
             _check_numbers(sources, {sources.stored[f"{name}.{leaf}"][0].key: packed[leaf] for leaf in small})

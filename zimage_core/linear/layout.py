@@ -138,8 +138,17 @@ def e2m1(device: torch.device) -> torch.Tensor:
 
 
 def pack_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The plain tensors of one linear by name -> as stored. ValueError as in the functions above."""
-    return {name: _CODECS[name][0](tensor) for name, tensor in tensors.items()}
+    """The plain tensors of one linear by name -> as stored. ValueError as in the functions above.
+
+    Of FP4, `outer_scale` becomes `wcscales`.
+    """
+    if "outer_scale" not in tensors:
+        return {name: _CODECS[name][0](tensor) for name, tensor in tensors.items()}
+    found = {name: _CODECS[name][0](t) for name, t in tensors.items() if name in _CODECS and name != "wscales"}
+    return found | {
+        "wscales": pack_micro_scales(tensors["wscales"]),
+        "wcscales": pack_vector(tensors["outer_scale"]),
+    }
 
 
 def unpack_linear(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ class SVDQWeights:
     proj_down: torch.Tensor  # (R, K)
     proj_up: torch.Tensor  # (N, R)
     bias: torch.Tensor | None = None  # (N,)
-    outer_scale: torch.Tensor | None = None  # (N,) of FP4
+    outer_scale: torch.Tensor | None = None  # (N,) fp32 of FP4
 
     def __post_init__(self) -> None:
         n, k, r = self.out_features, self.in_features, self.rank
@@ -89,8 +89,9 @@ class SVDQWeights:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> SVDQWeights:
-        """The weights on another device, floating-point tensors in another dtype."""
-        moved = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in self.tensors().items()}
+        """The weights on another device, floating-point tensors in another dtype, but for fp32's outer_scale."""
+        kept = {name for name, t in self.tensors().items() if not t.is_floating_point()} | {"outer_scale"}
+        moved = {name: t.to(device, None if name in kept else dtype) for name, t in self.tensors().items()}
         return replace(self, **moved)
 
     def dequantize(self) -> torch.Tensor:
@@ -99,14 +100,22 @@ class SVDQWeights:
 
     def residual(self) -> torch.Tensor:
         """q * s (N, K) in fp32."""
-        codes = layout.unpack_nibbles(self.qweight)
+        codes, scales = layout.unpack_nibbles(self.qweight), self.scales()
+        values = layout.e2m1(codes.device)[codes.int() & 15] if self.fp4 else codes
+        return (values.view(*scales.shape, -1) * scales[:, :, None]).view(codes.shape)
+
+    def scales(self) -> torch.Tensor:
+        """s (N, G) in fp32."""
         if self.outer_scale is None:
-            grouped = codes.view(len(codes), -1, layout.GROUP) * self.wscales.float()[:, :, None]
-        else:
-            scales = self.wscales.view(torch.float8_e4m3fn).float() * self.outer_scale.float()[:, None]
-            values = layout.e2m1(codes.device)[codes.int() & 15]
-            grouped = values.view(len(codes), -1, layout.MICRO_GROUP) * scales[:, :, None]
-        return grouped.view(codes.shape)
+            return self.wscales.float()
+        return self.wscales.view(torch.float8_e4m3fn).float() * self.outer_scale.float()[:, None]
+
+    def largest_codes(self) -> torch.Tensor:
+        """The largest |q| of each group (N, G)."""
+        codes = layout.unpack_nibbles(self.qweight).view(*self.wscales.shape, -1)
+        if self.fp4:
+            return layout.e2m1(codes.device)[(codes & 7).amax(2).int()]
+        return codes.abs_().amax(2)
 
 
 class SVDQLinear(nn.Module):
@@ -138,7 +147,7 @@ class SVDQLinear(nn.Module):
             proj_down=torch.empty(rank, in_features, device=device, dtype=dtype),
             proj_up=torch.empty(out_features, rank, device=device, dtype=dtype),
             bias=torch.empty(out_features, device=device, dtype=dtype) if bias else None,
-            outer_scale=torch.empty(out_features, device=device, dtype=dtype) if fp4 else None,
+            outer_scale=torch.empty(out_features, device=device, dtype=torch.float32) if fp4 else None,
         )
         self.register_module("adapter", None)
 

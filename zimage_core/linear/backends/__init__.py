@@ -2,7 +2,7 @@
 
 Each backend is a module with PRECISIONS, FP4 (those in which it takes FP4 weights, if any) and five functions:
 
-    unavailable(device, dtype) -> str | None      why it cannot run there, or None
+    unavailable(device, dtype, fp4=False)         why it cannot run INT4 or FP4 weights there, or None
     prepare(weights, precision) -> dict           the tensors that `linear` takes, which replace the stored ones
     restore(prepared) -> dict                     the inverse of `prepare`, exact
     join(prepared, rank, pair) -> dict | None     the low-rank branch cut to its first `rank`, and an adapter's pair of
@@ -121,7 +121,7 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
         if name not in ("auto", candidate) or precision not in ("auto", level) or candidate in passed:
             continue
         module = load(candidate)
-        refusal = module.unavailable(device, dtype)
+        refusal = module.unavailable(device, dtype, fp4)
         if refusal is None and fp4 and level not in getattr(module, "FP4", ()):
             refusal = f"has no {level} for FP4 weights"
         if refusal is None and (precision, level) == ("auto", "w4a8") and (capability(device) or 0) < FP8_CAPABILITY:
@@ -174,13 +174,13 @@ def amd_architecture(device: torch.device) -> str | None:
     return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
 
 
-def allocate_w4a4(x: torch.Tensor, rank: int, n: int) -> torch.Tensor:
+def allocate_w4a4(x: torch.Tensor, rank: int, n: int, fp4: bool = False) -> torch.Tensor:
     """What 4-bit kernels allocate for x (M, K), their result (M, N) last: codes, scales, the low-rank product."""
     m, k = x.shape
     m = round_up(m, 256)
     _ = (
         x.new_empty(m, k // 2, dtype=torch.uint8),
-        x.new_empty(k // 64, m),
+        x.new_empty(k // 16, m, dtype=torch.uint8) if fp4 else x.new_empty(k // 64, m),
         x.new_empty(m, rank, dtype=torch.float32),
     )
     return x.new_empty(len(x), n)

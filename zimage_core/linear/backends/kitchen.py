@@ -25,7 +25,7 @@ PRECISIONS = ("w4a4",)
 INT4_TENSOR_CORES = (80, 86, 87, 89, 120, 121)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> str | None:
     """Why it cannot run there: not installed, too old, no INT4 tensor cores, no 16-bit dtype."""
     try:
         import comfy_kitchen

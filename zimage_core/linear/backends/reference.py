@@ -28,7 +28,7 @@ CHUNK = 2**24  # elements unpacked at a time: 16 MiB of codes
 DENSE = 2**20  # elements up to which a weight's dense form is kept: 2 MiB in bf16
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> str | None:
     """None: it runs everywhere."""
     return None
 

@@ -9,6 +9,8 @@ w4a8: activations x / smooth in 8 bits with a scale per row, weights in 8 bits w
 would raise the error by half. In a block `quantize_rows` is left for the attention's result only: `fused` writes the
 codes for the other three linears. Times of each part and their lower bounds: benchmarks/README.md.
 
+FP4 weights take the same kernels, which read their codes and scales otherwise.
+
 Legend: M rows, N out, K in, R rank.
 """
 
@@ -22,22 +24,22 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 
-from .. import layout
 from . import Quantized, amd_architecture, capability, guard
 from .reference import join, restore
 
 if TYPE_CHECKING:
     from ..svdq import SVDQWeights
 
-__all__ = ["PRECISIONS", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
+__all__ = ["PRECISIONS", "FP4", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
 PRECISIONS = ("w4a8", "w4a16")
+FP4 = PRECISIONS
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")  # with matrix units; the kernels are compiled for some, unrun
 OLDEST_TRITON = (3, 2)  # comes with torch 2.6; before it the kernels fail to compile or to compute
 FEW_ROWS = 2048  # w4a16 multiplies up to so many rows by the low-rank branch, instead of adding it to the weight
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> str | None:
     """Why it cannot run there: no triton, no GPU with matrix units that it compiles for, or a dtype without them."""
     sm, amd = capability(device), amd_architecture(device)
     if sm is None and amd is None:
@@ -65,8 +67,7 @@ def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
     """The weights' tensors; for w4a8 also `channel_scale` (N,) fp32, a row's largest weight / 448."""
     prepared = weights.tensors()
     if precision == "w4a8":
-        codes = layout.unpack_nibbles(weights.qweight).view(len(weights.qweight), -1, layout.GROUP)
-        largest = (codes.abs_().amax(2) * weights.wscales.float().abs()).amax(1)
+        largest = (weights.largest_codes() * weights.scales().abs()).amax(1)
         # Multiplied, not divided: CUDA rounds a division by a constant differently from the CPU, and a model prepared
         # on the CPU for streaming must be equal.
         prepared["channel_scale"] = largest.clamp_(min=1e-12) * (1 / LIMITS[torch.float8_e4m3fn])
@@ -119,9 +120,9 @@ def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: i
     """Write q * s / smooth into weight (N, K), which may be strided; plus up @ down unless r is 0."""
     n, k = weight.shape
     tiles = dequantize_tiles(k, r, capability(weight.device) or 80)
-    names = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
+    names = ("qweight", "wscales", "outer_scale", "smooth_factor", "proj_down", "proj_up")
     grid = n // tiles["BLOCK_N"], k // 2 // tiles["BLOCK_C"]
-    launch("dequantize", grid, *(prepared[name] for name in names), weight, k, r, weight.stride(0), **tiles)
+    launch("dequantize", grid, *(prepared.get(name) for name in names), weight, k, r, weight.stride(0), **tiles)
 
 
 def eight_bit(device: torch.device) -> torch.dtype:
@@ -147,7 +148,7 @@ def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torc
     n, half = qweight.shape
     weight = torch.empty(n, 2 * half, dtype=dtype, device=qweight.device)
     block_c = 128 if half % 128 == 0 else 64
-    scales = prepared["wscales"], prepared["channel_scale"]
+    scales = prepared["wscales"], prepared.get("outer_scale"), prepared["channel_scale"]
     launch("requantize", (n // 32, half // block_c), qweight, *scales, weight, 2 * half, _to_code(dtype), 32, block_c)
     return weight
 

@@ -4,7 +4,10 @@ Codes are read in the compact form: byte c of a row holds the code of channel k 
 nibble and that of k + 32 in its high one, so a tile of bytes makes two tiles of channels, each a whole operand of
 `tl.dot`. No kernel masks rows of a weight or bytes of a row: the format makes both multiples of the tiles.
 
-Legend: M rows, N out, K in, R rank, G = K / 64 groups.
+FP4 weights are those with an outer scale of the rows: their codes are e2m1, and wscales the bytes of e4m3, one for 16
+channels. Both are read as the upper bits of fp16, which every GPU has and whose exponents are larger by FP4_OFFSET.
+
+Legend: M rows, N out, K in, R rank, G = K / 64 groups (K / 16 of FP4).
 """
 
 from __future__ import annotations
@@ -12,23 +15,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _codes(qweight, rows, columns, half):
-    packed = tl.load(qweight + rows[:, None] * half + columns[None, :]).to(tl.int32)
-    return ((((packed & 15) ^ 8) - 8).to(tl.float32), (((packed >> 4) ^ 8) - 8).to(tl.float32))
+FP4_OFFSET = tl.constexpr(2.0 ** (14 + 8))  # of e2m1, whose exponents are offset by 1 and not 15, and of e4m3's 7
 
 
 @triton.jit
-def _scales(wscales, rows, tile, k, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    groups = tile * (BLOCK_C // 32) + tl.arange(0, BLOCK_C // 32)
-    scale = tl.load(wscales + rows[:, None] * (k // 64) + groups[None, :]).to(tl.float32)
-    return tl.broadcast_to(scale[:, :, None], BLOCK_N, BLOCK_C // 32, 32).reshape(BLOCK_N, BLOCK_C)
+def _residual(
+    nibbles, wscales, outer_scale, rows, tile, k,
+    HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """q and s in fp32 of the low or high nibbles of a tile of bytes."""
+    if outer_scale is None:
+        groups = tile * (BLOCK_C // 32) + tl.arange(0, BLOCK_C // 32)
+        scale = tl.load(wscales + rows[:, None] * (k // 64) + groups[None, :]).to(tl.float32)
+        s = tl.broadcast_to(scale[:, :, None], BLOCK_N, BLOCK_C // 32, 32).reshape(BLOCK_N, BLOCK_C)
+        q = ((nibbles ^ 8) - 8).to(tl.float32)
+    else:
+        halves = tile * (BLOCK_C // 16) + tl.arange(0, BLOCK_C // 16)  # of 32 bytes
+        groups = halves // 2 * 4 + halves % 2 + 2 * HIGH
+        byte = tl.load(wscales + rows[:, None] * (k // 16) + groups[None, :]).to(tl.int32)
+        outer = tl.load(outer_scale + rows).to(tl.float32) * FP4_OFFSET
+        scale = _half((byte & 128) << 8 | (byte & 127) << 7) * outer[:, None]
+        s = tl.broadcast_to(scale[:, :, None], BLOCK_N, BLOCK_C // 16, 16).reshape(BLOCK_N, BLOCK_C)
+        q = _half((nibbles & 8) << 12 | (nibbles & 7) << 9)
+    return q, s
+
+
+@triton.jit
+def _half(bits):
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def dequantize(
-    qweight, wscales, smooth_factor, proj_down, proj_up, weight, k, r, stride,
+    qweight, wscales, outer_scale, smooth_factor, proj_down, proj_up, weight, k, r, stride,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """weight (N, K), its rows `stride` apart, = q * s / smooth + up @ down, rounded once.
@@ -47,10 +66,11 @@ def dequantize(
             down = proj_down + ranks[:, None] * k + channels[None, :]
             low = tl.dot(up, tl.load(down), low)
             high = tl.dot(up, tl.load(down + 32), high)
-    q_low, q_high = _codes(qweight, rows, columns, k // 2)
-    scale = _scales(wscales, rows, tl.program_id(1), k, BLOCK_N, BLOCK_C)
-    low += q_low * scale * (1 / tl.load(smooth_factor + channels).to(tl.float32))[None, :]
-    high += q_high * scale * (1 / tl.load(smooth_factor + channels + 32).to(tl.float32))[None, :]
+    packed = tl.load(qweight + rows[:, None] * (k // 2) + columns[None, :]).to(tl.int32)
+    q, s = _residual(packed & 15, wscales, outer_scale, rows, tl.program_id(1), k, 0, BLOCK_N, BLOCK_C)
+    low += q * s * (1 / tl.load(smooth_factor + channels).to(tl.float32))[None, :]
+    q, s = _residual(packed >> 4, wscales, outer_scale, rows, tl.program_id(1), k, 1, BLOCK_N, BLOCK_C)
+    high += q * s * (1 / tl.load(smooth_factor + channels + 32).to(tl.float32))[None, :]
     out = weight + rows[:, None] * stride + channels[None, :]
     tl.store(out, low.to(weight.dtype.element_ty))
     tl.store(out + 32, high.to(weight.dtype.element_ty))
@@ -58,18 +78,20 @@ def dequantize(
 
 @triton.jit
 def requantize(
-    qweight, wscales, channel_scale, weight, k, TO_CODE: tl.constexpr,
+    qweight, wscales, outer_scale, channel_scale, weight, k, TO_CODE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """weight (N, K) fp8 or int8 = q * s / (channel_scale * TO_CODE). Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    q_low, q_high = _codes(qweight, rows, columns, k // 2)
-    scale = _scales(wscales, rows, tl.program_id(1), k, BLOCK_N, BLOCK_C)
-    scale *= (1 / (tl.load(channel_scale + rows) * TO_CODE))[:, None]
+    packed = tl.load(qweight + rows[:, None] * (k // 2) + columns[None, :]).to(tl.int32)
+    to_code = (1 / (tl.load(channel_scale + rows) * TO_CODE))[:, None]
     out = weight + rows[:, None] * k + (columns // 32 * 64 + columns % 32)[None, :]
-    tl.store(out, _to_8bit(q_low * scale, weight.dtype.element_ty))
-    tl.store(out + 32, _to_8bit(q_high * scale, weight.dtype.element_ty))
+    q, s = _residual(packed & 15, wscales, outer_scale, rows, tl.program_id(1), k, 0, BLOCK_N, BLOCK_C)
+    low = _to_8bit(q * (s * to_code), weight.dtype.element_ty)
+    q, s = _residual(packed >> 4, wscales, outer_scale, rows, tl.program_id(1), k, 1, BLOCK_N, BLOCK_C)
+    tl.store(out, low)
+    tl.store(out + 32, _to_8bit(q * (s * to_code), weight.dtype.element_ty))
 
 
 @triton.jit
