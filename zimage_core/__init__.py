@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .control import Control
     from .formats.load import load_transformer
+    from .lora.read import load_lora
     from .pipeline import Pipeline, load_pipeline
 
 __version__ = "0.2.0.dev0"
@@ -19,9 +20,10 @@ _HOME = {
     "load_pipeline": "pipeline",
     "Pipeline": "pipeline",
     "Control": "control",
+    "load_lora": "lora.read",
     "load_transformer": "formats.load",
 }
-__all__ = ["Control", "Pipeline", "__version__", "load_pipeline", "load_transformer"]
+__all__ = ["Control", "Pipeline", "__version__", "load_lora", "load_pipeline", "load_transformer"]
 
 
 def __getattr__(name: str):

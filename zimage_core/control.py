@@ -118,8 +118,9 @@ class Given:
         """The latents (B, 16, h, w) at the first sigma."""
         return self.noise if self.clean is None else (1 - sigma) * self.clean + sigma * self.noise
 
-    def hold(self, edit: Edit, device: torch.device) -> Callable[[Tensor, float], Tensor]:
-        """For `sampler.denoise`: what an edit does not repaint stays as the noisy picture has it."""
-        assert self.clean is not None
+    def hold(self, edit: Edit | None, device: torch.device) -> Callable[[Tensor, float], Tensor] | None:
+        """For `sampler.denoise`: what an edit does not repaint stays as the noisy picture has it; None without one."""
+        if edit is None or self.clean is None:
+            return None
         clean, noise, cells = (tensor.to(device) for tensor in (self.clean, self.noise, edit.cells))
         return lambda latents, sigma: torch.where(cells > 0, latents, (1 - sigma) * clean + sigma * noise)

@@ -2,101 +2,135 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
+from . import sampler
 from .control import Control, Edit
 from .linear.backends import Backend
 from .lora.read import Lora, load_lora
 from .memory import plan as planning
+from .models.config import ZImageConfig
+from .models.transformer import PIXELS_PER_CELL
 from .recorder import Recorder, StageRecord
 from .residents import Loras
 
 if TYPE_CHECKING:
+    import numpy
     from PIL import Image
 
 PIXELS_MULTIPLE = 16
 MAX_SIDE, MAX_PIXELS = 2**14, 2**31
 """Of one picture's edge, and of all pictures of a call, whose noise is then 2 GiB."""
+OUTPUTS = ("pil", "np", "pt", "latent")
+OnStep: TypeAlias = "Callable[[int, int, Tensor], bool | None]"
+Caption: TypeAlias = "str | Tensor"
+"""A prompt, or its features (L, C)."""
 LoraChoice = Iterable[tuple[str | Path | Lora, float]]
 
 
-class Pictures(list["Image.Image"]):
-    """The pictures (PIL) of one call, and what the call did.
+logger = logging.getLogger(__name__)
 
-    seeds: one for each picture, None where a generator was given. stages: what each took. plan: as it was in the end.
-    backend: that of the transformer, None for a dense one.
+T = TypeVar("T")
+
+
+class Pictures(list[Any]):
+    """The pictures of one call, PIL's unless it asked for others, and what the call did.
+
+    seeds: one for each picture, None where generators or latents were given. stages: what each took. plan: as it was in
+    the end. backend: that of the transformer, None for a dense one.
     """
 
     def __init__(
         self,
-        pictures: Iterable[Image.Image],
+        pictures: list[Image.Image] | numpy.ndarray | Tensor,
         seeds: list[int] | None,
         stages: list[StageRecord],
         plan: planning.Plan,
         backend: Backend | None,
     ):
         super().__init__(pictures)
+        self._whole = pictures
         self.seeds, self.stages, self.plan, self.backend = seeds, stages, plan, backend
 
     @property
-    def images(self) -> list[Image.Image]:
-        """The pictures, under the name that diffusers gives them."""
-        return self
+    def images(self) -> list[Image.Image] | numpy.ndarray | Tensor:
+        """The pictures as diffusers gives them: a list, or one array or tensor of all."""
+        return self if isinstance(self._whole, list) else self._whole
 
 
 @dataclass
 class Job:
     """What one call asks for, and what is known of it so far.
 
-    texts: the prompts, `positive` many, and behind them the negative one where there is guidance. each: pictures of
-    every prompt. feats: cap_feats (L, C) on the host of the texts that are known; tokens: token ids of the others.
+    negative: with guidance, one for all prompts or one for each. each: pictures of every prompt. output: one of
+    OUTPUTS. on_step, on_step_end: as `sampler.denoise` takes them. feats: cap_feats (L, C) on the host of the prompts
+    that are known; tokens: token ids of the others.
     """
 
-    texts: list[str]
-    positive: int
+    positive: Sequence[Caption]
     each: int
     height: int
     width: int
     loras: Loras
     record: Recorder
+    negative: Sequence[Caption] = ()
+    guidance: float = 0.0
+    sigmas: Tensor = field(default_factory=lambda: torch.empty(0))
     controls: tuple[Control, ...] = ()
     edit: Edit | None = None
+    output: str = "pil"
+    on_step: OnStep | None = None
+    on_step_end: Callable[[int, Tensor, Tensor], Tensor] | None = None
     feats: dict[str, Tensor] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     plan: planning.Plan = field(init=False)
 
     @property
-    def guided(self) -> bool:
-        return len(self.texts) > self.positive
+    def texts(self) -> list[str]:
+        """The prompts that are text."""
+        return [caption for caption in (*self.positive, *self.negative) if isinstance(caption, str)]
 
     @property
     def pictures(self) -> int:
-        return self.positive * self.each
+        return len(self.positive) * self.each
 
     def request(self) -> planning.Request:
         """The call's sizes, for a plan."""
-        counts = [len(self.feats[text] if text in self.feats else self.tokens[text]) for text in self.texts]
+        known: dict[str, Tensor | list[int]] = {**self.tokens, **self.feats}
+        positive, negative = (
+            [len(known[one] if isinstance(one, str) else one) for one in captions]
+            for captions in (self.positive, self.negative)
+        )
         return planning.Request(
             height=self.height,
             width=self.width,
             pictures=self.pictures,
-            captions=counts[: self.positive] * (self.each if self.positive > 1 else 1),
-            negative=counts[-1] if self.guided else None,
+            captions=self._for_each(positive),
+            negative=self._for_each(negative),
             encoded=max(map(len, self.tokens.values()), default=0),
         )
 
-    @property
-    def captions(self) -> list[Tensor]:
-        """cap_feats of the prompts: one for all pictures, or one for each."""
-        found = [self.feats[text] for text in self.texts[: self.positive]]
-        return found if len(found) == 1 else [feats for feats in found for _ in range(self.each)]
+    def check_embeds(self, width: int) -> None:
+        """ValueError where features that the call was given are of another width."""
+        for one in (*self.positive, *self.negative):
+            if isinstance(one, Tensor) and one.shape[1] != width:
+                raise ValueError(f"prompt embeds: expected (tokens, {width}), found {tuple(one.shape)}")
+
+    def features(self, captions: Sequence[Caption]) -> list[Tensor]:
+        """cap_feats of captions: one for all pictures, or one for each."""
+        return self._for_each([self.feats[one] if isinstance(one, str) else one for one in captions])
+
+    def _for_each(self, found: list[T]) -> list[T]:
+        return found if len(found) < 2 else [one for one in found for _ in range(self.each)]
 
 
 def load_loras(loras: LoraChoice) -> Loras:
@@ -115,11 +149,23 @@ def load_loras(loras: LoraChoice) -> Loras:
     return tuple(found)
 
 
-def check_texts(prompt: Any, negative: Any) -> list[str]:
-    """The prompts as a list. ValueError unless they and the negative prompt, if any, are text that is Unicode."""
-    prompts = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
-    others = [] if negative is None else [("negative prompt", negative)]
-    for name, text in [*(("prompt", text) for text in prompts), *others]:
+def read_captions(name: str, texts: Any, embeds: Any) -> list[Caption]:
+    """Prompts, or the features that are given instead, as a list.
+
+    ValueError, under their name, unless they are text that is Unicode, or finite tensors (L, C), and not both.
+    """
+    if embeds is not None:
+        many = isinstance(embeds, Sequence) or isinstance(embeds, Tensor) and embeds.ndim == 3
+        given = list(embeds) if many else [embeds]
+        if texts is not None:
+            raise ValueError(f"{name}: expected text or features (embeds), found both; leave one out")
+        for feats in given:
+            if not isinstance(feats, Tensor) or feats.ndim != 2 or not len(feats) or not feats.isfinite().all():
+                found = tuple(feats.shape) if isinstance(feats, Tensor) else type(feats).__name__
+                raise ValueError(f"{name} embeds: expected finite tensors (tokens, width), found {found}")
+        return [feats.detach().cpu() for feats in given]
+    prompts = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else [texts]
+    for text in prompts:
         if not isinstance(text, str):
             raise ValueError(f"{name}: expected text, found {type(text).__name__}")
         try:
@@ -127,6 +173,66 @@ def check_texts(prompt: Any, negative: Any) -> list[str]:
         except UnicodeEncodeError:
             raise ValueError(f"{name}: expected UTF-8 text, found other bytes; save or type it as UTF-8") from None
     return prompts
+
+
+def read_negative(positive: int, guidance: float, texts: Any, embeds: Any) -> list[Caption]:
+    """With guidance the negative prompts, one for all or as many as there are positive ones; without, none.
+
+    ValueError as `read_captions`, and for another number; a warning where they have no effect.
+    """
+    found = read_captions("negative prompt", "" if texts is None and embeds is None else texts, embeds)
+    if len(found) not in (1, positive):
+        raise ValueError(f"negative prompts: expected 1, or {positive} as there are prompts, found {len(found)}")
+    if not guidance and any(isinstance(one, Tensor) or one for one in found):
+        logger.warning("negative prompt: has no effect without guidance; give a guidance above 0, 1 say")
+    return found if guidance else []
+
+
+def choose_noise(
+    generator: sampler.Seeds, latents: Any, count: int, height: int, width: int
+) -> tuple[Tensor, list[int] | None]:
+    """The noise of a call and its seeds, as `sampler.starting_noise`; or the latents that it was given, without seeds.
+
+    ValueError unless these are finite and of the call's shape.
+    """
+    if latents is None:
+        return sampler.starting_noise(generator, count, height, width)
+    if generator is not None:
+        logger.warning("generator: has no effect beside latents")
+    shape = (count, ZImageConfig.in_channels, height // PIXELS_PER_CELL, width // PIXELS_PER_CELL)
+    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.isfinite().all():
+        found = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"latents: expected a finite tensor {shape}, found {found}")
+    return latents.detach().float().cpu(), None
+
+
+def choose_sigmas(steps: int, sigmas: Iterable[float] | None, strength: float, image: bool, shift: float) -> Tensor:
+    """The sigmas of a call, with an image to start from or without; a warning where its strength has no effect."""
+    integer("steps", steps), number("strength", strength)
+    if strength != 1 and (sigmas is not None or not image):
+        logger.warning(
+            "strength %g: has no effect %s", strength, "beside sigmas" if image else "without a picture to start from"
+        )
+    if sigmas is not None:
+        return sampler.read_sigmas(sigmas, shift)
+    return sampler.get_sigmas(steps, strength if image else 1.0, shift=shift)
+
+
+def check_output(kind: str) -> str:
+    """The type of pictures that a call returns. ValueError for another than OUTPUTS."""
+    if kind not in OUTPUTS:
+        raise ValueError(f"output_type: expected one of {', '.join(OUTPUTS)}, found {kind!r}")
+    return kind
+
+
+def check_count(positive: int, each: int, height: int, width: int) -> int:
+    """The number of pictures of a call. ValueError for none, and for more than their noise may take."""
+    if integer("num_images_per_prompt", each) < 1 or not positive:
+        raise ValueError(f"pictures: expected at least 1, found {each} of {positive} prompts")
+    most = max(MAX_PIXELS // (height * width), 1)
+    if positive * each > most:
+        raise ValueError(f"pictures: expected up to {most} of {width} x {height} in a call, found {positive * each}")
+    return positive * each
 
 
 def integer(name: str, found: object) -> int:
@@ -147,6 +253,15 @@ def number(name: str, found: object) -> float:
 def encoder_loras(loras: Loras) -> Loras:
     """Those that change the text encoder."""
     return tuple((found, strength) for found, strength in loras if found.text_encoder)
+
+
+def own_size(image: Image.Image | None, latents: Any, side: int) -> tuple[int, int]:
+    """Width and height of what a call starts from, else a model's own `side`."""
+    if image is not None:
+        return image.size
+    if isinstance(latents, Tensor) and latents.ndim == 4:
+        return PIXELS_PER_CELL * latents.shape[3], PIXELS_PER_CELL * latents.shape[2]
+    return side, side
 
 
 def picture_size(height: int | None, width: int | None, own: tuple[int, int]) -> tuple[int, int]:

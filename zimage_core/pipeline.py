@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,17 +29,22 @@ from .failures import check_finite, out_of_memory
 from .files import ModelFiles, find_files
 from .formats.encoder import check_width
 from .job import (
-    MAX_PIXELS,
     PIXELS_MULTIPLE,
     Job,
     LoraChoice,
+    OnStep,
     Pictures,
-    check_texts,
+    check_count,
+    check_output,
+    choose_noise,
+    choose_sigmas,
     encoder_loras,
-    integer,
     load_loras,
     number,
+    own_size,
     picture_size,
+    read_captions,
+    read_negative,
 )
 from .linear.backends import Backend
 from .lora.apply import apply
@@ -54,15 +59,18 @@ from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
 from .sizes import DEMO_SIZE, REAL_SIZE
 
 if TYPE_CHECKING:
+    import numpy
     from PIL import Image
 
 CACHED_PROMPTS = 32
 MAX_GUIDANCE = 100
+TIMESTEPS = 1000  # of diffusers' schedule, sigma 1
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OnStep = Callable[[int, int, Tensor], "bool | None"]
+OnStepEnd = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+"""diffusers' callback: pipeline, number of the step, timestep, tensors -> those that it changes."""
 
 
 def load_pipeline(
@@ -153,12 +161,12 @@ class Pipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 8,
         guidance_scale: float = 0.0,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         generator: sampler.Seeds = None,
         num_images_per_prompt: int = 1,
         image: Image.Image | None = None,
@@ -169,63 +177,73 @@ class Pipeline:
         loras: LoraChoice | None = None,
         on_stage: OnStage | None = None,
         on_step: OnStep | None = None,
+        *,
+        sigmas: Iterable[float] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: OnStepEnd | None = None,
     ) -> Pictures:
         """Pictures (PIL) of one prompt or several, `num_images_per_prompt` in a row for each.
 
-        height, width: pixels, divisible by 16; left out, the image's own, else 1024 (256 for the bundled demo).
-        generator: an int seed, with which picture i starts from the noise of seed + i, a seed for each picture, or a
-        CPU torch.Generator; left out, a random seed. guidance_scale g > 0 follows pos + g (pos - neg). image, strength:
-        start from that picture, at 1 from noise alone; it is cropped to the size. mask: repaint only what is white in
-        it, with an edge of `feather` pixels outside of it; all else stays as it is in `image`. control: one ControlNet
-        or several. loras: those of this call, else those of `set_loras`.
-        on_stage(name, steps) before each stage; on_step(done, total, predicted latents), which stops the run early
-        by returning False. Raises ValueError for sizes, counts and ranges that cannot be generated.
+        height, width: pixels, divisible by 16; left out, the image's or the latents', else 1024 (256 for the demo).
+        generator: an int seed, with which picture i starts from the noise of seed + i, a CPU torch.Generator, or a list
+        of either, one for each picture; left out, a random seed. latents (B, 16, H/8, W/8): the noise, instead.
+        guidance_scale g > 0 follows pos + g (pos - neg), neg being one negative prompt or one for each. prompt_embeds,
+        negative_prompt_embeds: features (L, C) instead of texts. sigmas: instead of num_inference_steps, before the
+        shift and without the last 0. image, strength: start from that picture, at 1 from noise alone; it is cropped to
+        the size. mask: repaint only what is white in it, with an edge of `feather` pixels outside of it; all else stays
+        as it is in `image`. control: one ControlNet or several. loras: those of this call, else those of `set_loras`.
+        output_type: pil, np (B, H, W, 3), pt (B, 3, H, W), both fp32 in 0..1, or latent, which is not decoded.
+        on_stage(name, steps) before each stage; on_step(done, total, predicted latents), which stops the run early by
+        returning False; callback_on_step_end(pipeline, i, timestep, {"latents": ...}) as diffusers calls it. Raises
+        ValueError for sizes, counts and ranges that cannot be generated.
         """
-        prompts = check_texts(prompt, negative_prompt)
-        if integer("num_images_per_prompt", num_images_per_prompt) < 1 or not prompts:
-            raise ValueError(f"pictures: expected at least 1, found {num_images_per_prompt} of {len(prompts)} prompts")
+        positive = read_captions("prompt", prompt, prompt_embeds)
         if not 0 <= number("guidance", guidance_scale) <= MAX_GUIDANCE:
             raise ValueError(
                 f"guidance: expected 0 to {MAX_GUIDANCE}, found {guidance_scale}; 0 is what the model was made for"
             )
+        negative = read_negative(len(positive), guidance_scale, negative_prompt, negative_prompt_embeds)
         image, mask = checked_picture("image", image), checked_picture("mask", mask)
-        side = DEMO_SIZE if self.files.demo else REAL_SIZE
-        height, width = picture_size(height, width, (side, side) if image is None else image.size)
-        if len(prompts) * num_images_per_prompt * height * width > MAX_PIXELS:
-            count = len(prompts) * num_images_per_prompt
-            most = max(MAX_PIXELS // (height * width), 1)
-            raise ValueError(f"pictures: expected up to {most} of {width} x {height} in a call, found {count}")
-        integer("steps", num_inference_steps), number("strength", strength)
-        start = strength if image is not None else 1.0
-        sigmas = sampler.get_sigmas(num_inference_steps, start, shift=self.files.shift)
-        if negative_prompt and not guidance_scale:
-            logger.warning("negative prompt: has no effect without guidance; give a guidance above 0, 1 say")
-        if image is None and strength != 1:
-            logger.warning("strength %g: has no effect without a picture to start from", strength)
-        noise, seeds = sampler.starting_noise(generator, len(prompts) * num_images_per_prompt, height, width)
-        texts = prompts + [negative_prompt or ""] * (guidance_scale > 0)
+        height, width = picture_size(
+            height, width, own_size(image, latents, DEMO_SIZE if self.files.demo else REAL_SIZE)
+        )
+        count = check_count(len(positive), num_images_per_prompt, height, width)
+        noise, seeds = choose_noise(generator, latents, count, height, width)
         edit = None if mask is None else make_edit(image, mask, width, height, feather)
         controls = (control,) if isinstance(control, Control) else tuple(control or ())
-        controls = check_controls(controls, masked=edit is not None)
         chosen = None if loras is None else load_loras(loras)
-
-        for sentence in advice(prompts, height, width) if self.files.demo else ():
-            logger.warning(sentence)
+        asked: dict[str, Any] = {
+            "guidance": guidance_scale,
+            "sigmas": choose_sigmas(num_inference_steps, sigmas, strength, image is not None, self.files.shift),
+            "controls": check_controls(controls, masked=edit is not None),
+            "output": check_output(output_type),
+            "on_step": on_step,
+            "on_step_end": callback_on_step_end and functools.partial(self._step_end, callback_on_step_end),
+        }
+        if self.files.demo:
+            for sentence in advice([one for one in positive if isinstance(one, str)], height, width):
+                logger.warning(sentence)
 
         with self._lock:
             used = self._loras if chosen is None else chosen
             record = Recorder(self.device, on_stage)
-            job = Job(texts, len(prompts), num_images_per_prompt, height, width, used, record, controls, edit)
+            job = Job(positive, num_images_per_prompt, height, width, used, record, negative, edit=edit, **asked)
             self._begin(job)
             given = self._encode_pictures(job, image, noise)
-            options = (given, sigmas, guidance_scale, on_step)
-            latents, backend = self._attempt(job, "transformer", job.pictures * height * width, self._sample, *options)
+            found, backend = self._attempt(job, "transformer", job.pictures * height * width, self._sample, given)
             if self.once:
                 self._transformer = None
                 self._empty_cache()
-            pictures = Pictures(self._decode(job, latents), seeds, job.record.stages, job.plan, backend)
-            self.last = pictures
-        return pictures
+            pictures = found.cpu() if output_type == "latent" else self._decode(job, found)
+            self.last = Pictures(pictures, seeds, job.record.stages, job.plan, backend)
+            return self.last
+
+    def _step_end(self, callback: OnStepEnd, i: int, sigma: Tensor, latents: Tensor) -> Tensor:
+        """The latents after step i, as diffusers' callback leaves them."""
+        return (callback(self, i, TIMESTEPS * sigma, {"latents": latents}) or {}).get("latents", latents)
 
     def set_loras(self, loras: LoraChoice) -> None:
         """Generate with exactly these LoRAs from now on, (file or Lora, strength) each; the models are not read again.
@@ -246,7 +264,7 @@ class Pipeline:
         with self._lock:
             self._remembered = len(texts)
             record = Recorder(self.device, on_stage)
-            self._begin(Job(texts, 1, 1, PIXELS_MULTIPLE, PIXELS_MULTIPLE, self._loras, record))
+            self._begin(Job(texts, 1, PIXELS_MULTIPLE, PIXELS_MULTIPLE, self._loras, record))
 
     def plan(self, prompts: Sequence[str], height: int, width: int) -> planning.Plan:
         """What a call with these prompts, a picture each, would take of the device now.
@@ -254,7 +272,7 @@ class Pipeline:
         Nothing is loaded or generated. ValueError where the budget cannot hold it.
         """
         with self._lock:
-            job = Job(list(prompts), len(prompts), 1, height, width, self._loras, Recorder(self.device, None))
+            job = Job(list(prompts), 1, height, width, self._loras, Recorder(self.device, None))
             self._prepare(job)
             return job.plan
 
@@ -299,6 +317,7 @@ class Pipeline:
         if encoder is not None:
             files = self.files
             check_width(encoder.config.hidden_size, transformer.config.cap_feat_dim, files.text_encoder, files.model)
+        job.check_embeds(transformer.config.cap_feat_dim)
         budget, pixels = self._budget(), job.pictures * job.height * job.width
         stays = ("transformer", "VAE") if budget is None and not self.once else ()
         limits = planning.Limits(
@@ -371,9 +390,7 @@ class Pipeline:
             contexts = control_contexts(job.controls, job.edit, job.width, job.height, encode)
         return Given(noise, clean, contexts)
 
-    def _sample(
-        self, job: Job, given: Given, sigmas: Tensor, guidance: float, on_step: OnStep | None
-    ) -> tuple[Tensor, Backend | None]:
+    def _sample(self, job: Job, given: Given) -> tuple[Tensor, Backend | None]:
         """Latents (B, 16, H/8, W/8) on the device after all steps, and the backend that ran them."""
         stage = self._make_room(job, "transformer")
         if self._transformer is None:
@@ -383,37 +400,47 @@ class Pipeline:
                 )
         model = self._transformer
         model.place(stage, job.loras, [Path(control.model) for control in job.controls])
-        with job.record("sample", len(sigmas) - 1):
-            cond = model.prepare(job.captions, job.height, job.width)
+        with job.record("sample", len(job.sigmas) - 1):
+            cond = model.prepare(job.features(job.positive), job.height, job.width)
             cond = model.controlled(cond, zip(job.controls, given.contexts))
             negative = None
-            if job.guided:
-                negative = model.prepare([job.feats[job.texts[-1]]], job.height, job.width)
+            if job.negative:
+                negative = model.prepare(job.features(job.negative), job.height, job.width)
                 negative = replace(negative, controls=cond.controls)
             latents = sampler.denoise(
                 model.steps(graphs=self.vram_budget is None),  # graphs keep memory, and are lost with the model
-                given.start(sigmas[0]).to(self.device),
-                sigmas,
+                given.start(job.sigmas[0]).to(self.device),
+                job.sigmas,
                 cond,
                 negative=negative,
-                guidance=guidance,
+                guidance=job.guidance,
                 shift=self.files.shift,
-                on_step=on_step,
-                hold=None if job.edit is None else given.hold(job.edit, self.device),
+                on_step=job.on_step,
+                on_step_end=job.on_step_end,
+                hold=given.hold(job.edit, self.device),
             )
         remedy = "a damaged model file, a LoRA or its strength, or --dtype float16 can cause this"
         check_finite(latents, f"transformer ({self.files.model}), denoising", remedy)
         return latents, model.model.backend
 
-    def _decode(self, job: Job, latents: Tensor) -> list[Image.Image]:
-        """Pictures of scaled latents (B, 16, H/8, W/8), with what a mask keeps as it was."""
+    def _decode(self, job: Job, latents: Tensor) -> list[Image.Image] | numpy.ndarray | Tensor:
+        """Pictures of scaled latents (B, 16, H/8, W/8), with what a mask keeps as it was, in the job's output type."""
         from PIL import Image
 
         vae = self._load_vae(job)
         with job.record("decode"):
-            pixels = decode_image(vae.model, latents, job.plan.tiling).mul(255).round().to("cpu", torch.uint8)
-        pictures = [Image.fromarray(picture) for picture in pixels.numpy()]
-        return [composite(p, job.edit.source, job.edit.soft) for p in pictures] if job.edit else pictures
+            pixels = decode_image(vae.model, latents, job.plan.tiling)
+            if job.output == "pil" or job.edit:
+                pixels = pixels.mul_(255).round_().to("cpu", torch.uint8)
+            pixels = pixels.cpu()
+        if pixels.dtype == torch.uint8:
+            pictures = [Image.fromarray(picture) for picture in pixels.numpy()]
+            if job.edit:
+                pictures = [composite(picture, job.edit.source, job.edit.soft) for picture in pictures]
+            if job.output == "pil":
+                return pictures
+            pixels = torch.cat([to_tensor(picture) for picture in pictures]).add_(1).div_(2).permute(0, 2, 3, 1)
+        return pixels.numpy() if job.output == "np" else pixels.permute(0, 3, 1, 2)
 
     def _load_vae(self, job: Job) -> ResidentVAE:
         """The VAE, on the device."""

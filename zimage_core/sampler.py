@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ MAX_STEPS = 100
 SEEDS = 2**64
 ROUNDING = 1e-5  # of a sigma in fp32, far below a step
 
-Seeds = torch.Generator | int | Sequence[int] | None
+Seeds = torch.Generator | int | Sequence[int] | Sequence[torch.Generator] | None
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """ZImageTransformer, or its `forward` with hooks."""
 
@@ -45,6 +45,21 @@ def get_sigmas(steps: int = 8, start: float = 1.0, end: float = 0.0, shift: floa
     return shift_sigma(torch.linspace(start, end, steps + 1, dtype=torch.float64), shift).float()
 
 
+def read_sigmas(given: Iterable[float], shift: float = SHIFT) -> Tensor:
+    """(N + 1,) fp32 of N sigmas as diffusers takes them: shifted, with 0 behind them.
+
+    ValueError unless they are 1 to 100 numbers that fall from at most 1 to above 0.
+    """
+    try:
+        found = [float(sigma) for sigma in given]
+    except (TypeError, ValueError):
+        raise ValueError(f"sigmas: expected a list of numbers, found {given!r:.100}") from None
+    falling = all(before > after for before, after in zip(found, [*found[1:], 0.0]))
+    if not falling or not 1 <= len(found) <= MAX_STEPS or found[0] > 1:
+        raise ValueError(f"sigmas: expected 1 to {MAX_STEPS}, falling from at most 1 to above 0, found {found!r:.100}")
+    return torch.cat([shift_sigma(torch.tensor(found, dtype=torch.float64), shift), torch.zeros(1)]).float()
+
+
 def draw_noise(generator: torch.Generator | int, batch: int, height: int, width: int, channels: int = 16) -> Tensor:
     """(batch, channels, H/8, W/8) fp32 normal noise, drawn on the CPU so that a seed means the same everywhere.
 
@@ -59,16 +74,16 @@ def draw_noise(generator: torch.Generator | int, batch: int, height: int, width:
 def starting_noise(generator: Seeds, count: int, height: int, width: int) -> tuple[Tensor, list[int] | None]:
     """(count, 16, H/8, W/8) fp32 noise of a size in pixels, and the seed of each, None where a generator was given.
 
-    An int, or else a random one, seeds the first picture, the next int the next one. ValueError for seeds outside
-    0 .. 2^64 - 1, or not one for each picture, and for a generator that is not on the CPU.
+    An int, or else a random one, seeds the first picture, the next int the next one; a list has a seed or a generator
+    for each. ValueError for seeds outside 0 .. 2^64 - 1, another number of them, and generators not on the CPU.
     """
     if isinstance(generator, torch.Generator):
-        if generator.device.type != "cpu":
-            raise ValueError(f"generator: expected one on the cpu, found {generator.device}; give a seed instead")
-        return draw_noise(generator, count, height, width), None
+        return draw_noise(_on_cpu(generator), count, height, width), None
     if isinstance(generator, Sequence):
         if len(generator) != count:
             raise ValueError(f"seeds: expected {count}, one for each picture, found {len(generator)}")
+        if isinstance(generator[0], torch.Generator):
+            return torch.cat([draw_noise(_on_cpu(one), 1, height, width) for one in generator]), None
         seeds = [_seed(seed) for seed in generator]
     else:
         first = secrets.randbelow(2**32) if generator is None else _seed(generator)
@@ -77,6 +92,14 @@ def starting_noise(generator: Seeds, count: int, height: int, width: int) -> tup
         if not 0 <= seed < SEEDS:
             raise ValueError(f"seed: expected 0 to 2^64 - 1, found {seed}")
     return torch.cat([draw_noise(seed, 1, height, width) for seed in seeds]), seeds
+
+
+def _on_cpu(generator: object) -> torch.Generator:
+    """The generator; ValueError unless it is one, on the CPU."""
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        found = generator.device if isinstance(generator, torch.Generator) else repr(generator)
+        raise ValueError(f"generator: expected one on the cpu, found {found}; give a seed instead")
+    return generator
 
 
 def _seed(value: object) -> int:
@@ -114,15 +137,17 @@ def denoise(
     negative: Conditioning | None = None,
     guidance: float = 0.0,
     on_step: Callable[[int, int, Tensor], bool | None] | None = None,
+    on_step_end: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     hold: Callable[[Tensor, float], Tensor] | None = None,
     shift: float = SHIFT,
 ) -> Tensor:
     """Integrate the flow from sigmas[0] to sigmas[-1] with Euler steps; returns fp32 latents of the same shape.
 
     With guidance g > 0 the flow is pos + g (pos - neg), g + 1 in ComfyUI's terms, and `negative` is needed.
-    on_step(done, total, predicted image latents) after each step; returning False stops the run early. hold(latents,
-    sigma) replaces the latents before the first step and after each, for what is known of the picture. shift is that of
-    the sigmas, for ControlNets that work part of the way.
+    on_step_end(i, sigma (), latents) replaces the latents after step i. on_step(done, total, predicted image latents)
+    after each step; returning False stops the run early. hold(latents, sigma) replaces the latents before the first
+    step and after each, for what is known of the picture. shift is that of the sigmas, for ControlNets that work part
+    of the way.
     """
     if guidance > 0 and negative is None:
         raise ValueError(f"guidance {guidance}: a negative prompt's conditioning is needed, none was given")
@@ -140,6 +165,8 @@ def denoise(
         before, latents = latents, latents + (steps[i + 1] - steps[i]) * flow
         if hold:
             latents = hold(latents, steps[i + 1])
+        if on_step_end:
+            latents = on_step_end(i, device_sigmas[i], latents)
         if on_step and on_step(i + 1, total, before - steps[i] * flow) is False:
             break
     return latents

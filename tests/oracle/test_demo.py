@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
@@ -107,6 +108,44 @@ def test_diffusers_draws_the_same_picture(diffusers_pipeline, prompt, height, wi
         output_type="np",
     ).images[0]
     assert np.abs(picture - theirs * 255).max() <= 2
+
+
+def test_a_diffusers_call_may_be_moved_over(diffusers_pipeline):
+    """The same options give the same numbers: lists of negative prompts and generators, sigmas, latents, features,
+    the callback, and arrays, tensors or latents as output."""
+    ours = load_pipeline(device="cpu", dtype=torch.float32, backend="reference", precision="w4a16")
+    seen = {}
+
+    def halve(pipeline, i, timestep, tensors):
+        seen.setdefault(pipeline, []).append((i, round(float(timestep), 3), tensors["latents"].shape))
+        return {"latents": tensors["latents"] * (0.9 if i == 0 else 1)}
+
+    prompts = ["a red circle on a blue background", "a small white star on a black background"]
+    negatives = ["green", "two large yellow rings"]
+    options = {"guidance_scale": 1.5, "sigmas": [1.0, 0.7, 0.2], "callback_on_step_end": halve}
+    options |= {"height": 128, "width": 160}
+    noise = draw_noise(3, 2, 128, 160)
+
+    def both(**more):
+        """diffusers' images and ours; it writes into the lists that it is given."""
+        of_each = more.pop("generator", iter((None, None)))
+        return [
+            pipeline(**options, **copy.deepcopy(more), generator=next(of_each)).images
+            for pipeline in (diffusers_pipeline, ours)
+        ]
+
+    texts = {"prompt": prompts, "negative_prompt": negatives}
+    theirs, mine = both(**texts, latents=noise, output_type="latent")
+    assert seen[ours] == seen[diffusers_pipeline] and [i for i, *_ in seen[ours]] == [0, 1, 2]
+    assert theirs.shape == mine.shape and (theirs - mine).abs().max() < 1e-3  # the same sums in fp32
+    with torch.no_grad():
+        feats, against = diffusers_pipeline.encode_prompt(list(prompts), negative_prompt=list(negatives))
+    theirs, mine = both(prompt_embeds=feats, negative_prompt_embeds=against, latents=noise, output_type="latent")
+    assert (theirs - mine).abs().max() < 1e-3
+    for kind in ("np", "pt"):
+        of_each = ([torch.Generator().manual_seed(seed) for seed in (5, 6)] for _ in range(2))
+        theirs, mine = both(**texts, output_type=kind, generator=of_each)
+        assert type(mine) is type(theirs) and mine.shape == theirs.shape and abs(mine - theirs).max() < 2e-3
 
 
 def test_it_follows_held_out_captions(training):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -40,10 +41,25 @@ def tiny(tiny_files):
         ({"prompt": ["a", 3]}, "prompt: expected text, found int"),
         ({"prompt": b"a"}, "prompt: expected text, found int"),
         ({"prompt": "caf\udce9"}, "prompt: expected UTF-8 text"),
-        ({"negative_prompt": ["a"], "guidance_scale": 1.0}, "negative prompt: expected text, found list"),
+        ({"negative_prompt": ["a", "b"], "guidance_scale": 1.0}, "negative prompts: expected 1, or 1 as there are"),
+        ({"negative_prompt": [3]}, "negative prompt: expected text, found int"),
         ({"negative_prompt": "\ud800"}, "negative prompt: expected UTF-8 text"),
         ({"generator": [None]}, "seed: expected an integer, found None"),
         ({"generator": "1"}, "seed"),
+        ({"generator": [torch.Generator(), 3], "prompt": ["a", "b"]}, "generator: expected one on the cpu, found 3"),
+        ({"latents": torch.zeros(1, 16, 4, 5)}, "latents: expected a finite tensor (1, 16, 4, 4), found (1, 16, 4, 5)"),
+        ({"latents": torch.full((1, 16, 4, 4), math.nan)}, "latents: expected a finite tensor"),
+        ({"latents": "x"}, "latents: expected a finite tensor (1, 16, 4, 4), found str"),
+        ({"sigmas": 1.0}, "sigmas: expected a list of numbers, found 1.0"),
+        ({"sigmas": []}, "sigmas: expected 1 to 100, falling from at most 1 to above 0"),
+        ({"sigmas": [0.5, 1.0]}, "sigmas: expected 1 to 100"),
+        ({"sigmas": [1.0, 0.0]}, "sigmas: expected 1 to 100"),
+        ({"sigmas": [math.nan]}, "sigmas: expected 1 to 100"),
+        ({"prompt_embeds": torch.ones(3, 64)}, "prompt: expected text or features (embeds), found both"),
+        ({"prompt": None, "prompt_embeds": "x"}, "prompt embeds: expected finite tensors (tokens, width), found str"),
+        ({"prompt": None, "prompt_embeds": torch.ones(0, 64)}, "prompt embeds: expected finite tensors"),
+        ({"prompt": None, "prompt_embeds": torch.ones(3, 65)}, "prompt embeds: expected (tokens, 64), found (3, 65)"),
+        ({"output_type": "tiff"}, "output_type: expected one of pil, np, pt, latent, found 'tiff'"),
         ({"generator": 1.0}, "seed: expected an integer, found 1.0"),
         ({"image": "x.png"}, "image: expected a PIL image, found str"),
         ({"mask": "x.png"}, "mask: expected a PIL image, found str"),

@@ -209,6 +209,65 @@ def test_it_composes_the_parts_and_nothing_else(draw, tiny_files):
     assert abs(pixels(draw("a cat", **SIZE, generator=5)) - by_hand).max() > 1
 
 
+def test_negative_prompts_of_each_and_features_instead_of_texts(draw, tiny_files):
+    """A list has one negative prompt for each prompt, and features are what the encoder would give."""
+    prompts, negatives, options = (
+        ["a cat", "a dog"],
+        ["blue", "a long red line"],
+        {"guidance_scale": 1.0, "generator": 3},
+    )
+    batch = pixels(draw(prompts, **SIZE, **options, negative_prompt=negatives))
+    for i in range(2):
+        alone = draw(prompts[i], **SIZE, **options | {"generator": 3 + i}, negative_prompt=negatives[i])
+        assert abs(pixels(alone)[0] - batch[i]).max() <= 1
+    encoder = load_text_encoder(tiny_files["text_encoder"], dtype=torch.float32)
+    tokenizer = load_tokenizer(find_tokenizer(tiny_files["text_encoder"]))
+    feats, against = (list(encode_prompts(encoder, tokenizer, texts)) for texts in (prompts, negatives))
+    given = draw(prompt_embeds=feats, negative_prompt_embeds=against, **SIZE, **options)
+    assert numpy.array_equal(pixels(given), batch) and "encode prompt" not in names(given)
+    one = draw(prompt_embeds=feats[0], **SIZE, generator=3, num_images_per_prompt=2)
+    assert abs(pixels(one) - pixels(draw("a cat", **SIZE, generator=3, num_images_per_prompt=2))).max() <= 1
+
+
+def test_outputs_of_other_types_are_the_same_picture(draw, tiny_files):
+    from PIL import Image
+
+    options = {"generator": 3, "num_images_per_prompt": 2, **SIZE}
+    plain = pixels(draw("a cat", **options))
+    array, tensor, latents = (draw("a cat", **options, output_type=kind) for kind in ("np", "pt", "latent"))
+    assert array.images.shape == (2, 32, 48, 3) and array.images.dtype == numpy.float32
+    assert numpy.array_equal((array.images * 255).round(), plain) and len(array) == 2 and array.seeds == [3, 4]
+    assert torch.equal(tensor.images.permute(0, 2, 3, 1), torch.from_numpy(array.images))
+    vae = load_vae(tiny_files["vae"], dtype=torch.float32)
+    assert numpy.array_equal(decode_image(vae, latents.images).mul(255).round().int().numpy(), plain)
+    assert names(latents)[-1] == "sample"
+    image, mask = Image.new("RGB", (48, 32), "green"), Image.new("L", (48, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    kept = {"image": image, "mask": mask, "feather": 0, **options, "num_images_per_prompt": 1}
+    masked = draw("a cat", **kept, output_type="np").images
+    assert numpy.array_equal((masked * 255).round(), pixels(draw("a cat", **kept)))
+
+
+def test_latents_and_sigmas_instead_of_seed_and_steps(draw, caplog):
+    plain = pixels(draw("a cat", **SIZE, generator=5))
+    noise = sampler.draw_noise(5, 1, 32, 48)
+    given = draw("a cat", num_inference_steps=9, sigmas=[1.0, 0.5], latents=noise)
+    assert numpy.array_equal(pixels(given), plain) and given.seeds is None and not caplog.text
+    draw("a cat", latents=noise, generator=3, num_inference_steps=1)
+    assert "generator: has no effect beside latents" in caplog.text
+
+
+def test_the_callback_of_a_step_changes_the_latents(draw):
+    seen = []
+
+    def change(pipeline, i, timestep, tensors):
+        seen.append((pipeline, i, round(timestep.item()), tuple(tensors["latents"].shape)))
+        return {"latents": torch.zeros(1, 16, 4, 6)} if i == 1 else {}
+
+    found = draw("a cat", **SIZE, generator=1, output_type="latent", callback_on_step_end=change)
+    assert seen == [(draw, 0, 1000, (1, 16, 4, 6)), (draw, 1, 750, (1, 16, 4, 6))] and not found.images.any()
+
+
 def test_picture_i_of_a_batch_is_the_picture_of_seed_plus_i(draw):
     batch = pixels(draw("a cat", **SIZE, generator=7, num_images_per_prompt=3))
     assert draw.seeds == [7, 8, 9]

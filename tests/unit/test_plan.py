@@ -107,7 +107,7 @@ def test_prompts_pictures_and_guidance_count():
     one = sampling_bytes(model, 512, 512, 1, [60])
     assert sampling_bytes(model, 512, 512, 1, [60]) == one
     angles = 4 * (32 * 32 + 64) * CONFIG.head_dim  # cosines and sines of another prompt, and its tokens in bf16
-    negative = sampling_bytes(model, 512, 512, 1, [60], negative=60) - one
+    negative = sampling_bytes(model, 512, 512, 1, [60], negative=[60]) - one
     assert negative == pytest.approx(angles + 2 * 64 * CONFIG.dim, rel=0.5)
     assert one < sampling_bytes(model, 512, 512, 1, [600]) < 2 * one < sampling_bytes(model, 512, 512, 3, [60] * 3)
 

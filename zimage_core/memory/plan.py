@@ -32,15 +32,16 @@ UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": MIB, "mib": MIB, "mb":
 class Request:
     """What one call asks for.
 
-    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompt, None
-    without guidance; encoded: tokens of the longest prompt that is still to be encoded, 0 where all are known.
+    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts in the
+    same way, none without guidance; encoded: tokens of the longest prompt that is still to be encoded, 0 where all are
+    known.
     """
 
     height: int
     width: int
     pictures: int
     captions: Sequence[int]
-    negative: int | None = None
+    negative: Sequence[int] = ()
     encoded: int = 0
 
     def __str__(self) -> str:

@@ -89,15 +89,15 @@ def sampling_bytes(
     width: int,
     pictures: int,
     captions: Sequence[int],
-    negative: int | None = None,
+    negative: Sequence[int] = (),
     controls: Sequence[ControlNet] = (),
 ) -> int:
     """Preparing prompts and sampling pictures of height x width pixels together.
 
-    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompt.
-    controls: the ControlNets beside the transformer, one for each control picture.
+    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts, none
+    without guidance. controls: the ControlNets beside the transformer, one for each control picture.
     """
-    prompts = [captions] if negative is None else [captions, [negative]]
+    prompts = [captions, negative] if negative else [captions]
     lengths = tuple(tuple(round_up(tokens, TOKENS_MULTIPLE) for tokens in prompt) for prompt in prompts)
 
     def sample(model: ZImageTransformer, live: LiveBytes) -> None:
@@ -134,7 +134,7 @@ def decoding_bytes(vae: VAE, height: int, width: int, pictures: int = 1, tile: i
         plain, down = decoder.forward, model.config.downscale
         decoder.forward = lambda x: live.run_once(decoder, plain, x)
         latents = torch.empty(pictures, model.config.latent_channels, height // down, width // down, device=META)
-        decode_image(model, latents, tile or "off").mul(255).round()
+        decode_image(model, latents, tile or "off").mul_(255).round_()
 
     return _counted(vae, (height, width, pictures, tile), decode)
 
