@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "files": {"demo", "formats", "hub", "models"},
     "control": {"formats", "models", "pictures"},
     "residents": {"control", "failures", "formats", "lora", "memory", "models"},
-    "job": {"control", "linear", "lora", "memory", "recorder", "residents"},
+    "job": {"control", "linear", "lora", "memory", "models", "recorder", "residents", "sampler"},
     "pipeline": {
         "control",
         "demo",
