@@ -21,6 +21,7 @@ from zimage_core.lora.read import load_lora
 
 GOLDEN = sorted((Path(__file__).parent.parent / "data" / "linear_nvfp4").glob("*.safetensors"))
 TABLE = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+LEAVES = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "wcscales")
 goldens = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 
 
@@ -115,6 +116,24 @@ def test_a_whole_file_with_pictures_and_loras(demo):
     assert np.abs(framed - found).mean() > 5
     pipeline.set_loras([])
     assert np.array_equal(picture(pipeline), found)
+
+
+def test_q_k_v_apart_are_the_same_linear(demo, tmp_path):
+    """As Nunchaku Lite has them: their scales cut, the smoothing vector and proj_down in each."""
+    tensors = load_file(demo)
+    for stem in [key.removesuffix("to_qkv.qweight") for key in tensors if key.endswith("to_qkv.qweight")]:
+        whole = {leaf: tensors.pop(f"{stem}to_qkv.{leaf}") for leaf in LEAVES}
+        tensors.pop(f"{stem}to_qkv.smooth_factor_orig")
+        scales = layout.unpack_micro_scales(whole["wscales"]).chunk(3)
+        for i, part in enumerate("qkv"):
+            cut = {leaf: whole[leaf].chunk(3)[i].clone() for leaf in ("qweight", "proj_up", "wcscales")}
+            cut["wscales"] = layout.pack_micro_scales(scales[i])
+            cut |= {leaf: whole[leaf].clone() for leaf in ("smooth_factor", "proj_down")}
+            tensors |= {f"{stem}to_{part}.{leaf}": tensor for leaf, tensor in cut.items()}
+    save_file(tensors, tmp_path / "apart.safetensors")
+    found, expected = (load_transformer(path) for path in (tmp_path / "apart.safetensors", demo))
+    for (name, one), (_, other) in zip(found.named_buffers(), expected.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize(

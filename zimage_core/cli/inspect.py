@@ -6,11 +6,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .doctor import what_runs
 from .options import Commands, Parser
 from .output import gib, print_facts, printable
+
+if TYPE_CHECKING:
+    from ..formats.identify import Form
 
 
 def add_parser(commands: Commands) -> Parser:
@@ -61,8 +64,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
         facts |= lora_facts(path)
     elif found.role == "controlnet":
         facts |= control_facts(path, found.form.words)
-    elif found.role == "model" and found.form.id in READ:
-        facts |= model_facts(path, found.form.words)
+    elif found.role == "model" and found.form.id in (*READ, "comfy-svdq"):
+        facts |= model_facts(path, found.form)
     return facts
 
 
@@ -98,7 +101,7 @@ def control_facts(path: Path, form: str) -> dict[str, Any]:
     }
 
 
-def model_facts(path: Path, form: str) -> dict[str, Any]:
+def model_facts(path: Path, form: Form) -> dict[str, Any]:
     """Rank and sizes of a transformer, and what would run it here."""
     from ..formats.load import check_transformer
 
@@ -110,7 +113,7 @@ def model_facts(path: Path, form: str) -> dict[str, Any]:
         "dense": f"dense {info.dtype}",
     }
     return {
-        "format": words.get(info.format, form),
+        "format": words.get(form.id, form.words),
         "rank": info.rank or None,
         "quantized_refiners": info.quantized_refiners,
         "layers": config.n_layers,

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from ..models.config import ZImageConfig
 from .gguf import QUANTIZED
+from .layouts import present
 from .names import UNUSED, canonical_tensor, is_lora
 from .safetensors import Shape, TensorFiles, Tensors, open_tensors
 
@@ -37,6 +38,7 @@ FORMATS = (
     ("bitsandbytes", "bitsandbytes", r"\.(SCB|absmax|quant_map|weight\.quant_state.*)$"),
     ("hqq", "HQQ", r"\.W_q$"),
     ("gptq", "GPTQ or AWQ", r"\.(qzeros|g_idx)$"),
+    ("awq", "SVDQuant with AWQ W4A16", r"\.(wzeros|weight_zero)$"),
     ("svdq-fp4", "SVDQuant NVFP4", r"\.(wtscale|wcscales)$"),
     ("svdq-int4", "SVDQuant INT4", r"\.qweight$"),
     ("sdnq", "SDNQ", r"\.(zero_point|svd_up)$"),
@@ -178,7 +180,8 @@ def identify(source: str | Path | TensorFiles) -> Identity:
 def open_part(path: str | Path, role: str) -> TensorFiles:
     """A file or folder, or of a whole checkpoint the part with a role, under names of its own.
 
-    A checkpoint's config is that of its transformer, if it has one.
+    A checkpoint's config is that of its transformer, if it has one. A transformer's SVDQuant linears are seen as
+    nunchaku stores them (`layouts`).
     """
     files = open_tensors(path)
     if identify(files).role == "checkpoint":
@@ -188,6 +191,8 @@ def open_part(path: str | Path, role: str) -> TensorFiles:
         files.narrow(first[0])
         if role != "model":
             files.metadata.pop("config", None)
+    if role == "model":
+        present(files)
     return files
 
 

@@ -176,6 +176,14 @@ def diffusers_svdq_module(name: str) -> str:
     return name
 
 
+def comfy_module(name: str) -> str:
+    """The model's module name -> ComfyUI's; `w3_w1` is two linears there."""
+    for ours, theirs in (("to_qkv", "qkv"), ("to_out", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")):
+        if name.endswith(f"attention.{ours}"):
+            return name.removesuffix(ours) + theirs
+    return name
+
+
 def encoder_tensor(key: str) -> tuple[str, None]:
     """A text encoder tensor's key in transformers' or GGUF's style -> transformers' name without `model.`."""
     stem, _, leaf = key.rpartition(".")

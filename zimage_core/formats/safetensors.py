@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
@@ -126,6 +126,7 @@ class TensorFiles:
         self.tensors: Tensors = {}
         self.metadata: dict[str, str] = {}
         self.prefix = ""  # taken off the names, see `narrow`
+        self.derived: dict[str, Callable[[], Tensor]] = {}  # tensors that are made of others, see `layouts.present`
         self._file: dict[str, Path] = {}
         folder = self.path if self.path.is_dir() else None
         if folder and not list(folder.glob("*.safetensors*")) and (folder / "transformer").is_dir():
@@ -188,8 +189,14 @@ class TensorFiles:
 
         ValueError for one of more axes than torch has.
         """
+        if name in self.derived:
+            return self.derived[name]()
         if (axes := len(self.tensors[name][1])) > MOST_AXES:
             raise ValueError(f"{self.path}: {name!r}: expected up to {MOST_AXES} axes, found {axes}; download it again")
+        return self.stored(name)
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor of the file itself, which others may be made of."""
         return self._open[self._file[self.prefix + name]].get_tensor(self.prefix + name)
 
     def narrow(self, prefix: str) -> None:

@@ -43,6 +43,7 @@ else:
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I64": torch.int64,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -116,7 +117,11 @@ def header_of(model: nn.Module, stored_name: Callable[[str], str]) -> Header:
         header[key] = ("I8" if leaf == "qweight" else "BF16", shape)
         if leaf == "smooth_factor":
             header[f"{key}_orig"] = ("BF16", shape)
-    # The widest dtypes first, so that all tensors are aligned.
+    return aligned(header)
+
+
+def aligned(header: Header) -> Header:
+    """The tensors in file order: the widest dtypes first, so that each is aligned."""
     return dict(sorted(header.items(), key=lambda item: (-ITEM_SIZE[item[1][0]], item[0])))
 
 
