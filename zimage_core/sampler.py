@@ -1,16 +1,19 @@
-"""Flow matching: sigmas, starting noise and the Euler loop.
+"""Flow matching: sigmas, starting noise, the loop over steps and the samplers that take one.
 
 sigma runs from 1 (noise) to 0 (image) and x = (1 - sigma) image + sigma noise, so the flow is
-d x / d sigma = noise - image. Schedule and guidance: huggingface/diffusers `pipelines/z_image@v0.42.1`; with 8
-steps the sigmas are also those of ComfyUI's `simple` scheduler at shift 3.
+d x / d sigma = noise - image. Default schedule and guidance: huggingface/diffusers `pipelines/z_image@v0.42.1`. The
+other schedules and the samplers give ComfyUI's sigmas and steps (`comfy/samplers.py`, `comfy/k_diffusion/sampling.py`
+v0.33.0).
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +23,8 @@ from .models.transformer import PIXELS_PER_CELL, Conditioning
 
 MAX_STEPS = 100
 SEEDS = 2**64
+MAX_SHIFT = 100
+TIMES = 1000  # that ComfyUI's schedules choose from
 ROUNDING = 1e-5  # of a sigma in fp32, far below a step
 
 Seeds = torch.Generator | int | Sequence[int] | Sequence[torch.Generator] | None
@@ -32,17 +37,55 @@ def shift_sigma(s: Tensor, shift: float = SHIFT) -> Tensor:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def get_sigmas(steps: int = 8, start: float = 1.0, end: float = 0.0, shift: float = SHIFT) -> Tensor:
-    """(steps + 1,) fp32 from the shifted `start` down to the shifted `end`, evenly spaced before the shift.
+def get_sigmas(steps: int = 8, start: float = 1.0, shift: float = SHIFT, schedule: str = "even") -> Tensor:
+    """(steps + 1,) fp32 from the shifted `start` down to 0, spaced before the shift as one of SCHEDULES has it.
 
-    start below 1 is the denoise strength of img2img; end above 0 leaves noise in. Raises ValueError for steps
-    outside 1..100 or not 0 <= end < start <= 1.
+    start below 1 is the denoise strength of img2img. "even" begins exactly there; the others, as ComfyUI does, at the
+    last `steps` of as many more as the whole way would take. "beta" may have fewer steps, where many crowd at its ends.
+    Raises ValueError for steps outside 1..100, not 0 < start <= 1, a shift not above 0 and an unknown schedule.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps: expected 1 to {MAX_STEPS}, found {steps}; 8 is what the model was made for")
-    if not 0.0 <= end < start <= 1.0:
-        raise ValueError(f"denoise range: expected 0 <= end < start <= 1, found start {start}, end {end}")
-    return shift_sigma(torch.linspace(start, end, steps + 1, dtype=torch.float64), shift).float()
+    if not 0.0 < start <= 1.0:
+        raise ValueError(f"strength: expected above 0 and up to 1, found {start}; 1 keeps nothing of a start image")
+    if not 0 < shift <= MAX_SHIFT:
+        raise ValueError(f"shift: expected above 0 and up to {MAX_SHIFT}, found {shift}; {SHIFT:g} is Turbo's own")
+    if schedule == "even":
+        return shift_sigma(torch.linspace(start, 0, steps + 1, dtype=torch.float64), shift).float()
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, found {schedule!r}")
+    total = max(steps, int(steps / start))
+    sigmas = shift_sigma(SCHEDULES[schedule](total, shift).unique().flip(0), shift)
+    return torch.cat((sigmas, torch.zeros(1)))[-(steps + 1) :].float()
+
+
+def _simple(steps: int, shift: float) -> Tensor:
+    """(steps,) of a thousandth each, every (1000 / steps)th."""
+    return 1 - (torch.arange(steps, dtype=torch.float64) * (TIMES / steps)).floor() / TIMES
+
+
+def _beta(steps: int, shift: float, alpha: float = 0.6) -> Tensor:
+    """(steps,) at quantiles of the beta distribution (0.6, 0.6), denser at both ends (arXiv 2407.12173).
+
+    Its distribution function is the integral of (sin a cos a)^(2 alpha - 1) over a, at sin(a)^2.
+    """
+    angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
+    reached = torch.cumulative_trapezoid((angle.sin() * angle.cos()).clamp(min=0) ** (2 * alpha - 1), angle)
+    wanted = (1 - torch.arange(steps, dtype=torch.float64) / steps) * reached[-1]
+    above = torch.searchsorted(reached, wanted).clamp(1, len(reached) - 1)
+    part = (wanted - reached[above - 1]) / (reached[above] - reached[above - 1])
+    quantile = (angle[above] + part * (angle[1] - angle[0])).sin() ** 2
+    return ((quantile * (TIMES - 1)).round() + 1) / TIMES
+
+
+def _sgm_uniform(steps: int, shift: float) -> Tensor:
+    """(steps,) evenly from 1 down to the last thousandth, without that; even after one shift, then shifted again."""
+    least = shift_sigma(torch.tensor(1 / TIMES, dtype=torch.float64), shift)
+    return torch.linspace(1, float(least), steps + 1, dtype=torch.float64)[:-1]
+
+
+SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {"simple": _simple, "beta": _beta, "sgm_uniform": _sgm_uniform}
+"""Beside "even": (steps, shift) -> (steps,) fp64 before the shift, from 1 down, on ComfyUI's thousand times."""
 
 
 def read_sigmas(given: Iterable[float], shift: float = SHIFT) -> Tensor:
@@ -128,6 +171,56 @@ def at_sigma(cond: Conditioning, sigma: float, shift: float = SHIFT) -> Conditio
     return cond if len(working) == len(cond.controls) else replace(cond, controls=working)
 
 
+@dataclass(frozen=True)
+class Point:
+    """Where a step begins: latents (B, 16, h, w) at a sigma, their flow, and the picture that it points at."""
+
+    sigma: float
+    latents: Tensor
+    flow: Tensor
+
+    @property
+    def image(self) -> Tensor:
+        return self.latents - self.sigma * self.flow
+
+
+def euler(now: Point, last: Point | None, after: float, flow: Callable[[Tensor], Tensor]) -> Tensor:
+    """Along the flow. A sampler gives the latents at `after`; it knows the point before, and the flow at `after`."""
+    return now.latents + (after - now.sigma) * now.flow
+
+
+def heun(now: Point, last: Point | None, after: float, flow: Callable[[Tensor], Tensor]) -> Tensor:
+    """Along the mean of the flows at both ends of the step; the model runs twice but for the last step."""
+    there = euler(now, last, after, flow)
+    return there if after == 0 else now.latents + (after - now.sigma) * (now.flow + flow(there)) / 2
+
+
+def dpmpp_2m(now: Point, last: Point | None, after: float, flow: Callable[[Tensor], Tensor]) -> Tensor:
+    """DPM-Solver++ (2M) (arXiv 2211.01095)."""
+    return _multistep(now, last, after, lambda h, moved: moved * h / 2)
+
+
+def res_multistep(now: Point, last: Point | None, after: float, flow: Callable[[Tensor], Tensor]) -> Tensor:
+    """The second-order multistep method of arXiv 2308.02157."""
+    return _multistep(now, last, after, lambda h, moved: h - moved)
+
+
+def _multistep(now: Point, last: Point | None, after: float, weight: Callable[[float, float], float]) -> Tensor:
+    """Towards the image that is extrapolated from the last two, over the step h in log sigma; else as `euler`.
+
+    weight(h, 1 - exp(-h)) is that of the image's change for each unit of log sigma.
+    """
+    if last is None or after == 0:
+        return euler(now, last, after, lambda latents: latents)
+    h, before = math.log(now.sigma / after), math.log(last.sigma / now.sigma)
+    moved = 1 - after / now.sigma
+    image = now.image
+    return (1 - moved) * now.latents + moved * image + weight(h, moved) / before * (image - last.image)
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "res_multistep": res_multistep, "dpmpp_2m": dpmpp_2m}
+
+
 def denoise(
     model: Model,
     latents: Tensor,
@@ -140,8 +233,9 @@ def denoise(
     on_step_end: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     hold: Callable[[Tensor, float], Tensor] | None = None,
     shift: float = SHIFT,
+    sampler: str = "euler",
 ) -> Tensor:
-    """Integrate the flow from sigmas[0] to sigmas[-1] with Euler steps; returns fp32 latents of the same shape.
+    """Integrate the flow from sigmas[0] to sigmas[-1] by one of SAMPLERS; returns fp32 latents of the same shape.
 
     With guidance g > 0 the flow is pos + g (pos - neg), g + 1 in ComfyUI's terms, and `negative` is needed.
     on_step_end(i, sigma (), latents) replaces the latents after step i. on_step(done, total, predicted image latents)
@@ -151,22 +245,31 @@ def denoise(
     """
     if guidance > 0 and negative is None:
         raise ValueError(f"guidance {guidance}: a negative prompt's conditioning is needed, none was given")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}")
     latents = latents.float()
     total = len(sigmas) - 1
     steps = sigmas.tolist()
     device_sigmas = sigmas.to(latents.device)
-    if hold:
-        latents = hold(latents, steps[0])
-    for i in range(total):
+
+    def flow_at(i: int, latents: Tensor) -> Tensor:
         flow = predict_flow(model, latents, device_sigmas[i], at_sigma(cond, steps[i], shift))
         if guidance > 0 and negative is not None:
             against = predict_flow(model, latents, device_sigmas[i], at_sigma(negative, steps[i], shift))
             flow = flow + guidance * (flow - against)
-        before, latents = latents, latents + (steps[i + 1] - steps[i]) * flow
+        return flow
+
+    if hold:
+        latents = hold(latents, steps[0])
+    last = None
+    for i in range(total):
+        now = Point(steps[i], latents, flow_at(i, latents))
+        latents = SAMPLERS[sampler](now, last, steps[i + 1], functools.partial(flow_at, i + 1))
         if hold:
             latents = hold(latents, steps[i + 1])
         if on_step_end:
             latents = on_step_end(i, device_sigmas[i], latents)
-        if on_step and on_step(i + 1, total, before - steps[i] * flow) is False:
+        if on_step and on_step(i + 1, total, now.image) is False:
             break
+        last = now
     return latents

@@ -249,6 +249,7 @@ def test_outputs_of_other_types_are_the_same_picture(draw, tiny_files):
 
 
 def test_latents_and_sigmas_instead_of_seed_and_steps(draw, caplog):
+    caplog.set_level("WARNING", "zimage_core")
     plain = pixels(draw("a cat", **SIZE, generator=5))
     noise = sampler.draw_noise(5, 1, 32, 48)
     given = draw("a cat", num_inference_steps=9, sigmas=[1.0, 0.5], latents=noise)

@@ -162,7 +162,7 @@ class Graphs:
             self.clear()
             self._weights = weights
         shapes = {name: tensor.shape for name, tensor in tensors(cond).items()}
-        key = (latents.shape, latents.dtype, t.shape, cond.grid, cond.image_tokens, *shapes.items())
+        key = (latents.shape, latents.dtype, t.shape, cond.grid, cond.image_tokens, cond.nag, *shapes.items())
         step = self._steps.setdefault(key, Step())
         self._steps.move_to_end(key)
         if len(self._steps) > SHAPES:

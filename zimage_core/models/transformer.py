@@ -12,6 +12,7 @@ Legend: B batch, L tokens, C caption width, D width, H heads, K head width, h x 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..linear.svdq import smoothing
 from ..sizes import round_up
 from . import ops
 from .config import ZImageConfig
+from .guidance import Nag, guide
 
 if TYPE_CHECKING:
     from ..linear.backends import Backend
@@ -46,7 +48,8 @@ class Conditioning:
 
     context (Bc, Lc, D): refined caption tokens, Bc is 1 or the batch. cos, sin (Bc, L, 1, K/2) fp32: rotary
     angles of [image, caption] tokens, L = image_tokens + Lc. mask (Bc, 1, 1, L) bool or None where all
-    captions have the same padded length. grid: (h, w). controls: the ControlNets that add to each step.
+    captions have the same padded length. grid: (h, w). controls: the ControlNets that add to each step. nag: how
+    attention is guided, where the last tokens of each caption are a negative one's.
     """
 
     context: Tensor
@@ -56,6 +59,7 @@ class Conditioning:
     grid: tuple[int, int]
     image_tokens: int
     controls: tuple[PreparedControl, ...] = ()
+    nag: Nag | None = None
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
@@ -314,6 +318,10 @@ class ZImageTransformer(Adapted):
             context = hooks.run_block("context_refiner", i, block, context, *args)
         return Conditioning(context, cos, sin, mask, grid, image_tokens)
 
+    def guided(self, cond: Conditioning, negative: Conditioning, nag: Nag) -> Conditioning:
+        """A conditioning whose attention is guided away from a negative one, prepared for the same size."""
+        return guide(cond, negative, nag, functools.partial(rope_angles, config=self.config))
+
     @staticmethod
     def _positions(
         lengths: list[int],
@@ -369,7 +377,8 @@ class ZImageTransformer(Adapted):
             for run in runs:
                 x = run.add_hint(i, x)
         x = torch.cat((x, cond.context.expand(batch, -1, -1).to(x.dtype)), dim=1)
-        args = (cond.cos, cond.sin, cond.mask, t_emb, hooks.attention)
+        attend = hooks.attention if cond.nag is None else cond.nag.attention(hooks.attention, cond.image_tokens)
+        args = (cond.cos, cond.sin, cond.mask, t_emb, attend)
         for run in runs:
             run.enter_layers(x, args)
         for i, block in enumerate(self.layers):
