@@ -32,7 +32,7 @@ from . import __version__
 from .device import choose_device, choose_dtype
 from .formats.identify import model_info
 from .formats.load import load_transformer
-from .linear import backends, layout
+from .linear import backends
 from .linear.adapters import Linear
 from .linear.backends import Backend
 from .linear.svdq import SVDQLinear, SVDQWeights
@@ -43,6 +43,8 @@ from .models.config import ZImageConfig
 from .models.transformer import ZImageTransformer
 from .sampler import draw_noise
 from .sizes import GIB
+from .trial import random_weights
+from .tune import cpu_clock, elapsed_ms, select
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Call = Callable[[], Tensor]
@@ -68,7 +70,7 @@ def medians_ms(
 
     def once(name: str) -> float:
         cache.zero_()
-        return _elapsed_ms(calls[name], device)
+        return elapsed_ms(calls[name], device)
 
     first = {name: min((once(name) for _ in range(warm_up)), default=0.0) for name in calls}
     quick = [name for name in calls if first[name] <= SLOW * min(first.values())]
@@ -84,25 +86,6 @@ def medians_ms(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def _elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        clock = cpu_clock()[1]
-        begun = clock()
-        call()
-        return (clock() - begun) * 1e3
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def cpu_clock() -> tuple[str, Callable[[], float]]:
-    """Name and function of a CPU's clock: with one thread the process's processor time, else the time of day."""
-    return ("processor time", time.process_time) if torch.get_num_threads() == 1 else ("time", time.perf_counter)
-
-
 def ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, float]:
     """TFLOP/s of a square GEMM and GB/s of a copy (read + write), as upper bounds for the rest."""
     side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**26)
@@ -114,7 +97,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Date, versions, device, and the backends that are unavailable there and why."""
+    """Date, versions, device, what `auto` takes there, and the backends that are unavailable and why."""
     facts: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "zimage": __version__,
@@ -128,6 +111,8 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         facts |= {"gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1)}
     else:
         facts |= {"threads": torch.get_num_threads(), "clock": cpu_clock()[0]}
+    auto = select(device=device, dtype=dtype)
+    facts["auto"] = f"{auto.name} {auto.precision}"
     return facts | {"unavailable": {name: why for name, why, _ in backends.report(device, dtype) if why}}
 
 
@@ -202,6 +187,7 @@ def print_machine(facts: Mapping[str, Any], peak: Mapping[str, float]) -> None:
     size = f", {facts['gib']} GiB" if "gib" in facts else f", threads: {facts['threads']} (measured: {facts['clock']})"
     print(f"{facts['device']}{size}, torch {facts['torch']}, {facts['dtype']}, {facts['date']}")
     print(f"measured ceilings: {peak['tflops']:.2f} TFLOP/s (square GEMM), {peak['gbps']:.0f} GB/s (copy)")
+    print(f"auto: {facts['auto']}")
     for name, reason in facts["unavailable"].items():
         print(f"not here: {name}: {reason}")
 
@@ -213,18 +199,6 @@ def every_way(device: torch.device, dtype: torch.dtype) -> dict[str, Backend]:
         for name, reason, precisions in backends.report(device, dtype)
         for precision in (() if reason else precisions)
     }
-
-
-def random_weights(n: int, k: int, rank: int, device: torch.device, dtype: torch.dtype) -> SVDQWeights:
-    """A linear whose residual and low-rank branch have about equal norms."""
-    codes = (torch.randn(n, k, device=device) * 2.6).round_().clamp_(-7, 7).to(torch.int8)
-    return SVDQWeights(
-        layout.pack_nibbles(codes),
-        torch.rand(n, k // layout.GROUP, device=device) * 0.002 + 0.002,
-        (torch.randn(k, device=device) * 0.3).exp_(),
-        torch.randn(rank, k, device=device) * 0.1,
-        torch.randn(n, rank, device=device) * 0.08 / rank**0.5,
-    ).to(dtype=dtype)
 
 
 def random_model(

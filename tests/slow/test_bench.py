@@ -134,7 +134,7 @@ def test_random_models_keep_their_size(tiny_files):
 
 def test_every_call_is_timed(monkeypatch):
     """Slow ones once, out of turn; none is lost."""
-    monkeypatch.setattr(bench, "_elapsed_ms", lambda call, device: call())
+    monkeypatch.setattr(bench, "elapsed_ms", lambda call, device: call())
     called = []
     calls = {
         name: lambda name=name, ms=ms: called.append(name) or ms for name, ms in (("a", 1.0), ("b", 2.0), ("c", 9.0))

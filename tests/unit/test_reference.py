@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from zimage_core import tune
 from zimage_core.linear import backends, layout
 from zimage_core.linear.adapters import Terms
 from zimage_core.linear.backends import kitchen, nunchaku, reference, select
@@ -171,9 +172,9 @@ def test_a_small_linear_keeps_its_dense_form_beside_the_codes():
 
 
 def test_auto_on_the_cpu_is_the_reference_and_says_so_once(caplog):
-    backends._log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="zimage_core.linear.backends"):
-        first, second = (select(device="cpu", dtype=torch.bfloat16) for _ in range(2))
+    tune._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="zimage_core.tune"):
+        first, second = (tune.select(device="cpu", dtype=torch.bfloat16) for _ in range(2))
     assert (first.name, first.precision) == ("reference", "w4a16")
     assert second == first
     assert len([r for r in caplog.records if r.message.startswith("SVDQ backend: reference w4a16 on cpu")]) == 1
@@ -191,7 +192,8 @@ def test_a_named_backend_is_refused_with_its_own_reason(name, precision, no_engi
     assert [backend for backend in backends.BACKENDS if f"{backend}: " in str(refusal.value)] == [name]
 
 
-def test_a_precision_that_nothing_runs_is_refused_with_every_backends_reason(no_engine):
+def test_a_precision_that_nothing_runs_is_refused_with_every_backends_reason(no_engine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
     with pytest.raises(ValueError, match="cannot run on cpu.*; choose precision auto") as refusal:
         select("auto", "w4a8", device="cpu", dtype=torch.bfloat16)
     for backend in backends.BACKENDS:
@@ -216,10 +218,10 @@ def test_report_has_a_row_for_every_backend(no_engine):
     ("sm", "dtype", "installed", "expected"),
     [
         (75, torch.float16, True, ("nunchaku", "w4a4")),
-        (75, torch.float16, False, ("triton", "w4a16")),
+        (75, torch.float16, False, ("triton", "w4a8")),
         (75, torch.bfloat16, True, ("reference", "w4a16")),
         (86, torch.bfloat16, True, ("nunchaku", "w4a4")),
-        (86, torch.bfloat16, False, ("triton", "w4a16")),
+        (86, torch.bfloat16, False, ("triton", "w4a8")),
         (89, torch.bfloat16, True, ("nunchaku", "w4a4")),
         (90, torch.bfloat16, True, ("triton", "w4a8")),
         (120, torch.bfloat16, True, ("triton", "w4a8")),
@@ -227,7 +229,7 @@ def test_report_has_a_row_for_every_backend(no_engine):
         (70, torch.float16, True, ("reference", "w4a16")),
     ],
 )
-def test_the_table_of_auto(sm, dtype, installed, expected, gpu, request, monkeypatch):
+def test_the_order_where_nothing_is_measured(sm, dtype, installed, expected, gpu, request, monkeypatch):
     monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.6.0")
     request.getfixturevalue("engine" if installed else "no_engine")
     gpu(sm)
@@ -244,7 +246,7 @@ def test_amd_gpus_with_matrix_units_get_triton(architecture, expected, no_engine
         monkeypatch.setattr(module, "amd_architecture", lambda device: architecture)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     chosen = select(device="cuda", dtype=torch.bfloat16)
-    assert (chosen.name, chosen.precision) == (expected or "reference", "w4a16")
+    assert (chosen.name, chosen.precision) == ((expected, "w4a8") if expected else ("reference", "w4a16"))
     assert expected or "triton: needs gfx90a, gfx942, gfx950, gfx11, gfx12, the GPU is gfx1030" in chosen.reason
     assert f"a GPU ({architecture})" in chosen.reason
 
@@ -365,8 +367,7 @@ def test_kitchen_agrees_with_the_reference(real, request):
         tensors, weights = golden(path)
         if tensors["x"].dtype == torch.float16 and real:
             continue
-        module = linear(weights, cpu("kitchen"))
-        assert module.backend.precision == "w4a4"
+        module = linear(weights, cpu("kitchen", "w4a4"))
         kept = module.weights().tensors()
         assert all(torch.equal(kept[name], t) for name, t in weights.tensors().items())
         # bf16 rounding of the sum, of dequantized operands, and codes that fall the other way
@@ -375,14 +376,61 @@ def test_kitchen_agrees_with_the_reference(real, request):
         weights = random_weights(128, k)
         x = torch.randn(8, k, generator=torch.Generator().manual_seed(0)).bfloat16()
         y = linear(weights, cpu(precision="w4a4"))(x)
-        assert relative(linear(weights, cpu("kitchen"))(x), y) < 2e-2
+        assert relative(linear(weights, cpu("kitchen", "w4a4"))(x), y) < 2e-2
 
 
-@pytest.mark.parametrize(("sm", "reason"), [(90, "INT4 tensor cores"), (75, "INT4 tensor cores"), (86, None)])
-def test_kitchen_wants_int4_tensor_cores(sm, reason, gpu, fake_kitchen):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kitchen_with_eight_bit_activations_is_near_the_exact_result(dtype):
+    """Its own int8 linear, our low-rank branch; with and without an adapter in it."""
+    pytest.importorskip("comfy_kitchen")
+    for path in GOLDEN:
+        tensors, weights = golden(path)
+        weights = weights.to(dtype=dtype)
+        x, backend = tensors["x"].to(dtype), select("kitchen", "w4a8", device="cpu", dtype=dtype)
+        module = linear(weights, backend)
+        kept = module.weights().tensors()
+        assert all(torch.equal(kept[name], t) for name, t in weights.tensors().items())
+        assert relative(module(x), tensors["y_w4a16"]) < 6e-2  # 127 steps for a row, some of which have outliers
+        pair = torch.randn(8, x.shape[-1]).to(dtype), torch.randn(module.out_features, 8).to(dtype)
+        module.set_adapter(Terms(*pair))
+        change = x.double() @ pair[0].double().T @ pair[1].double().T
+        assert module.adapter is None
+        assert relative(module(x), tensors["y_w4a16"].double() + change) < 4e-2
+
+
+def test_eight_bit_weights_are_those_of_triton():
+    """q * s over a row's largest weight, in 127 steps."""
+    _, weights = golden(GOLDEN[0])
+    prepared = kitchen.prepare(weights, "w4a8")
+    codes, scale = kitchen.requantize(prepared), prepared["channel_scale"] * 448 / 127
+    assert codes.dtype == torch.int8 and codes.abs().max() == 127
+    assert (codes * scale[:, None] - weights.residual()).abs().max() <= 0.51 * scale.max()
+
+
+@pytest.mark.parametrize(
+    ("sm", "amd", "w4a4", "w4a8"),
+    [
+        (90, None, "w4a4 needs INT4 tensor cores", None),
+        (86, None, None, None),
+        (75, None, "needs sm_80 or later, the GPU is sm_75", None),
+        (70, None, "needs sm_80 or later", "int8_linear needs sm_75 or later, the GPU is sm_70"),
+        (None, "gfx1100", None, None),
+        (None, "gfx1030", None, "its hip kernels have no int8_linear for this GPU"),
+        (None, "gfx906", "its hip kernels are unavailable: no matrix units", "its hip kernels are unavailable"),
+    ],
+)
+def test_kitchens_registry_says_what_runs(sm, amd, w4a4, w4a8, gpu, fake_kitchen, monkeypatch):
     gpu(sm)
-    found = kitchen.unavailable(torch.device("cuda"), torch.bfloat16)
-    assert found is None if reason is None else reason in found
+    monkeypatch.setattr(kitchen, "amd_architecture", lambda device: amd)
+    if amd == "gfx1030":
+        monkeypatch.delitem(fake_kitchen.registry.rules, ("hip", "int8_linear"))
+    if amd == "gfx906":
+        fake_kitchen.states["hip"] = {"available": False, "unavailable_reason": "no matrix units"}
+    for precision, expected in (("w4a4", w4a4), ("w4a8", w4a8)):
+        found = kitchen.unavailable(torch.device("cuda"), torch.bfloat16, precision=precision)
+        assert found is None if expected is None else expected in found
+    assert (kitchen.unavailable(torch.device("cuda"), torch.bfloat16) is None) is (None in (w4a4, w4a8))
+    assert "the device is mps" in kitchen.unavailable(torch.device("mps"), torch.bfloat16)
 
 
 def test_kitchen_names_what_is_missing(monkeypatch):
@@ -492,5 +540,12 @@ def fake_kitchen(monkeypatch):
         return (y if bias is None else y + bias.float()).to(lora_up.dtype)
 
     module.quantize_svdquant_w4a4, module.scaled_mm_svdquant_w4a4 = quantize, multiply
-    module.list_backends = lambda: {"cuda": {"available": True, "unavailable_reason": None}}
+    module.int8_linear = None
+    module.states = {form: {"available": True, "unavailable_reason": None} for form in ("eager", "cuda", "hip")}
+    module.list_backends = lambda: module.states
+    rules = {(form, name): None for form in module.states for name in kitchen.OPERATORS.values()}
+    rules |= {("cuda", "quantize_svdquant_w4a4"): (8, 0), ("cuda", "int8_linear"): (7, 5)}
+    rules = {key: types.SimpleNamespace(min_compute_capability=least) for key, least in rules.items()}
+    module.registry = types.SimpleNamespace(rules=rules, get_constraints=lambda *key: rules.get(key))
     monkeypatch.setitem(sys.modules, "comfy_kitchen", module)
+    return module

@@ -310,12 +310,12 @@ def test_a_block_is_the_same_bit_for_bit_with_codes_from_the_kernels_in_front(co
 
 def test_only_eight_bit_linears_without_an_adapter_beside_them_ask_for_codes():
     linear, weights = SVDQLinear(384, 128, rank=RANK), wide_weights(128, 384)
-    ask = {}
+    ask, x = {}, torch.empty(3, 384)
     for name, module, precision in (("w4a8", backend, "w4a8"), ("w4a16", backend, "w4a16"), ("cpu", reference, "w4a4")):
         linear.load(weights, Backend("", precision, module, ""))
-        ask[name] = smoothing(linear)
+        ask[name] = smoothing(linear, x)
     assert torch.equal(ask["w4a8"], weights.smooth_factor) and ask["w4a16"] is ask["cpu"] is None
-    assert smoothing(Linear(384, 128)) is None
+    assert smoothing(Linear(384, 128), x) is None
 
 
 if INTERPRETED:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, tune
 from ..control import Control
 from ..formats.encoder import check_text_encoder
 from ..formats.identify import model_info
@@ -38,7 +38,7 @@ class PictureGenerator:
         self.automatic = pipeline.vram_budget == "auto"
         self.backend, self.precision = "dense", None
         if (info := model_info(pipeline.files.model)).rank:
-            chosen = backends.select(
+            chosen = tune.select(
                 pipeline.backend, pipeline.precision, device=pipeline.device, dtype=pipeline.dtype, fp4=info.fp4
             )
             self.backend, self.precision = chosen.name, chosen.precision

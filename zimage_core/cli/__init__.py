@@ -19,12 +19,38 @@ from contextlib import contextmanager
 
 from .. import __version__
 from ..failures import out_of_memory
-from . import batch, bench, compare, convert, doctor, download, generate, inspect, quantize, quantize_encoder, verify
+from . import (
+    batch,
+    bench,
+    compare,
+    convert,
+    doctor,
+    download,
+    generate,
+    inspect,
+    quantize,
+    quantize_encoder,
+    tune,
+    verify,
+)
 from .options import EXIT_INPUT, Parser
 from .output import printable
 
 EXIT_MEMORY, EXIT_INTERRUPT, EXIT_BROKEN_PIPE = 3, 130, 141
-COMMANDS = (generate, batch, download, quantize, quantize_encoder, convert, inspect, compare, doctor, bench, verify)
+COMMANDS = (
+    generate,
+    batch,
+    download,
+    quantize,
+    quantize_encoder,
+    convert,
+    inspect,
+    compare,
+    doctor,
+    bench,
+    tune,
+    verify,
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,11 +8,15 @@ import importlib.util
 import json
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..sizes import GIB
 from .options import Commands, Parser
 from .output import print_facts
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("safetensors", "transformers", "huggingface_hub", "diffusers", "triton", "comfy-kitchen", "nunchaku")
 
@@ -61,6 +65,8 @@ def diagnose() -> dict[str, object]:
         name: reason or f"available ({', '.join(precisions)})" for name, reason, precisions in report(device, dtype)
     }
     facts["auto"] = what_runs(quantized=True)
+    if ways := timed_ways(device, dtype):
+        facts["ways"] = ways
     return facts
 
 
@@ -73,10 +79,18 @@ def what_runs(quantized: bool, fp4: bool = False) -> str:
     where = f"on {device} in {str(dtype).removeprefix('torch.')}"
     if not quantized:
         return where
-    from ..linear.backends import select
+    from ..tune import select
 
     backend = select("auto", "auto", device=device, dtype=dtype, fp4=fp4)
     return f"{backend.name} {backend.precision} {where}"
+
+
+def timed_ways(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """How each way to run the linears did on a GPU, from which `auto` takes the fastest."""
+    from ..tune import describe, known
+
+    record = known(device, dtype) if device.type == "cuda" else None
+    return describe(record) if record else {}
 
 
 def gpu_state(index: int) -> str:

@@ -189,8 +189,7 @@ def load_controlnet(
     """The ControlNet of a file or folder on a device; everything else as `load_transformer`."""
     import torch
 
-    from ..linear.backends import select
-    from ..models import ops
+    from ..tune import select, select_ops
 
     dtype = dtype or torch.bfloat16
     device = torch.device(device)
@@ -200,6 +199,6 @@ def load_controlnet(
         model = build_controlnet(info)
         sources = match_controlnet(files, info, model)
         model.backend = select(backend, precision, device=compute_device, dtype=dtype) if info.rank else None
-        model.use(ops.select(backend, compute_device, dtype, info.config.base.head_dim))
+        model.use(select_ops(backend, compute_device, dtype, info.config.base.head_dim))
         fill(model, sources, device, dtype)
     return model

@@ -303,12 +303,11 @@ def load_transformer(
 
     dtype is that of everything not quantized (default bf16). backend and precision choose the INT4 arithmetic for
     compute_device (default `device`), where the model will run if its weights wait elsewhere; see
-    `backends.select`. Raises ValueError naming file, key, expected and found.
+    `tune.select`. Raises ValueError naming file, key, expected and found.
     """
     import torch
 
-    from ..linear.backends import select
-    from ..models import ops
+    from ..tune import select, select_ops
 
     dtype = dtype or torch.bfloat16
     device = torch.device(device)
@@ -318,7 +317,7 @@ def load_transformer(
         sources = match_transformer(files, model, info)
         if info.rank:
             model.backend = select(backend, precision, device=compute_device, dtype=dtype, fp4=info.fp4)
-        model.use(ops.select(backend, compute_device, dtype, info.config.head_dim))
+        model.use(select_ops(backend, compute_device, dtype, info.config.head_dim, info.fp4))
         fill(model, sources, device, dtype)
     model.checkpoint = info
     return model

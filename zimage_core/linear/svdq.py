@@ -212,10 +212,10 @@ class SVDQLinear(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
 
-def smoothing(linear: nn.Module) -> torch.Tensor | None:
-    """Smoothing vector (K,) for quantizing inside the preceding kernel, or None.
+def smoothing(linear: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """Smoothing vector (K,) for quantizing inside the preceding kernel, or None; x (..., any) has the linear's rows.
 
     None for dense linears, 16-bit activations, and linears with an adapter beside them, which needs x itself."""
     if not isinstance(linear, SVDQLinear) or linear.adapter is not None:
         return None
-    return linear.backend.smoothing(linear._held)
+    return linear.backend.smoothing(linear._held, x.shape[:-1].numel())

@@ -144,7 +144,7 @@ class FeedForward(nn.Module):
         self.w2 = linear(config.ffn_dim, config.dim, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.ops.swiglu(self.w3_w1(x), smoothing(self.w2)))
+        return self.w2(self.ops.swiglu(self.w3_w1(x), smoothing(self.w2, x)))
 
 
 class Block(nn.Module):
@@ -181,11 +181,11 @@ class Block(nn.Module):
         if t_emb is not None:
             modulation = self.adaLN_modulation(t_emb).unsqueeze(1)
             scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
-        norm1, norm2, smooth = self.attention_norm1, self.attention_norm2, smoothing(self.attention.to_qkv)
+        norm1, norm2, smooth = self.attention_norm1, self.attention_norm2, smoothing(self.attention.to_qkv, x)
         h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_attn, smooth)
         h = self.attention(h, cos, sin, mask, attend)
         x = self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_attn)
-        norm1, norm2, smooth = self.ffn_norm1, self.ffn_norm2, smoothing(self.feed_forward.w3_w1)
+        norm1, norm2, smooth = self.ffn_norm1, self.ffn_norm2, smoothing(self.feed_forward.w3_w1, x)
         h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_ffn, smooth)
         h = self.feed_forward(h)
         return self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_ffn)

@@ -1,8 +1,10 @@
 """The backends that run an SVDQ linear, and the choice between them.
 
-Each backend is a module with PRECISIONS, FP4 (those in which it takes FP4 weights, if any) and five functions:
+Each backend is a module with PRECISIONS, FP4 (those in which it takes FP4 weights, if any), MIXED (those that take the
+same weights in memory, if any) and five functions:
 
-    unavailable(device, dtype, fp4=False)         why it cannot run INT4 or FP4 weights there, or None
+    unavailable(device, dtype, fp4, precision)    why it cannot run INT4 or FP4 weights there, or None; without a
+                                                  precision, what keeps all of its precisions from running
     prepare(weights, precision) -> dict           the tensors that `linear` takes, which replace the stored ones
     restore(prepared) -> dict                     the inverse of `prepare`, exact
     join(prepared, rank, pair) -> dict | None     the low-rank branch cut to its first `rank`, and an adapter's pair of
@@ -19,17 +21,17 @@ On the meta device `prepare` and `linear` allocate what they allocate on the rea
 can count the memory of a picture.
 
 `reference` is plain torch and defines correctness. Precisions: w4a16 keeps activations in 16 bits and is closest to
-the file; w4a4 is the arithmetic that the files were calibrated for; w4a8 lies between the two.
+the file; w4a4 is the arithmetic that the files were calibrated for; w4a8 lies between the two. "w4a16+w4a8" is the
+first for up to FEW_ROWS rows and the second for more.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,21 +42,20 @@ from ...sizes import round_up
 if TYPE_CHECKING:
     from ..svdq import SVDQWeights
 
-# `auto` takes the first that is available: fastest first, as far as measured (benchmarks/README.md). The reference's
-# w4a16 always is, so the entries after it are taken only by name. int8 activations, too (`select`).
+# What `auto` takes where nothing is measured (`tune`): the first that is available. The reference's w4a16 always is, so
+# the entries after it are taken only by name.
 ORDER = (
     ("nunchaku", "w4a4"),
     ("triton", "w4a8"),
     ("triton", "w4a16"),
     ("reference", "w4a16"),
+    ("kitchen", "w4a8"),
     ("kitchen", "w4a4"),
     ("reference", "w4a4"),
 )
-FP8_CAPABILITY = 89  # from here on 8-bit activations are fp8
+FEW_ROWS = 2048  # pictures of 512 x 512 have 1,152, of 1024 x 1024 4,224
 BACKENDS = ("nunchaku", "triton", "kitchen", "reference")
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
-
-logger = logging.getLogger(__name__)
 
 
 class Quantized(NamedTuple):
@@ -82,9 +83,22 @@ class Backend:
     module: ModuleType
     reason: str
 
+    @cached_property
+    def levels(self) -> tuple[str, str]:
+        """The precisions for few rows and for many."""
+        few, _, many = self.precision.rpartition("+")
+        return few or many, many
+
+    def level(self, rows: int) -> str:
+        """The precision for a number of rows."""
+        return self.levels[rows > FEW_ROWS]
+
     def prepare(self, weights: SVDQWeights) -> dict[str, torch.Tensor]:
         """The tensors that `linear` takes."""
-        return self.module.prepare(weights, self.precision)
+        prepared: dict[str, torch.Tensor] = {}
+        for level in dict.fromkeys(self.levels):
+            prepared |= self.module.prepare(weights, level)
+        return prepared
 
     def restore(self, prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The fields of SVDQWeights, from what `prepare` made."""
@@ -96,44 +110,45 @@ class Backend:
         """proj_down and proj_up of the first `rank` and a pair behind them, if given; None if it cannot join."""
         return self.module.join(prepared, rank, pair)
 
-    def smoothing(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """Smoothing vector (K,) for quantizing inside the preceding kernel, or None."""
+    def smoothing(self, prepared: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor | None:
+        """Smoothing vector (K,) for quantizing so many rows inside the preceding kernel, or None."""
         function = getattr(self.module, "smoothing", None)
-        return function and function(prepared, self.precision)
+        return function and function(prepared, self.level(rows))
 
     def linear(self, x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """x (M, K) -> (M, N)."""
-        return self.module.linear(x, prepared, self.precision)
+        rows = x.codes if isinstance(x, Quantized) else x
+        return self.module.linear(x, prepared, self.level(len(rows)))
 
 
 def select(backend: str = "auto", precision: str = "auto", *, device, dtype: torch.dtype, fp4: bool = False) -> Backend:
-    """The backend and precision for a device and INT4 or FP4 weights; a named backend never falls back to another.
+    """The first of ORDER that is asked for and runs there with INT4 or FP4 weights; a named backend never falls back.
 
     ValueError for an unknown name, or with every backend's reason if none can run what is asked for."""
     name = "reference" if backend == "torch" else backend
+    few, _, many = precision.rpartition("+")
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected auto, torch or one of {', '.join(BACKENDS)}, found {backend!r}")
-    if precision not in ("auto", *PRECISIONS):
+    if many not in ("auto", *PRECISIONS) or few not in ("", *PRECISIONS):
         raise ValueError(f"precision: expected auto or one of {', '.join(PRECISIONS)}, found {precision!r}")
     device = torch.device(device)
     passed: dict[str, str] = {}
     for candidate, level in ORDER:
-        if name not in ("auto", candidate) or precision not in ("auto", level) or candidate in passed:
+        if name not in ("auto", candidate) or many not in ("auto", level):
             continue
         module = load(candidate)
-        refusal = module.unavailable(device, dtype, fp4)
+        refusal = module.unavailable(device, dtype, fp4, level)
         if refusal is None and fp4 and level not in getattr(module, "FP4", ()):
             refusal = f"has no {level} for FP4 weights"
-        if refusal is None and (precision, level) == ("auto", "w4a8") and (capability(device) or 0) < FP8_CAPABILITY:
-            continue
+        if refusal is None and few and not {few, level} <= {*getattr(module, "MIXED", ())}:
+            refusal = f"has no {precision}"
         if refusal is None:
+            level = precision if few else level
             reason = f"{candidate} {level}{' of FP4 weights' if fp4 else ''} on {describe(device)}"
             if passed:
                 reason += f" ({'; '.join(f'{other}: {why}' for other, why in passed.items())})"
-            if name == "auto":
-                _log_once(f"SVDQ backend: {reason}")
             return Backend(candidate, level, module, reason)
-        passed[candidate] = refusal
+        passed.setdefault(candidate, refusal)
     rows = [row for row in report(device, dtype) if name in ("auto", row[0])]
     reasons = "; ".join(f"{row[0]}: {passed.get(row[0]) or row[1] or 'runs ' + ', '.join(row[2])}" for row in rows)
     asked = f"backend {backend!r} with precision {precision!r} cannot run on {describe(device)} in {dtype}"
@@ -142,9 +157,14 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
 
 
 def report(device, dtype: torch.dtype) -> list[tuple[str, str | None, tuple[str, ...]]]:
-    """(name, why it cannot run there or None, its precisions) of every backend, for `zimage doctor`."""
-    device, modules = torch.device(device), {name: load(name) for name in BACKENDS}
-    return [(name, module.unavailable(device, dtype), module.PRECISIONS) for name, module in modules.items()]
+    """(name, why it cannot run there or None, the precisions that run) of every backend, for `zimage doctor`."""
+    device, rows = torch.device(device), []
+    for name in BACKENDS:
+        module = load(name)
+        refusals = {level: module.unavailable(device, dtype, precision=level) for level in module.PRECISIONS}
+        runs = tuple(level for level, refusal in refusals.items() if refusal is None)
+        rows.append((name, None if runs else next(iter(refusals.values())), runs))
+    return rows
 
 
 def load(name: str) -> ModuleType:
@@ -199,8 +219,3 @@ def describe(device: torch.device) -> str:
     if sm is None and amd is None:
         return device.type
     return f"{torch.cuda.get_device_name(device)} ({amd or f'sm_{sm}'})"
-
-
-@cache
-def _log_once(message: str) -> None:
-    logger.info(message)

@@ -36,7 +36,9 @@ MAX_ELEMENTS = 2**31 - 1  # of x and of y: they are indexed in 32 bits
 PAD_ROWS = 256  # a multiple of which the activations are padded to
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> str | None:
+def unavailable(
+    device: torch.device, dtype: torch.dtype, fp4: bool = False, precision: str | None = None
+) -> str | None:
     """Why it cannot run there: the engine is missing, or refuses the GPU or the dtype."""
     spec = importlib.util.find_spec("nunchaku")
     if spec is None:

@@ -25,10 +25,13 @@ PRECISIONS = ("w4a16", "w4a4")
 FP4 = ("w4a16",)
 FIELDS = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "bias", "outer_scale")
 CHUNK = 2**24  # elements unpacked at a time: 16 MiB of codes
+FP16_PART = 2**-8
 DENSE = 2**20  # elements up to which a weight's dense form is kept: 2 MiB in bf16
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> str | None:
+def unavailable(
+    device: torch.device, dtype: torch.dtype, fp4: bool = False, precision: str | None = None
+) -> str | None:
     """None: it runs everywhere."""
     return None
 
@@ -96,6 +99,18 @@ def dequantize_fp4(
     return dense
 
 
+def low_rank(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x @ down.T (M, R); in fp16, which it overflows, a FP16_PART of it."""
+    if x.dtype is not torch.float16:
+        return x @ down.T
+    return torch.addmm(x.new_zeros(()), x, down.T, beta=0, alpha=FP16_PART)
+
+
+def add_low_rank(y: torch.Tensor, rank: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """y + rank @ up.T (M, N) for what `low_rank` returned."""
+    return torch.addmm(y, rank, up.T, alpha=1 / FP16_PART if y.dtype is torch.float16 else 1)
+
+
 def quantize_activations(x: torch.Tensor, smooth_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (M, K) -> codes (M, K) int8 in -8..7 and the unrounded scales (M, G) fp32, one per row and group of 64."""
     smoothed = (x / smooth_factor).float().view(len(x), -1, layout.GROUP)
@@ -114,7 +129,7 @@ def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tenso
     else:
         weight = dequantize_codes(prepared["qweight"], prepared["wscales"])
     y = F.linear(x / prepared["smooth_factor"], weight, bias)
-    return torch.addmm(y, x @ prepared["proj_down"].T, prepared["proj_up"].T)
+    return add_low_rank(y, low_rank(x, prepared["proj_down"]), prepared["proj_up"])
 
 
 def _w4a4(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:

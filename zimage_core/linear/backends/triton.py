@@ -30,16 +30,17 @@ from .reference import join, restore
 if TYPE_CHECKING:
     from ..svdq import SVDQWeights
 
-__all__ = ["PRECISIONS", "FP4", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
-PRECISIONS = ("w4a8", "w4a16")
-FP4 = PRECISIONS
+__all__ = ["PRECISIONS", "FP4", "MIXED", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
+PRECISIONS = FP4 = MIXED = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")  # with matrix units; the kernels are compiled for some, unrun
 OLDEST_TRITON = (3, 2)  # comes with torch 2.6; before it the kernels fail to compile or to compute
 FEW_ROWS = 2048  # w4a16 multiplies up to so many rows by the low-rank branch, instead of adding it to the weight
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> str | None:
+def unavailable(
+    device: torch.device, dtype: torch.dtype, fp4: bool = False, precision: str | None = None
+) -> str | None:
     """Why it cannot run there: no triton, no GPU with matrix units that it compiles for, or a dtype without them."""
     sm, amd = capability(device), amd_architecture(device)
     if sm is None and amd is None:
@@ -149,7 +150,7 @@ def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torc
     weight = torch.empty(n, 2 * half, dtype=dtype, device=qweight.device)
     block_c = 128 if half % 128 == 0 else 64
     scales = prepared["wscales"], prepared.get("outer_scale"), prepared["channel_scale"]
-    launch("requantize", (n // 32, half // block_c), qweight, *scales, weight, 2 * half, _to_code(dtype), 32, block_c)
+    launch("requantize", (n // 32, half // block_c), qweight, *scales, weight, 2 * half, to_code(dtype), 32, block_c)
     return weight
 
 
@@ -192,7 +193,7 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
     products = torch._int_mm(codes, weight.T)
     y = rank @ up if bias is None else torch.addmm(bias, rank, up)
     grid = m, -(-n // 1024)
-    launch("rescale_add", grid, products, row_scale, channel_scale, y, n, _to_code(dtype), 1024)
+    launch("rescale_add", grid, products, row_scale, channel_scale, y, n, to_code(dtype), 1024)
     return y
 
 
@@ -217,5 +218,6 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _to_code(dtype: torch.dtype) -> float:
+def to_code(dtype: torch.dtype) -> float:
+    """What channel_scale is multiplied by for codes of a dtype."""
     return LIMITS[torch.float8_e4m3fn] / LIMITS[dtype]

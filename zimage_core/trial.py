@@ -1,0 +1,184 @@
+"""Whether a way to run linears computes here what plain torch does, found out in a process of its own.
+
+On a card that nobody has tried, a kernel may give wrong numbers, abort its process, poison its CUDA context or hang.
+So whatever is compiled first runs a small random linear in a child, whose death is a sentence.
+
+A way is (backend, precision); FUSED stands for the kernels between the linears.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .linear import backends, layout
+from .linear.backends import reference
+from .linear.svdq import SVDQWeights
+from .models import ops
+
+Way = tuple[str, str]
+FUSED: Way = ("triton", "fused")
+N, K, RANK = 384, 512, 32
+ROWS = (1, 40, 259)  # one after the other
+LIMITS = {"w4a16": 0.02, "w4a8": 0.06, "fused": 0.02}  # of a row's or column's relative error; two to four times what
+# bf16 and 8-bit codes show
+W4A4_LIMIT = 1.2  # times the reference's own error: codes may fall the other way, sums be rounded elsewhere
+FP4_W4A4_LIMIT = 0.25  # of which there is no reference
+TIME_LIMIT_S = 60.0
+CHILD = "import json, sys; sys.path = json.loads(sys.argv[1]); from zimage_core.trial import main; main(*sys.argv[2:])"
+
+
+class Untried(Exception):
+    """No process could be started that uses the device."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The largest relative error of a row or column, or why the way is not to be used."""
+
+    error: float | None = None
+    refused: str | None = None
+
+
+def random_weights(
+    n: int, k: int, rank: int, device: torch.device, dtype: torch.dtype, fp4: bool = False
+) -> SVDQWeights:
+    """An INT4 or FP4 linear whose residual and low-rank branch have about equal norms."""
+    codes = (torch.randn(n, k, device=device) * 2.6).round_().clamp_(-7, 7).to(torch.int8)
+    scales = torch.rand(n, k // (layout.MICRO_GROUP if fp4 else layout.GROUP), device=device) * 0.002 + 0.002
+    return SVDQWeights(
+        layout.pack_nibbles(codes),
+        (scales * 256).to(torch.float8_e4m3fn).view(torch.uint8) if fp4 else scales,
+        (torch.randn(k, device=device) * 0.3).exp_(),
+        torch.randn(rank, k, device=device) * 0.1,
+        torch.randn(n, rank, device=device) * 0.08 / rank**0.5,
+        outer_scale=torch.full((n,), 1 / 256, device=device) if fp4 else None,
+    ).to(dtype=dtype)
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """The largest relative error of a row or a column (M, N), in fp32 on the CPU; NaN if there is one."""
+    found, expected = found.float().cpu(), expected.float().cpu()
+    shares = [(found - expected).norm(dim=d) / expected.norm(dim=d) for d in (0, 1)]
+    return torch.cat(shares).max().item()
+
+
+def check(error: float, limit: float) -> Outcome:
+    """The outcome of an error against its limit."""
+    if error <= limit:  # not so for NaN
+        return Outcome(error)
+    return Outcome(error, f"wrong here: expected an error of up to {limit:.3f} on a small linear, found {error:.3f}")
+
+
+@torch.no_grad()
+def try_linear(way: Way, device: torch.device, dtype: torch.dtype, fp4: bool = False) -> Outcome:
+    """Run a small random linear and compare it with the reference in fp32."""
+    name, precision = way
+    weights = random_weights(N, K, RANK, torch.device("cpu"), dtype, fp4)
+    weights = replace(weights, bias=torch.randn(N).to(dtype))
+    x = torch.randn(sum(ROWS), K).to(dtype)
+    exact = weights.to(dtype=torch.float32).tensors()
+    expected = reference.linear(x.float(), exact, "w4a16")
+    if precision == "w4a4" and fp4:
+        limit = FP4_W4A4_LIMIT
+    elif precision == "w4a4":
+        limit = W4A4_LIMIT * worst(reference.linear(x.float(), exact, "w4a4"), expected)
+    else:
+        limit = LIMITS[precision]
+    module = backends.load(name)
+    prepared = module.prepare(weights.to(device), precision)
+    found = torch.cat([module.linear(part, prepared, precision) for part in x.to(device).split(ROWS)])
+    return check(worst(found, expected), limit)
+
+
+@torch.no_grad()
+def try_fused(device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Run the kernels between the linears and compare them with plain torch, 8-bit codes with their rows."""
+    batch, tokens, heads, head_dim = 2, 37, 4, 128
+    width = heads * head_dim
+    fused = backends.load("fused")
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x, h, gate, weight = (
+        random(batch, tokens, width),
+        random(batch, tokens, width),
+        random(batch, 1, width),
+        random(width),
+    )
+    angles = torch.randn(1, tokens, 1, head_dim // 2)
+    smooth = (torch.randn(width) * 0.3).exp_().to(dtype)
+    norms = random(head_dim), random(head_dim)
+    calls = {
+        "norm_scale": (x, weight, 1e-5, gate),
+        "norm_gate_add": (x, h, weight, 1e-5, gate),
+        "norm_rope": (random(batch, tokens, 3, heads, head_dim), *norms, 1e-5, angles.cos(), angles.sin()),
+        "swiglu": (random(batch, tokens, 2 * width),),
+    }
+    errors = []
+    for name, given in calls.items():
+        expected = getattr(ops.TORCH, name)(*(v.float() if isinstance(v, Tensor) else v for v in given))
+        given = tuple(v.to(device) if isinstance(v, Tensor) else v for v in given)
+        found = getattr(fused, name)(*given)
+        pairs = zip(found, expected) if name == "norm_rope" else [(found, expected)]
+        errors += [worst(a.flatten(0, 1).flatten(1), b.flatten(0, 1).flatten(1)) for a, b in pairs]
+        if name in ("norm_scale", "swiglu"):
+            y, codes, scale = getattr(fused, name)(*given, smooth=smooth.to(device))
+            errors.append(worst(y.flatten(0, 1), expected.flatten(0, 1)))
+            plain = y.flatten(0, 1).float()
+            restored = codes.float() * scale[:, None] * smooth.to(device).float()
+            if not (restored - plain).norm() <= LIMITS["w4a8"] * plain.norm():
+                return Outcome(refused=f"wrong here: the 8-bit codes of {name} are not those of its result")
+    return check(max(errors, key=lambda error: error if error == error else torch.inf), LIMITS["fused"])
+
+
+def main(device: str, dtype: str, weights: str, *ways: str) -> None:
+    """What a child does: "ready" once it has the device, then a line of JSON for every way, "backend precision"."""
+    torch.manual_seed(0)
+    place, kind = torch.device(device), getattr(torch, dtype)
+    torch.zeros(1, device=place)
+    print(json.dumps("ready"), flush=True)
+    for name in ways:
+        way = name.split(" ")[0], name.split(" ")[1]
+        outcome = try_fused(place, kind) if way == FUSED else try_linear(way, place, kind, weights == "FP4")
+        print(json.dumps([*way, outcome.error, outcome.refused]), flush=True)
+
+
+def in_child(
+    ways: Sequence[Way],
+    device: torch.device,
+    dtype: torch.dtype,
+    fp4: bool = False,
+    *,
+    time_limit: float = TIME_LIMIT_S,
+) -> dict[Way, Outcome]:
+    """The outcome of every way; a child that dies or hangs is the fault of the way that it was at.
+
+    Untried if a child gets no hold of the device."""
+    found: dict[Way, Outcome] = {}
+    while left := [way for way in ways if way not in found]:
+        # In ComfyUI this package has another name, and the path is what ComfyUI made of it.
+        path = json.dumps([str(Path(__file__).parents[1]), *sys.path])
+        given = [str(device), str(dtype).removeprefix("torch."), "FP4" if fp4 else "INT4", *map(" ".join, left)]
+        command = [sys.executable, "-c", CHILD, path, *given]
+        try:
+            ended = subprocess.run(command, capture_output=True, timeout=time_limit)
+            output, last = ended.stdout, ended.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            why = f"its process ended with code {ended.returncode}{': ' + last if last else ''}"
+        except subprocess.TimeoutExpired as error:
+            output, why = error.stdout or b"", f"did not answer within {time_limit:.0f} s"
+        lines = [json.loads(line) for line in output.splitlines() if line.startswith((b'"ready', b"["))]
+        if not lines:
+            raise Untried(why)
+        found |= {(line[0], line[1]): Outcome(line[2], line[3]) for line in lines[1:]}
+        if left[-1] not in found:
+            found[next(way for way in left if way not in found)] = Outcome(refused=f"failed here: {why}")
+    return found

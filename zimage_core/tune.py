@@ -1,0 +1,297 @@
+"""How `auto` chooses: every way to run linears is tried and timed here once, and the fastest is remembered.
+
+A way must first compute what the reference computes (`trial`). Then the ways are timed on the linears of a full-size
+block for few and for many rows. The figures are kept in the user's cache folder under everything that they depend on,
+so that a seed gives the same picture at every later run; `zimage tune` makes them anew.
+
+A w4a8 linear's input is quantized inside the preceding kernel where that is ours; here the linear does it itself.
+
+Legend: M rows, N out, K in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .linear import backends
+from .linear.backends import Backend
+from .models import ops
+from .trial import FUSED, Outcome, Untried, Way, in_child, random_weights
+
+WAYS: tuple[Way, ...] = (
+    ("triton", "w4a16"),
+    ("reference", "w4a16"),
+    ("kitchen", "w4a8"),
+    ("triton", "w4a8"),
+    ("nunchaku", "w4a4"),
+    ("kitchen", "w4a4"),
+)
+"""What `auto` chooses from, in the order in which ways go that are about as fast: more precise ones first."""
+ALIKE = 1.1  # times the fastest's time, within which the order decides, so that like cards choose alike
+SHAPES = {(11520, 3840): 32000 / 11520, (3840, 3840): 1.0, (3840, 10240): 1.0}
+"""(N, K) of a block's linears and how often they count; w3_w1 (20480, 3840), too large for MEMORY, counts as qkv."""
+RANK = 256
+ROWS = {"few_ms": 1152, "many_ms": 4224}  # of pictures of 512 x 512 and 1024 x 1024 pixels
+REPEATS, SLOW = 7, 3.0  # calls of each linear, but one of those that are so much slower than the fastest
+LIMIT_S = 3.0  # for all calls but the first of each kind, which compile; then each is timed once
+MEMORY = 2**29  # bytes of the device that timing takes at most
+
+Record = dict[str, Any]
+Elapsed = Callable[[Callable[[], object], torch.device], float]
+
+logger = logging.getLogger(__name__)
+_known: dict[tuple[torch.device, torch.dtype, bool], Record | None] = {}
+_lock = threading.Lock()
+
+
+def select(backend: str = "auto", precision: str = "auto", *, device, dtype: torch.dtype, fp4: bool = False) -> Backend:
+    """The backend and precision that run a model's linears; where either is "auto", on a GPU the fastest measured.
+
+    ValueError as `backends.select`, and where every way that is asked for was refused by its trial."""
+    chosen = backends.select(backend, precision, device=device, dtype=dtype, fp4=fp4)
+    device = torch.device(device)
+    if "auto" in (backend, precision):
+        ways = usable(device, dtype, fp4)
+        asked = [way for way in ways if backend in ("auto", way[0]) and precision in ("auto", way[1])]
+        record = known(device, dtype, fp4) if any(name != "reference" for name, _ in asked) else None
+        if record is not None:
+            name, level = pick(record, asked)
+            chosen = backends.select(name, level, device=device, dtype=dtype, fp4=fp4)
+            timed = "; ".join(f"{way}: {words}" for way, words in describe(record).items())
+            chosen = replace(chosen, reason=f"{name} {level} on {backends.describe(device)}, the fastest of {timed}")
+    if backend == "auto":
+        _log_once(f"SVDQ backend: {chosen.reason}")
+    return chosen
+
+
+def select_ops(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, fp4: bool = False) -> ops.Ops:
+    """`ops.select`; plain torch also where the trial refused our kernels."""
+    chosen = ops.select(backend, device, dtype, head_dim)
+    if backend == "auto" and chosen is not ops.TORCH:
+        record = known(device, dtype, fp4)
+        if record is not None and "refused" in record["ways"].get(" ".join(FUSED), {}):
+            return ops.TORCH
+    return chosen
+
+
+def usable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> list[Way]:
+    """The ways that `auto` chooses from on a device; only the first of them is there on anything but a GPU."""
+    if device.type != "cuda":
+        return [("reference", "w4a16")]
+    modules = {name: backends.load(name) for name in backends.BACKENDS}
+    ways = [way for way in WAYS if not fp4 or way[1] in getattr(modules[way[0]], "FP4", ())]
+    return [way for way in ways if modules[way[0]].unavailable(device, dtype, fp4, way[1]) is None]
+
+
+def known(device: torch.device, dtype: torch.dtype, fp4: bool = False, *, anew: bool = False) -> Record | None:
+    """The figures of a device, dtype and weights: this process's, the cache's, else measured now; None if that fails."""
+    with _lock:
+        if anew or (device, dtype, fp4) not in _known:
+            key = cache_key(device, dtype, fp4)
+            path = cache_folder() / f"ways-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+            record = None if anew else read(path, key)
+            if record is None:
+                try:
+                    record = {"key": key, **measure(device, dtype, usable(device, dtype, fp4), fp4)}
+                except (Untried, torch.cuda.OutOfMemoryError) as error:
+                    logger.warning("ways to run linears: could not be timed (%s); one is taken untimed", error)
+                else:
+                    record = keep(path, record, anew)
+            _known[device, dtype, fp4] = record
+        return _known[device, dtype, fp4]
+
+
+def measure(
+    device: torch.device,
+    dtype: torch.dtype,
+    ways: Sequence[Way],
+    fp4: bool = False,
+    *,
+    shapes: Mapping[tuple[int, int], float] = SHAPES,
+    elapsed: Elapsed | None = None,
+    tried: Callable[..., dict[Way, Outcome]] = in_child,
+) -> Record:
+    """Try and time ways; "ways" maps "backend precision" to its error and times in ms of a block, or its refusal.
+
+    Untried and OutOfMemoryError where the device is too full."""
+    outcomes = {way: Outcome() for way in ways if way[0] == "reference"}
+    for library in dict.fromkeys(name for name, _ in ways if name != "reference"):
+        own = [way for way in ways if way[0] == library]
+        outcomes |= tried([*own, FUSED] if library == "triton" else own, device, dtype, fp4)
+    found: dict[Way, dict[str, Any]]
+    found = {way: {"error": o.error} if o.refused is None else {"refused": o.refused} for way, o in outcomes.items()}
+    passed = [way for way in ways if "refused" not in found[way]]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        times, seconds = time_ways(device, dtype, passed, fp4, shapes, elapsed or elapsed_ms)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for way in passed:
+        found[way] |= times[way]
+    return {"ways": {" ".join(way): facts for way, facts in found.items()}, "seconds": round(seconds, 2)}
+
+
+def time_ways(
+    device: torch.device,
+    dtype: torch.dtype,
+    ways: Sequence[Way],
+    fp4: bool,
+    shapes: Mapping[tuple[int, int], float],
+    elapsed: Elapsed,
+) -> tuple[dict[Way, dict[str, float]], float]:
+    """Each way's ms of a block's linears for few and many rows, and the seconds that this took beside compilation."""
+    torch.manual_seed(0)
+    totals = {way: dict.fromkeys(ROWS, 0.0) for way in ways}
+    begun, compiling = time.perf_counter(), 0.0
+    for (n, k), count in shapes.items():
+        weights = random_weights(n, k, min(RANK, k), device, dtype, fp4)
+        for name, rows in ROWS.items():
+            x, fastest = torch.randn(rows, k, device=device, dtype=dtype), float("inf")
+            for way in ways:
+                module = backends.load(way[0])
+                prepared = module.prepare(weights, way[1])
+
+                def call(module=module, prepared=prepared, level=way[1], x=x) -> torch.Tensor:
+                    return module.linear(x, prepared, level)
+
+                warming = time.perf_counter()
+                elapsed(call, device)
+                compiling += time.perf_counter() - warming
+                times = [elapsed(call, device)]
+                fastest = min(fastest, times[0])
+                late = time.perf_counter() - begun - compiling > LIMIT_S
+                if times[0] <= SLOW * fastest and not late:
+                    times += [elapsed(call, device) for _ in range(REPEATS - 1)]
+                fastest = min(fastest, *times)
+                totals[way][name] += count * statistics.median(times)
+    seconds = time.perf_counter() - begun - compiling
+    return {way: {name: round(ms, 4) for name, ms in found.items()} for way, found in totals.items()}, seconds
+
+
+def pick(record: Record, asked: Iterable[Way]) -> Way:
+    """The backend and precision, "w4a16+w4a8" say, that are fastest for few and for many rows among those asked for.
+
+    For few rows only another precision of the same backend. ValueError if all were refused."""
+    ways = [way for way in asked if "many_ms" in record["ways"].get(" ".join(way), {})]
+    if not ways:
+        reasons = "; ".join(f"{' '.join(way)}: {record['ways'][' '.join(way)]['refused']}" for way in asked)
+        raise ValueError(f"no way to run the linears is left: {reasons}; choose backend and precision auto")
+
+    def fastest(ways: Sequence[Way], rows: str) -> Way:
+        times = {way: record["ways"][" ".join(way)][rows] for way in ways}
+        return next(way for way in ways if times[way] <= ALIKE * min(times.values()))
+
+    name, many = fastest(ways, "many_ms")
+    mixed = getattr(backends.load(name), "MIXED", ())
+    _, few = fastest([way for way in ways if way == (name, many) or way[0] == name and many in mixed], "few_ms")
+    return name, many if few == many else f"{few}+{many}"
+
+
+def describe(record: Record) -> dict[str, str]:
+    """How each way did, in words, by "backend precision"."""
+    found = {}
+    for way, facts in record["ways"].items():
+        error = "" if facts.get("error") is None else f", error {facts['error']:.3f}"
+        if "many_ms" in facts:
+            few, many = ROWS.values()
+            found[way] = f"{facts['few_ms']:.2f} ms for {few} rows, {facts['many_ms']:.2f} ms for {many}{error}"
+        else:
+            found[way] = facts.get("refused") or f"runs{error}"
+    return found
+
+
+def cache_folder() -> Path:
+    """Where figures are kept: the user's cache folder on this system."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "zimage-int4"
+
+
+def cache_key(device: torch.device, dtype: torch.dtype, fp4: bool) -> dict[str, str]:
+    """Everything that the figures depend on."""
+    key = {"device": backends.describe(device), "driver": driver(), "dtype": str(dtype), "zimage": __version__}
+    key["weights"] = "FP4" if fp4 else "INT4"
+    for package in ("torch", "triton", "triton-windows", "comfy-kitchen", "nunchaku"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            key[package] = importlib.metadata.version(package)
+    return key | {"torch": torch.__version__, "system": platform.system()}
+
+
+def driver() -> str:
+    """The GPU driver's version, where the system says it, else the CUDA version that it supports."""
+    for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with suppress(OSError):
+            return Path(path).read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
+    version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return str(version()) if version and torch.cuda.is_available() else ""
+
+
+def read(path: Path, key: Mapping[str, str]) -> Record | None:
+    """The figures in a file; None if there are none, or of something else."""
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and record.get("key") == key and isinstance(record.get("ways"), dict):
+            return record
+    return None
+
+
+def keep(path: Path, record: Record, anew: bool) -> Record:
+    """Write figures to a file; returns those that are there then, as another process may have been faster."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(record, file, indent=1)
+        if not anew and (there := read(path, record["key"])):
+            os.unlink(file.name)
+            return there
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): the next run times the ways to run linears again", path, error)
+    return record
+
+
+def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that a call takes: of the GPU, or by `cpu_clock`."""
+    if device.type != "cuda":
+        clock = cpu_clock()[1]
+        begun = clock()
+        call()
+        return (clock() - begun) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def cpu_clock() -> tuple[str, Callable[[], float]]:
+    """Name and function of a CPU's clock: with one thread the process's processor time, else the time of day."""
+    return ("processor time", time.process_time) if torch.get_num_threads() == 1 else ("time", time.perf_counter)
+
+
+@cache
+def _log_once(message: str) -> None:
+    logger.info(message)
