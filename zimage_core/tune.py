@@ -103,7 +103,7 @@ def usable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> list[
 
 
 def known(device: torch.device, dtype: torch.dtype, fp4: bool = False, *, anew: bool = False) -> Record | None:
-    """The figures of a device, dtype and weights: this process's, the cache's, else measured now; None if that fails."""
+    """The figures of a device, dtype and weights: this process's, the cache's, else measured; None if that fails."""
     with _lock:
         if anew or (device, dtype, fp4) not in _known:
             key = cache_key(device, dtype, fp4)
