@@ -59,8 +59,8 @@ class ZImageQuantize:
                 "model_name": (
                     sources(),
                     {
-                        "tooltip": "A BF16 (or FP16, FP8) Z-Image in models/diffusion_models: a .safetensors file, or "
-                        "a folder with config.json and its shards; or the demo's own BF16 file."
+                        "tooltip": "A Z-Image in models/diffusion_models, in BF16 or anything of 8 bits or more (fewer "
+                        "are rounded twice): .safetensors, .gguf, or a folder with its shards; or the demo's BF16 file."
                     },
                 ),
                 "rank": (

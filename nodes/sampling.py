@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..zimage_core.models.config import PRESETS
 from .host.messages import CELL
 from .host.sampling import MAX_SIZE, sample
 
@@ -25,14 +26,38 @@ IMAGE_TO_IMAGE: dict[str, tuple] = {
         },
     ),
 }
+GUIDANCE: dict[str, tuple] = {
+    "negative": (
+        "CONDITIONING",
+        {"tooltip": "What to avoid, where cfg is above 1: Z-Image Prompt or CLIP Text Encode, the text may be empty."},
+    ),
+    "cfg": (
+        "FLOAT",
+        {
+            "default": 1.0,
+            "min": 1.0,
+            "max": 30.0,
+            "step": 0.1,
+            "tooltip": "1 is no guidance, what Turbo was made for. In diffusers' terms guidance is 1 less: "
+            "Z-Image's guidance 4 is 5 here. Above 1 costs twice the time.",
+        },
+    ),
+    "preset": (
+        ["as set", *PRESETS],
+        {
+            "default": "as set",
+            "tooltip": "turbo: 8 steps, cfg 1. base (Z-Image): 30 steps, cfg 5. Both replace the widgets' values.",
+        },
+    ),
+}
 
 
 class ZImageSampler:
     """MODEL and CONDITIONING -> LATENT."""
 
     DESCRIPTION = (
-        "Generates a picture in 8 steps: Z-Image Turbo's own schedule and no guidance, so there is no negative prompt. "
-        "The same as KSampler with euler, simple, cfg 1. Connect a latent for image to image."
+        "Generates a picture: Z-Image Turbo's own schedule of 8 steps and no guidance, or Z-Image's 30 with a negative "
+        "prompt. The same as KSampler with euler, simple. Connect a latent for image to image."
     )
     SEARCH_ALIASES = ["z-image", "zimage", "ksampler", "sampler", "img2img", "turbo", "generate"]
     CATEGORY = "Z-Image INT4"
@@ -85,10 +110,28 @@ class ZImageSampler:
                     },
                 ),
             },
-            "optional": IMAGE_TO_IMAGE,
+            "optional": IMAGE_TO_IMAGE | GUIDANCE,
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
-    def sample(self, model, positive, seed, steps, width, height, batch_size, latent=None, denoise=1.0, unique_id=None):
-        args = (model, positive, seed, steps, width, height, batch_size, latent, denoise)
-        return (sample(*args, unique_id),)
+    def sample(
+        self,
+        model,
+        positive,
+        seed,
+        steps,
+        width,
+        height,
+        batch_size,
+        latent=None,
+        denoise=1.0,
+        negative=None,
+        cfg=1.0,
+        preset="as set",
+        unique_id=None,
+    ):
+        if preset in PRESETS:
+            steps, guidance = PRESETS[preset]
+            cfg = guidance + 1
+        size = (width, height, batch_size)
+        return (sample(model, positive, negative, cfg, seed, steps, size, latent, denoise, unique_id),)

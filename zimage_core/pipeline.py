@@ -190,11 +190,12 @@ class Pipeline:
         height, width: pixels, divisible by 16; left out, the image's or the latents', else 1024 (256 for the demo).
         generator: an int seed, with which picture i starts from the noise of seed + i, a CPU torch.Generator, or a list
         of either, one for each picture; left out, a random seed. latents (B, 16, H/8, W/8): the noise, instead.
-        guidance_scale g > 0 follows pos + g (pos - neg), neg being one negative prompt or one for each. prompt_embeds,
-        negative_prompt_embeds: features (L, C) instead of texts. sigmas: instead of num_inference_steps, before the
-        shift and without the last 0. image, strength: start from that picture, at 1 from noise alone; it is cropped to
-        the size. mask: repaint only what is white in it, with an edge of `feather` pixels outside of it; all else stays
-        as it is in `image`. control: one ControlNet or several. loras: those of this call, else those of `set_loras`.
+        guidance_scale g > 0 follows pos + g (pos - neg), neg being one negative prompt or one for each: diffusers' form,
+        ComfyUI's cfg is g + 1; 0 is for Turbo, 4 for Z-Image. prompt_embeds, negative_prompt_embeds: features (L, C)
+        instead of texts. sigmas: instead of num_inference_steps, before the shift and without the last 0. image,
+        strength: start from that picture, at 1 from noise alone; it is cropped to the size. mask: repaint only what is
+        white in it, with an edge of `feather` pixels outside of it; all else stays as it is in `image`. control: one
+        ControlNet or several. loras: those of this call, else those of `set_loras`.
         output_type: pil, np (B, H, W, 3), pt (B, 3, H, W), both fp32 in 0..1, or latent, which is not decoded.
         on_stage(name, steps) before each stage; on_step(done, total, predicted latents), which stops the run early by
         returning False; callback_on_step_end(pipeline, i, timestep, {"latents": ...}) as diffusers calls it. Raises

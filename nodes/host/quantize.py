@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from itertools import chain, count
 from pathlib import Path
 
@@ -19,17 +21,19 @@ from . import messages
 from .clip import release
 from .files import EXTENSIONS, NO_LORA, check_lora, choices, find
 
+logger = logging.getLogger(__name__)
+
 MAX_SIZE = 1024  # pixels of a calibration picture's edge
 QUANTIZER_BYTES = 6 * GIB  # of device memory to calibrate a full-size model
 
 
 def sources() -> list[str]:
     """Names of models to quantize: files and model folders of `diffusion_models`, the demo's BF16 file."""
-    return [n for n in choices("diffusion_models", "dense", folders_too=True) if not n.lower().endswith(".gguf")]
+    return choices("diffusion_models", "dense", folders_too=True)
 
 
 def check_source(name: str) -> None:
-    """ValueError unless a name of `sources` is, by its header, a dense Z-Image transformer."""
+    """ValueError unless a name of `sources` is, by its header, a Z-Image transformer that is not SVDQuant already."""
     core.check_source(find("diffusion_models", name, "dense"))
 
 
@@ -68,11 +72,14 @@ def quantize(
     def show(done: int, total: int, what: str) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
-        messages.say(words(done, total, what), node_id)
+        messages.say("\n".join([words(done, total, what), *(str(warning.message) for warning in caught)]), node_id)
 
-    core.quantize_checkpoint(
-        source, target, rank=rank, cap_feats=cap_feats, size=size or own_size, merge=loras, device=device, progress=show
-    )
+    given = {"rank": rank, "cap_feats": cap_feats, "size": size or own_size, "merge": loras}
+    with warnings.catch_warnings(record=True) as caught:  # of a source below 8 bits, of too few prompts
+        warnings.simplefilter("always", UserWarning)
+        core.quantize_checkpoint(source, target, **given, device=device, progress=show)
+    for warning in caught:
+        logger.warning("%s", warning.message)
     return target.name
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...zimage_core.failures import check_finite
+from ...zimage_core.formats.identify import likely_variant
 from ...zimage_core.sampler import SHIFT, get_sigmas
 from . import messages
 from .files import LATENT_CHANNELS
@@ -38,24 +39,36 @@ def empty_latent(width: int, height: int, batch: int, denoise: float) -> dict:
     return {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
 
 
+def advice(model: ZImagePatcher, cfg: float) -> list[str]:
+    """A line where the model's file seems to be made for the other preset."""
+    info = model.model.diffusion_model.transformer.checkpoint
+    variant = info.metadata.get("variant") or likely_variant(info.path)
+    if (variant, cfg > 1) == ("base", False):
+        return [f"{info.path.name} seems to be Z-Image, not Turbo: preset base, with a negative prompt, is made for it"]
+    return []
+
+
 def sample(
     model: comfy.model_patcher.ModelPatcher,
     positive: list,
+    negative: list | None,
+    cfg: float,
     seed: int,
     steps: int,
-    width: int,
-    height: int,
-    batch: int,
+    size: tuple[int, int, int],
     latent: dict | None,
     denoise: float,
     node_id: str | None,
 ) -> dict:
-    """LATENT of Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple, cfg 1) gives it.
+    """LATENT of Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple) gives it.
 
-    Without a latent it starts from noise of `batch` pictures of width x height. The node shows the plan first.
+    Without a latent it starts from noise of `size`: width, height, pictures. The node shows the plan first. ValueError
+    for guidance (cfg above 1) without a negative prompt.
     """
+    if cfg > 1 and negative is None:
+        raise ValueError(f"cfg {cfg:g} needs a negative prompt: connect one, which may be empty, or set cfg to 1")
     if latent is None:
-        latent = empty_latent(width, height, batch, denoise)
+        latent = empty_latent(*size, denoise)
     import latent_preview
 
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"))
@@ -67,12 +80,15 @@ def sample(
         )
     if isinstance(model, ZImagePatcher):
         model.set_adapters(model.patches)  # before the plan, which counts their bytes
-        messages.say(describe_plan(model, 8 * samples.shape[-1], 8 * samples.shape[-2], samples.shape[0]), node_id)
+        pictures = len(samples) * (2 if cfg > 1 else 1)
+        plan = describe_plan(model, 8 * samples.shape[-1], 8 * samples.shape[-2], pictures)
+        messages.say("\n".join([plan, *advice(model, cfg)]), node_id)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]
+    if negative is None:
+        negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
-    guider.set_cfg(1.0)
+    guider.set_cfg(cfg)
     samples = guider.sample(
         noise,
         samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -330,13 +331,37 @@ def test_merging_and_saving_are_refused(ours):
 # ---- our sampler node -----------------------------------------------------------------------------------------
 
 
-def zsample(host, model, positive, *, seed=7, steps=STEPS, width=96, height=64, batch=1, latent=None, denoise=1.0):
-    return host.sampling.sample(model, positive, seed, steps, width, height, batch, latent, denoise, None)["samples"]
+def zsample(
+    host, model, positive, negative=None, *, cfg=1.0, seed=7, steps=STEPS, width=96, height=64, batch=1, latent=None,
+    denoise=1.0,
+):  # fmt: skip
+    size = (width, height, batch)
+    return host.sampling.sample(model, positive, negative, cfg, seed, steps, size, latent, denoise, None)["samples"]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
 def test_our_sampler_is_ksampler(host, ours, steps):
     assert relative(zsample(host, ours, conditioning(), steps=steps), ksample(ours, conditioning(), steps=steps)) < 1e-4
+
+
+def test_our_sampler_with_guidance_is_ksampler(host, ours):
+    positive, negative = conditioning(), conditioning(9, seed=1)
+    found = zsample(host, ours, positive, negative, cfg=5.0)
+    assert relative(found, ksample(ours, positive, negative, cfg=5.0)) < 1e-4
+    assert relative(found, zsample(host, ours, positive, negative)) > 0.01
+
+
+def test_our_sampler_says_where_a_model_wants_the_other_preset(host, ours, monkeypatch):
+    transformer = ours.model.diffusion_model.transformer
+    said, info = [], transformer.checkpoint
+    monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.append(text))
+    for variant, told in ((None, False), ("base", True)):
+        metadata = dict(info.metadata) | ({"variant": variant} if variant else {})
+        monkeypatch.setattr(transformer, "checkpoint", dataclasses.replace(info, metadata=metadata))
+        zsample(host, ours, conditioning(), steps=1)
+        assert ("preset base" in said[-1]) is told
+    zsample(host, ours, conditioning(), conditioning(9, seed=1), cfg=5.0, steps=1)
+    assert "preset base" not in said[-1]
 
 
 def test_our_sampler_img2img_mask_and_batch_index(host, ours, picture):

@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from zimage_core import cli, pipeline
 from zimage_core.cli.doctor import package_state
 from zimage_core.cli.output import save_png
+from zimage_core.formats.identify import likely_variant
 
 ROOT = Path(__file__).parents[2]
 REAL_HEADER = ROOT / "tests" / "data" / "real_model_expected_tensors_r256.json"
@@ -57,6 +60,55 @@ def full_size_file(tmp_path_factory) -> Path:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + end)
     return path
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "guidance"),
+    [
+        ([], 8, 0.0),
+        (["--preset=base"], 30, 4.0),
+        (["--preset=base", "--steps=3"], 3, 4.0),
+        (["--preset=turbo", "--guidance=1"], 8, 1.0),
+    ],
+)
+def test_presets_fill_in_what_is_not_given(asked, steps, guidance, tmp_path, capsys):
+    """In `generate` and in `batch` alike, the model being the demo at its smallest."""
+    small = ["--width=16", "--height=16", *asked, "--device=cpu"]
+    assert cli.main(["generate", "a", f"--out={tmp_path / 'a.png'}", "--json", *small]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["steps"], report["guidance"]) == (steps, guidance)
+    (tmp_path / "rows.txt").write_text("a\n")
+    assert cli.main(["batch", str(tmp_path / "rows.txt"), f"--out={tmp_path / 'out'}", *small]) == 0
+    line = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
+    assert (line["steps"], line["guidance"]) == (steps, guidance)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "variant"),
+    [
+        ("svdq-int4_r256-z-image-turbo", None, "turbo"),
+        ("z_image_turbo_bf16", None, "turbo"),
+        ("z_image_bf16", None, "base"),
+        ("Z-Image-Base-fp8_scaled", None, "base"),
+        ("my-fine-tune", None, None),
+        ("z-image-demo", None, None),
+        ("z_image_turbo_bf16", {"variant": "base"}, "base"),
+        ("my-fine-tune", {"variant": "something"}, None),
+    ],
+)
+def test_a_file_of_z_image_itself_gets_advice(name, metadata, variant, tiny_files, tmp_path, capsys):
+    path = tmp_path / f"{name}.safetensors"
+    tensors = load_file(tiny_files["model"])
+    with safe_open(tiny_files["model"], "pt") as file:
+        save_file(tensors, path, file.metadata() | (metadata or {}))
+    assert likely_variant(path) == variant
+    assert cli.main(["inspect", str(path)]) == 0
+    assert ("Z-Image base" in capsys.readouterr().out) is (variant == "base")
+    parts = [f"--{part.replace('_', '-')}={tiny_files[part]}" for part in tiny_files if part != "model"]
+    given = ["generate", "a", f"--model={path}", *parts, "--width=32", "--height=32", "--device=cpu"]
+    for more, told in (([], variant == "base"), (["--preset=turbo", "--steps=1"], False), (["--steps=1"], False)):
+        assert cli.main([*given, *more, f"--out={tmp_path / 'a.png'}"]) == 0
+        assert ("--preset base is made for it" in capsys.readouterr().err) is told
 
 
 def test_generate_writes_a_png_that_knows_its_settings(generate, tmp_path, capsys):

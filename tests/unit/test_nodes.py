@@ -370,6 +370,13 @@ def test_sampler_names_the_one_input_that_is_wrong(pack, size, denoise, says):
         sampler().sample(None, [], 0, 8, *size, 1, denoise=denoise)
 
 
+def test_sampler_wants_a_negative_prompt_for_guidance(pack):
+    sampler = pack.NODE_CLASS_MAPPINGS["ZImageSampler"]()
+    for given, cfg in (({"cfg": 3.5}, "3.5"), ({"preset": "base"}, "5")):
+        with pytest.raises(ValueError, match=f"^cfg {cfg} needs a negative prompt: connect one"):
+            sampler.sample(None, [], 0, 8, 64, 64, 1, **given)
+
+
 @pytest.mark.parametrize("node", IDS)
 def test_no_more_than_one_input_is_checked_ahead(pack, node):
     check = getattr(pack.NODE_CLASS_MAPPINGS[node], "VALIDATE_INPUTS", None)
@@ -388,7 +395,7 @@ def test_quantizer_lists_what_it_can_take(pack):
     listed = combo(pack, "ZImageQuantize", "model_name")
     (folder / "config.json").unlink()
     (pack.models / "diffusion_models" / "q8.gguf").unlink()
-    assert listed[-2:] == ["fine-tune", demo] and "q8.gguf" not in listed
+    assert listed[-3:] == ["fine-tune", "q8.gguf", demo]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from zimage_core.formats.load import load_transformer
 from zimage_core.formats.safetensors import read_header
 from zimage_core.linear.svdq import SVDQWeights
 from zimage_core.memory.offload import BlockStreamer
+from zimage_core.formats.identify import likely_variant
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import encode_prompts
 from zimage_core.models.tokenizer import find_tokenizer, load_tokenizer
@@ -139,6 +140,13 @@ def test_name_styles_shards_and_repetition_give_the_same_file(dense, source, tmp
         quantize_checkpoint(src, tmp_path / f"{i}", rank=16)
         digests.add(digest(tmp_path / f"{i}"))
     assert len(digests) == 1
+
+
+def test_the_file_says_which_z_image_it_is(source, tmp_path):
+    """As asked for, or as the source's own metadata say; a name that says nothing leaves it open."""
+    for variant in ("base", None):
+        quantize_checkpoint(source, tmp_path / "q.safetensors", rank=16, variant=variant)
+        assert likely_variant(tmp_path / "q.safetensors") == variant
 
 
 def test_lora_is_merged_before_quantizing(dense, source, tmp_path):

@@ -99,6 +99,7 @@ MAY_IMPORT = {
         "linear",
         "lora",
         "memory",
+        "models",
         "notation",
         "pictures",
         "pipeline",

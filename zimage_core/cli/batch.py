@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.config import PRESETS
 from .options import Commands, Parser, add_budget, add_models, add_runtime
 
 if TYPE_CHECKING:
@@ -38,9 +39,14 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--negative-prompt", help="what to avoid; needs guidance above 0")
     p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 256 with the bundled demo)")
     p.add_argument("--height", type=int, help="likewise")
-    p.add_argument("--steps", type=int, help="1 to 100 (default 8)")
+    p.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="what steps and guidance are unless given: turbo (default) 8 and 0, base (Z-Image) 30 and 4",
+    )
+    p.add_argument("--steps", type=int, help="1 to 100 (default as --preset)")
     p.add_argument("--seed", type=int, help="of every row without one (default: a seed from the row's id)")
-    p.add_argument("--guidance", type=float, help="0 for Turbo (default), above 0 costs twice the time")
+    p.add_argument("--guidance", type=float, help="diffusers' form, ComfyUI's cfg less 1 (default as --preset)")
     p.add_argument("--strength", type=float, help="how far to go from a row's image (default 0.6)")
     p.add_argument("--lora", action="append", metavar="FILE[:STRENGTH]", help="of rows without one; may be repeated")
     add_models(p)
@@ -100,6 +106,8 @@ def start(args: argparse.Namespace, progress: Progress) -> Run | ClusterRun:
     if args.comfyui:
         return start_comfyui(args, progress)
     defaults: dict[str, Any] = {name: getattr(args, name) for name in DEFAULTS}
+    for name, value in zip(("steps", "guidance"), PRESETS[args.preset or "turbo"]):
+        defaults[name] = value if defaults[name] is None else defaults[name]
     if args.lora:
         defaults["lora"] = [str(Path(name).absolute()) for name in args.lora]
     return run(
@@ -129,7 +137,7 @@ def start_comfyui(args: argparse.Namespace, progress: Progress) -> Run | Cluster
 
     if args.workflow is None:
         raise ValueError("--comfyui needs --workflow, a workflow exported in ComfyUI with File > Export (API)")
-    given = [f"--{name}" for name in ("model", "lora", *DEFAULTS) if getattr(args, name) is not None]
+    given = [f"--{name}" for name in ("model", "lora", "preset", *DEFAULTS) if getattr(args, name) is not None]
     if given:
         raise ValueError(
             f"{given[0].replace('_', '-')} has no effect in ComfyUI; set it in the workflow, or by a column"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import notation
+from ..models.config import PRESETS
 from .options import Commands, Parser, add_budget, add_models, add_runtime, pad_option
 from .output import Progress, gib, output_paths, save_png
 
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
 
     from ..control import Control
     from ..pipeline import Pictures, Pipeline
-
-
-PRESETS = {"turbo": (8, 0.0), "base": (30, 4.0)}
-"""What a model was made for -> steps, guidance in diffusers' form."""
 
 
 def add_parser(commands: Commands) -> Parser:
@@ -35,7 +33,6 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        default="turbo",
         help="what steps and guidance are unless given: turbo (default) 8 and 0, base (Z-Image) 30 and 4",
     )
     p.add_argument("--steps", type=int, help="1 to 100 (default as --preset)")
@@ -82,7 +79,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument(
         "--guidance",
         type=float,
-        help="0 for Turbo, above 0 costs twice the time; in ComfyUI's terms cfg is 1 more (default as --preset)",
+        help="0 for Turbo, above 0 costs twice the time; diffusers' form: ComfyUI's cfg is 1 more (default: --preset's)",
     )
     add_budget(p)
     p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
@@ -96,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
     targets = output_paths(args.out, args.batch)
-    steps, guidance = PRESETS[args.preset]
-    args.steps = steps if args.steps is None else args.steps
-    args.guidance = guidance if args.guidance is None else args.guidance
+    take_preset(args)
     image, mask = edited(args)
     controls = read_controls(args)
     if args.strength is None:
@@ -136,6 +131,18 @@ def run(args: argparse.Namespace) -> int:
         facts = {"images": saved, "prompt": args.prompt, **used, "seconds": seconds, "stages": stages}
         print(json.dumps(facts | {"plan": pictures.plan.facts()}))
     return 0
+
+
+def take_preset(args: argparse.Namespace) -> None:
+    """Fill in the steps and guidance that were not given; says where a model seems to want another preset."""
+    steps, guidance = PRESETS[args.preset or "turbo"]
+    if args.preset is None and args.model is not None and args.steps is None and args.guidance is None:
+        from ..formats.identify import likely_variant
+
+        if likely_variant(args.model) == "base":
+            print(f"zimage: {args.model} seems to be Z-Image, not Turbo: --preset base is made for it", file=sys.stderr)
+    args.steps = steps if args.steps is None else args.steps
+    args.guidance = guidance if args.guidance is None else args.guidance
 
 
 def edited(args: argparse.Namespace) -> tuple[Image.Image | None, Image.Image | None]:

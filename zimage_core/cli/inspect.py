@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect_file(path: Path) -> dict[str, Any]:
     """What a safetensors file or folder is: kind, sizes, metadata, and what its kind has beside."""
-    from ..formats.identify import READ, identify
+    from ..formats.identify import READ, identify, likely_variant
     from ..formats.safetensors import open_tensors, tensor_bytes
 
     files = open_tensors(path)
@@ -52,9 +52,11 @@ def inspect_file(path: Path) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     for dtype, shape in files.tensors.values():
         dtypes[dtype] = dtypes.get(dtype, 0) + tensor_bytes(dtype, shape)
+    variant = likely_variant(files) if found.role == "model" else None
     facts: dict[str, Any] = {
         "file": str(path),
         "format": found.what,
+        **({"likely": f"Z-Image {variant}"} if variant else {}),
         "tensors": len(files.tensors),
         "gib": gib(sum(dtypes.values())),
         "gib_by_dtype": {name: gib(count) for name, count in dtypes.items()},

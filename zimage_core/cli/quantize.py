@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import notation
+from ..models.config import PRESETS
 from .options import Commands, Parser
 from .output import Progress
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Commands) -> Parser:
-    p = commands.add_parser("quantize", help="write an SVDQuant INT4 file from a BF16 transformer or ControlNet")
-    p.add_argument("src", help="BF16 transformer or ControlNet, file or folder")
+    p = commands.add_parser("quantize", help="write an SVDQuant INT4 file from a transformer or ControlNet")
+    p.add_argument("src", help="transformer or ControlNet in BF16, or in anything of 8 bits or more; file or folder")
     p.add_argument("dst", type=Path, help="safetensors file to write")
     p.add_argument("--rank", type=int, default=256, help="of the low-rank branch, a multiple of 16 (default 256)")
     p.add_argument("--text-encoder", type=Path, help="Qwen3-4B, to calibrate with (default: the one of SRC's folder)")
@@ -35,6 +36,9 @@ def add_parser(commands: Commands) -> Parser:
         help="LoRA to make part of the weights first; may be repeated",
     )
     p.add_argument("--skip-refiners", action="store_true", help="leave the refiners in bf16: larger file, less error")
+    p.add_argument(
+        "--variant", choices=tuple(PRESETS), help="what SRC is, for DST's metadata (default: as SRC's name suggests)"
+    )
     p.add_argument("--base", type=Path, help="for a ControlNet: the model to calibrate beside, of any format")
     p.add_argument("--vae", type=Path, help="for a ControlNet: the VAE that encodes its control pictures")
     p.add_argument(
@@ -64,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         size = args.size
     check_request(args.dst, size, args.merge)
     is_control = Path(args.src).exists() and identify(args.src).role == "controlnet"
-    if is_control and (args.merge or args.skip_refiners):
-        raise ValueError(f"{args.src}: is a ControlNet, which takes neither --merge nor --skip-refiners")
+    if is_control and (args.merge or args.skip_refiners or args.variant):
+        raise ValueError(f"{args.src}: is a ControlNet, which takes none of --merge, --skip-refiners, --variant")
     if is_control and not args.no_calibration and not (args.base and args.vae and args.control_image):
         print(
             "zimage: a ControlNet is calibrated with --base, --vae, --control-image and --text-encoder", file=sys.stderr
@@ -88,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
             quantize_controlnet(args.src, args.dst, **given)
         else:
             given |= {"cap_feats": cap_feats, "merge": args.merge, "skip_refiners": args.skip_refiners}
+            given["variant"] = args.variant
             quantize_checkpoint(args.src, args.dst, **given)
     finally:
         progress.finish()

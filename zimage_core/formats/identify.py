@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..models.config import ZImageConfig
+from ..models.config import PRESETS, ZImageConfig
 from .gguf import QUANTIZED
 from .layouts import present
 from .names import UNUSED, canonical_tensor, is_lora
@@ -168,6 +168,27 @@ class ModelInfo:
     def fp4(self) -> bool:
         """Whether its SVDQuant linears have FP4 codes."""
         return self.format == "svdq-fp4"
+
+
+def likely_variant(source: str | Path | TensorFiles) -> str | None:
+    """ "turbo" or "base" as a file's metadata or its name suggest, for advice only: the tensors are the same.
+
+    None where nothing suggests either, or the file cannot be read.
+    """
+    try:
+        files = source if isinstance(source, TensorFiles) else open_tensors(source)
+    except (OSError, ValueError):
+        return None
+    if (said := files.metadata.get("variant")) in PRESETS:
+        return said
+    path = files.path.parent if files.path.name == "transformer" else files.path
+    name = path.stem.lower() if path.is_file() else path.name.lower()
+    if "turbo" in name:
+        return "turbo"
+    words = r"(base|bf16|fp16|fp8\w*|int8\w*|int4\w*|nvfp4|mxfp8|r\d+|q\d\w*|convrot|scaled|mixed)"
+    if re.fullmatch(rf"(svdq[-_]int4[-_](r\d+[-_])?)?z[-_]?image([-_.]{words})*", name):
+        return "base"
+    return None
 
 
 def identify(source: str | Path | TensorFiles) -> Identity:

@@ -23,6 +23,9 @@ RANGES: dict[str, tuple[float, float]] = {
 SHIFT = 3.0
 """Of Turbo's sigmas; a folder's scheduler_config.json may have another (6 for Z-Image)."""
 
+PRESETS = {"turbo": (8, 0.0), "base": (30, 4.0)}
+"""What a model was made for -> steps, guidance in diffusers' form (ComfyUI's cfg is 1 more)."""
+
 
 @dataclass(frozen=True)
 class ZImageConfig:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..formats.identify import model_info
+from ..formats.identify import likely_variant, model_info
 from ..formats.load import open_transformer
 from ..formats.names import diffusers_svdq_module
 from ..linear.svdq import SVDQWeights
@@ -52,17 +52,19 @@ def quantize_checkpoint(
     size: int = 512,
     merge: Sequence[tuple[str | Path, float]] = (),
     skip_refiners: bool = False,
+    variant: str | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> None:
     """Write `dst`, a SVDQ INT4 file, from `src`, a BF16, FP16 or FP32 transformer (file or sharded folder).
 
-    FP8 is taken too, with a warning. rank: a multiple of 16 (32, 128 and 256 are usual). cap_feats: features (L, C)
-    of the calibration prompts (see `calibration_captions`), whose pictures are size x size pixels; None quantizes from
-    the weights alone. merge: LoRA files and their strengths, added to the weights first. skip_refiners: leave the
-    refiners' linears in bf16. device: where the arithmetic runs; deterministic for a device. progress(done, total,
-    what) is called during the work (`TimeLeft` words it) and once at the end with done == total; an exception from it
-    ends the run. Warns if cap_feats are too few or the pictures too small to help.
+    What is stored smaller is taken too, below 8 bits with a warning. rank: a multiple of 16 (32, 128 and 256 are
+    usual). cap_feats: features (L, C) of the calibration prompts (see `calibration_captions`), whose pictures are
+    size x size pixels; None quantizes from the weights alone. merge: LoRA files and their strengths, added to the
+    weights first. skip_refiners: leave the refiners' linears in bf16. variant: "turbo" or "base", for the file's
+    metadata; left out, as the source's name and metadata suggest. device: where the arithmetic runs; deterministic for
+    a device. progress(done, total, what) is called during the work (`TimeLeft` words it) and once at the end with
+    done == total; an exception from it ends the run. Warns if cap_feats are too few or the pictures too small to help.
 
     `dst` is replaced if it exists, and only at the end. An interrupted calibrated run leaves its finished blocks beside
     it, as `dst`.partial and a small file; the same call resumes from there. Raises FileNotFoundError, or ValueError if
@@ -84,6 +86,8 @@ def quantize_checkpoint(
         if cap_feats is not None:
             _check_captions(info.config, cap_feats, size)
             notes = calibrate.planned_samples(info.config, len(cap_feats), size)
+        if found := variant or likely_variant(files):
+            metadata["variant"] = found
         metadata["quantized_by"] = json.dumps(_provenance(source, cap_feats, size, merge))
         with StreamedFile(dst, header, metadata, notes) as out, torch.inference_mode():
             _Job(source, out, rank, skip_refiners, progress).run(cap_feats, size)
