@@ -190,7 +190,7 @@ class Pipeline:
         height, width: pixels, divisible by 16; left out, the image's or the latents', else 1024 (256 for the demo).
         generator: an int seed, with which picture i starts from the noise of seed + i, a CPU torch.Generator, or a list
         of either, one for each picture; left out, a random seed. latents (B, 16, H/8, W/8): the noise, instead.
-        guidance_scale g > 0 follows pos + g (pos - neg), neg being one negative prompt or one for each: diffusers' form,
+        guidance_scale g > 0: pos + g (pos - neg), neg being one negative prompt or one for each; diffusers' form,
         ComfyUI's cfg is g + 1; 0 is for Turbo, 4 for Z-Image. prompt_embeds, negative_prompt_embeds: features (L, C)
         instead of texts. sigmas: instead of num_inference_steps, before the shift and without the last 0. image,
         strength: start from that picture, at 1 from noise alone; it is cropped to the size. mask: repaint only what is

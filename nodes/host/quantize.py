@@ -6,6 +6,7 @@ import logging
 import warnings
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -74,7 +75,7 @@ def quantize(
         bar.update_absolute(done, total)
         messages.say("\n".join([words(done, total, what), *(str(warning.message) for warning in caught)]), node_id)
 
-    given = {"rank": rank, "cap_feats": cap_feats, "size": size or own_size, "merge": loras}
+    given: dict[str, Any] = {"rank": rank, "cap_feats": cap_feats, "size": size or own_size, "merge": loras}
     with warnings.catch_warnings(record=True) as caught:  # of a source below 8 bits, of too few prompts
         warnings.simplefilter("always", UserWarning)
         core.quantize_checkpoint(source, target, **given, device=device, progress=show)

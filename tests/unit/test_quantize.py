@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from zimage_core import __version__
 from zimage_core.formats.encoder import load_text_encoder
+from zimage_core.formats.identify import likely_variant
 from zimage_core.formats.load import load_transformer
 from zimage_core.formats.safetensors import read_header
 from zimage_core.linear.svdq import SVDQWeights
 from zimage_core.memory.offload import BlockStreamer
-from zimage_core.formats.identify import likely_variant
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import encode_prompts
 from zimage_core.models.tokenizer import find_tokenizer, load_tokenizer

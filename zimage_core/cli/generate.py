@@ -79,7 +79,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument(
         "--guidance",
         type=float,
-        help="0 for Turbo, above 0 costs twice the time; diffusers' form: ComfyUI's cfg is 1 more (default: --preset's)",
+        help="0 for Turbo, more takes twice the time; diffusers' form, ComfyUI's cfg is 1 more (default as --preset)",
     )
     add_budget(p)
     p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
