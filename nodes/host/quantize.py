@@ -73,14 +73,15 @@ def quantize(
     def show(done: int, total: int, what: str) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
-        messages.say("\n".join([words(done, total, what), *(str(warning.message) for warning in caught)]), node_id)
+        messages.say(words(done, total, what), node_id)
 
     given: dict[str, Any] = {"rank": rank, "cap_feats": cap_feats, "size": size or own_size, "merge": loras}
     with warnings.catch_warnings(record=True) as caught:  # of a source below 8 bits, of too few prompts
         warnings.simplefilter("always", UserWarning)
         core.quantize_checkpoint(source, target, **given, device=device, progress=show)
-    for warning in caught:
-        logger.warning("%s", warning.message)
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        logger.warning(text)
+        messages.say(text, node_id)
     return target.name
 
 
