@@ -33,6 +33,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from .formats.safetensors import read_header, tensor_bytes
 from .sizes import GIB
+from .whole import place
 
 CHUNK = 2**24
 
@@ -219,7 +220,7 @@ def fetch_locked(item: Item, endpoint: str) -> None:
     except ValueError as error:
         item.part.unlink()
         raise ValueError(f"{item.file}: the download is damaged and was deleted ({error}); run it again") from None
-    item.part.replace(item.target)
+    place(item.part, item.target)
 
 
 def receive(item: Item, endpoint: str) -> None:

@@ -79,7 +79,8 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
             timed = "; ".join(f"{way}: {words}" for way, words in describe(record).items())
             chosen = replace(chosen, reason=f"{name} {level} on {backends.describe(device)}, the fastest of {timed}")
     if backend == "auto":
-        _log_once(f"SVDQ backend: {chosen.reason}")
+        _log_once(logging.INFO, f"SVDQ backend: {chosen.name} {chosen.precision} on {backends.describe(device)}")
+        _log_once(logging.DEBUG, f"SVDQ backend: {chosen.reason}")
     return chosen
 
 
@@ -293,5 +294,5 @@ def cpu_clock() -> tuple[str, Callable[[], float]]:
 
 
 @cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, message)

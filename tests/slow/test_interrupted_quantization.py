@@ -17,7 +17,7 @@ from zimage_core.quantize.run import quantize_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* tokens to calibrate linears of:UserWarning")
 
-LEFTOVERS = ["q.partial", "q.partial.finished"]
+LEFTOVERS = [".q.zimage-done", ".q.zimage-lock", ".q.zimage-part"]
 SECOND_BLOCK = "block 2/2, attention.to_qkv"
 
 
@@ -31,7 +31,7 @@ def assert_resumes(outliers, captions, calibrated, folder) -> None:
     names = [report[2] for report in reports]
     assert names[:2] == ["resumed after block 1/2", "resumed block 1/2, attention.to_qkv"]
     assert names[5] == SECOND_BLOCK and reports[-1][0] == reports[-1][1]
-    assert os.listdir(folder) == ["q"]
+    assert sorted(os.listdir(folder)) == [".q.zimage-lock", "q"]
     assert digest(folder / "q") == digest(calibrated)
 
 
@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_half_way_gets_a_sentence_and_the_run_goes_on_later
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 3:  # the first block's are the file and the list of finished blocks
+        if len(calls) == 5:  # the list's first line, the folder, and the first block's: the file and the list
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
@@ -99,7 +99,9 @@ def test_a_failure_in_the_last_second_costs_nothing(outliers, captions, calibrat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(ValueError, match=r"cannot be put in place \(Permission denied\); .* goes on from q.partial"):
+    with pytest.raises(
+        ValueError, match=r"cannot be put in place \(Permission denied\); .* goes on from .q.zimage-part"
+    ):
         quantize_checkpoint(outliers, tmp_path / "q", rank=32, cap_feats=captions, size=96)
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path)) == LEFTOVERS
@@ -109,5 +111,5 @@ def test_a_failure_in_the_last_second_costs_nothing(outliers, captions, calibrat
     )
     assert [report[2] for report in reports] == ["resumed after block 2/2", "q"]
     assert reports[-1][0] == reports[-1][1]
-    assert os.listdir(tmp_path) == ["q"]
+    assert sorted(os.listdir(tmp_path)) == [".q.zimage-lock", "q"]
     assert digest(tmp_path / "q") == digest(calibrated)

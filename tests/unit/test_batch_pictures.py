@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from zimage_core import batch, cli
+from zimage_core import batch, cli, metadata
 from zimage_core.batch.columns import PictureColumns
 from zimage_core.batch.pictures import PictureGenerator
 from zimage_core.batch.rows import Rows
@@ -95,10 +95,9 @@ def test_a_batch_is_what_generate_makes_of_each_row(options, control, tmp_path, 
         assert cli.main(["generate", prompt, *options, *rest, f"--out={tmp_path / 'one.png'}"]) == 0
         with Image.open(tmp_path / "one.png") as one, Image.open(out / f"{name}.png") as other:
             assert one.tobytes() == other.tobytes(), name
-            assert {name: one.text.get(name) for name in ("prompt", "seed", "negative_prompt")} == {
-                name: other.text.get(name) for name in ("prompt", "seed", "negative_prompt")
-            }
-            assert json.loads(other.text["settings"])["backend"] == "reference"
+            of_one, of_other = metadata.read(one), metadata.read(other)
+            for fact in ("prompt", "seed", "negative_prompt", "steps", "guidance", "width", "backend"):
+                assert of_one.get(fact) == of_other.get(fact), fact
     capsys.readouterr()
     assert cli.main(["batch", str(file), f"--out={out}", *options]) == 0
     assert "0 pictures generated" in capsys.readouterr().out

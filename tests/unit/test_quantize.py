@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -224,7 +225,7 @@ def test_nothing_is_left_when_interrupted(source, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(source, tmp_path / "q", rank=16, progress=interrupt)
-    assert os.listdir(tmp_path) == ["q"]
+    assert left(tmp_path) == ["q"]
     assert (tmp_path / "q").read_bytes() == b"the file that was there"
 
 
@@ -255,9 +256,14 @@ def test_calibrated_file_has_the_same_header_and_says_how_it_was_made(outliers, 
     assert ours.metadata == plain.metadata
 
 
-LEFTOVERS = ["q.partial", "q.partial.finished"]
+LEFTOVERS = [".q.zimage-done", ".q.zimage-part"]
 HEADER, NOTES = {"b.x": ("BF16", (2, 3)), "c.x": ("BF16", (2, 3))}, {"n": ("F32", (1, 5)), "p": ("I64", (1,))}
 VALUES = {"b.x": torch.ones(2, 3).to(torch.bfloat16), "n": torch.rand(1, 5), "p": torch.tensor([7])}
+
+
+def left(folder: Path) -> list[str]:
+    """The names in a folder, but for locks, which stay."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".zimage-lock"))
 
 
 def begin(path: Path) -> None:
@@ -283,37 +289,131 @@ def test_what_is_finished_is_kept_when_the_end_fails(tmp_path, monkeypatch, fail
         out.finish("c")
         monkeypatch.setattr(os, failing, fail)
     monkeypatch.undo()
-    assert sorted(os.listdir(tmp_path)) == LEFTOVERS
+    assert left(tmp_path) == LEFTOVERS
     with StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out:
         assert out.finished == ["b", "c"]
     assert torch.equal(load_file(tmp_path / "q")["c.x"], VALUES["b.x"])
-    assert os.listdir(tmp_path) == ["q"]
+    assert left(tmp_path) == ["q"]
 
 
-@pytest.mark.parametrize("damage", ["cut off", "overwritten", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "header", "a tensor's byte", "a note's byte", "the list", "the list's hash", "gone"]
+)
 def test_damaged_leftovers_are_made_afresh(tmp_path, damage):
+    """Whichever byte of what was finished is another one, nothing of it is used, and the run says so."""
     begin(tmp_path / "q")
-    partial = tmp_path / "q.partial"
-    old = partial.read_bytes()
+    part, done = tmp_path / ".q.zimage-part", tmp_path / ".q.zimage-done"
+    old, listed = part.read_bytes(), done.read_bytes()
+    flipped = {"header": 20, "a note's byte": len(old) - 1, "a tensor's byte": old.index(b"\x80\x3f") + 1}
     if damage == "gone":
-        partial.unlink()
+        part.unlink()
+    elif damage == "cut off":
+        part.write_bytes(old[:-10])
+    elif damage.startswith("the list"):
+        first, line = listed.splitlines(keepends=True)
+        done.write_bytes(first + (b"{}\n" if damage == "the list" else line.replace(line[-20:-10], b"0123456789")))
     else:
-        partial.write_bytes(old[:-10] if damage == "cut off" else b"damaged!" + old[8:])
+        at = flipped[damage]
+        part.write_bytes(old[:at] + bytes([old[at] ^ 1]) + old[at + 1 :])
     with warnings.catch_warnings(record=True) as caught:
         begin(tmp_path / "q")
-    said = [str(warning.message).partition(", so its 1 finished parts cannot be used; ")[0] for warning in caught]
-    assert said == ([] if damage == "gone" else [f"{partial}: is damaged or of a run with other settings"])
-    assert partial.read_bytes() == old
-    assert (tmp_path / "q.partial.finished").read_text() == "b\n"
+    said = [str(warning.message) for warning in caught]
+    words = f"{part}: the leftovers are damaged; of 1 finished parts 0 are used; the rest is made afresh"
+    assert said == ([] if damage == "gone" else [words])
+    assert part.read_bytes() == old and done.read_bytes() == listed
+
+
+def test_what_is_before_the_damage_is_used(tmp_path):
+    begin(tmp_path / "q")
+    with pytest.raises(RuntimeError), StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out:
+        out.write("c.x", VALUES["b.x"])
+        out.finish("c")
+        place = out._offsets["c.x"]
+        raise RuntimeError
+    with (tmp_path / ".q.zimage-part").open("r+b") as file:
+        file.seek(place)
+        file.write(b"!")
+    with (
+        pytest.warns(UserWarning, match="of 2 finished parts 1 are used"),
+        StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out,
+    ):
+        assert out.finished == ["b"]
+        out.write("c.x", VALUES["b.x"])
+        out.finish("c")
+    assert torch.equal(load_file(tmp_path / "q")["c.x"], VALUES["b.x"])
 
 
 def test_a_list_of_finished_sections_may_end_anywhere(tmp_path):
     begin(tmp_path / "q")
-    with (tmp_path / "q.partial.finished").open("a") as record:
-        record.write("c.")
+    with (tmp_path / ".q.zimage-done").open("a") as record:
+        record.write('{"section": "c", "sha')
     stop = pytest.raises(ValueError, match="tensors missing: c.x")
     with stop, StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out:
         assert out.finished == ["b"]
+
+
+@pytest.mark.parametrize("ending", ["part", "done", "lock"])
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing"])
+def test_files_of_others_are_neither_written_nor_followed(tmp_path, ending, kind):
+    """Neither the names that the quantizer uses itself, nor those that a user would: his stay as they are."""
+    mine = {tmp_path / name: name for name in ("q.partial", "q.partial.finished", "mine")}
+    for path, text in mine.items():
+        path.write_text(text)
+    taken = tmp_path / f".q.zimage-{ending}"
+    if kind == "file" and ending != "lock":
+        taken.write_text("mine")
+    elif kind != "file":
+        taken.symlink_to(tmp_path / ("mine" if kind == "link" else "gone"))
+    if kind == "file" and ending == "lock":  # which holds nothing
+        begin(tmp_path / "q")
+    else:
+        with pytest.raises(ValueError, match=rf"\.q\.zimage-{ending}: expected .* move it away"):
+            begin(tmp_path / "q")
+        assert taken.is_symlink() or taken.read_text() == "mine"
+    assert all(path.read_text() == text for path, text in mine.items()) and not (tmp_path / "gone").exists()
+
+
+def test_a_lock_outlives_its_holder(tmp_path):
+    """Were it removed, one run could hold the removed file and another the new one."""
+    begin(tmp_path / "q")
+    before = (tmp_path / ".q.zimage-lock").stat().st_ino
+    with StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out:
+        out.write("c.x", VALUES["b.x"])
+    assert (tmp_path / ".q.zimage-lock").stat().st_ino == before and not (tmp_path / ".q.zimage-lock").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are synced by the system")
+def test_files_and_folders_are_on_the_disk_before_and_after_the_rename(tmp_path, monkeypatch):
+    log, sync, replace = [], os.fsync, os.replace
+    name = lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}")).name  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda descriptor: log.append(name(descriptor)) or sync(descriptor))
+    monkeypatch.setattr(os, "replace", lambda old, new: log.append("rename") or replace(old, new))
+    with StreamedFile(tmp_path / "q", HEADER, {}) as out:
+        out.write("b.x", VALUES["b.x"])
+        out.write("c.x", VALUES["b.x"])
+    assert log[-4:] == [".q.zimage-part", tmp_path.name, "rename", tmp_path.name]
+
+
+def test_weights_that_changed_in_one_value_are_another_source(outliers, captions, tmp_path):
+    """Interrupted, one number changed, the same call: the file is that of the changed weights, not a mixture."""
+    source = tmp_path / "source.safetensors"
+    shutil.copy(outliers, source)
+
+    def stop(done, total, what):
+        if what.startswith("block 2"):
+            raise KeyboardInterrupt
+
+    options = {"rank": 16, "cap_feats": captions, "size": 96}
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, tmp_path / "q", **options, progress=stop)
+    tensors = load_file(source)
+    key = next(key for key in tensors if key.endswith("layers.0.attention.to_q.weight"))
+    tensors[key][1, 3] += 0.5
+    save_file(tensors, source, read_header(source).metadata)
+    with pytest.warns(UserWarning, match="are of a run with other settings"):
+        quantize_checkpoint(source, tmp_path / "q", **options)
+    quantize_checkpoint(source, tmp_path / "fresh", **options)
+    assert digest(tmp_path / "q") == digest(tmp_path / "fresh")
 
 
 def test_notes_are_reserved_with_the_file_and_not_part_of_it(tmp_path):
@@ -339,7 +439,7 @@ def test_two_runs_do_not_write_one_file(outliers, tmp_path):
         assert done.stderr.splitlines()[-1].startswith(f"ValueError: {tmp_path / 'q'}: another run is writing it")
         out.write("b", tensor)
     assert torch.equal(load_file(tmp_path / "q")["b"], tensor)
-    assert os.listdir(tmp_path) == ["q"]
+    assert left(tmp_path) == ["q"]
     with StreamedFile(tmp_path / "q", header, {}) as out:
         out.write("b", tensor)
 
@@ -359,7 +459,7 @@ def test_a_disk_that_is_full_at_the_first_tensor_leaves_nothing(outliers, tmp_pa
     monkeypatch.setattr(StreamedFile, "write", fill_up)
     with pytest.raises(ValueError, match="No space left on device; free"):
         quantize_checkpoint(outliers, tmp_path / "q", rank=32)
-    assert os.listdir(tmp_path) == []
+    assert left(tmp_path) == []
 
 
 def test_time_left_follows_the_pace_of_late():
@@ -396,13 +496,13 @@ def test_leftovers_serve_the_same_job_only(tmp_path):
         out.finish("b")
         raise RuntimeError
     with (
-        pytest.warns(UserWarning, match="g.partial: is damaged or of a run with other settings"),
+        pytest.warns(UserWarning, match="g.zimage-part: the leftovers are of a run with other settings"),
         pytest.raises(RuntimeError),
         StreamedFile(tmp_path / "g", header, {"a": "2"}, notes={}) as out,
     ):
         assert out.finished == []
         raise RuntimeError
-    assert os.listdir(tmp_path) == ["f"]
+    assert left(tmp_path) == ["f"]
 
 
 def test_bad_input_is_refused_in_a_sentence(dense, source, tmp_path):
@@ -423,7 +523,7 @@ def test_bad_input_is_refused_in_a_sentence(dense, source, tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             quantize_checkpoint(src, dst, rank=rank)
         assert "\n" not in str(caught.value)
-    assert os.listdir(out) == []
+    assert left(out) == []
     assert source.is_file()
 
 
@@ -447,7 +547,7 @@ def test_numbers_that_cannot_be_computed_with_are_refused_in_a_sentence(dense, s
         with pytest.raises(ValueError, match=message) as caught:
             quantize_checkpoint(src, tmp_path / "out" / "q", rank=16, **options)
         assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path / "out") == []
+    assert left(tmp_path / "out") == []
 
 
 def test_a_thin_calibration_gets_a_warning(outliers, captions, tmp_path):
@@ -472,7 +572,7 @@ def test_full_disk_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(ValueError, match="No space left on device; free 6 MiB"):
         StreamedFile(tmp_path / "q", plan_header(CONFIG, 16), file_metadata(CONFIG, 16))
-    assert os.listdir(tmp_path) == []
+    assert left(tmp_path) == []
 
 
 def test_streamed_file_takes_only_what_is_planned(tmp_path):
@@ -489,7 +589,7 @@ def test_streamed_file_takes_only_what_is_planned(tmp_path):
     assert torch.equal(loaded["a"], a) and torch.equal(loaded["b"], b)
     with pytest.raises(ValueError, match="1 tensors missing: b"), StreamedFile(tmp_path / "g", header, {}) as out:
         out.write("a", a)
-    assert os.listdir(tmp_path) == ["f"]
+    assert left(tmp_path) == ["f"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

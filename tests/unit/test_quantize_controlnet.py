@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from zimage_core import Control, load_pipeline
 from zimage_core.cli import main
@@ -172,3 +172,41 @@ def test_bad_sources_are_refused(dense, tiny_files, tmp_path):
     with pytest.raises(ValueError, match="layers.0.after_proj.weight: expected numbers up to"):
         quantize_controlnet(tmp_path / "nan.safetensors", tmp_path / "out.safetensors", rank=16)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_an_interrupted_calibration_is_resumed(dense, base, tiny_files, tmp_path):
+    """The file of an undisturbed run; another base is another run."""
+    gen = torch.Generator().manual_seed(0)
+    feats = [torch.randn(20, base.config.cap_feat_dim, generator=gen) for _ in range(2)]
+    contexts = [torch.randn(33, *CELLS, generator=gen) for _ in feats]
+    options = {"rank": 16, "cap_feats": feats, "contexts": contexts, "size": 64}
+    other = tmp_path / "other.safetensors"
+    tensors = load_file(tiny_files["model"])
+    tensors["cap_pad_token"] += 1
+    with safe_open(tiny_files["model"], "pt") as file:
+        save_file(tensors, other, file.metadata())
+    seen = []
+
+    def run(name, base, stop=False):
+        def progress(done, total, what):
+            seen.append(what)
+            assert done <= total
+            if stop and what == "layers.0.attention.to_qkv":
+                raise KeyboardInterrupt
+
+        quantize_controlnet(dense["2.1 lite"], tmp_path / name, base=base, **options, progress=progress)
+        return (tmp_path / name).read_bytes()
+
+    whole = run("whole", tiny_files["model"])
+    for again in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run("net", tiny_files["model"], stop=True)
+        seen.clear()
+        if again:
+            with pytest.warns(UserWarning, match="are of a run with other settings"):
+                assert run("net", other) != whole
+        else:
+            assert run("net", tiny_files["model"]) == whole
+            resumed = [what for what in seen if what.startswith("resumed")]
+            assert resumed and all(what.startswith("resumed noise_refiner.0.") for what in resumed)
+            assert "a step" not in seen

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..whole import place
+
 LOCK, PART = ".lock", ".part"
 BLOCK = 2**22
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "memory"}  # write all or nothing
@@ -102,7 +104,7 @@ class Folder:
                     file.writelines(lines)
                     file.flush()
                     os.fsync(file.fileno())
-                part.replace(path)
+                place(part, path)
             finally:
                 part.unlink(missing_ok=True)
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import io
-import json
 import os
 import platform
 import threading
@@ -20,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .. import __version__
+from .. import metadata
 from .rows import Row
 from .sink import Record, Sink
 from .store import SinkError
@@ -221,16 +219,6 @@ def batches(tasks: Sequence[Task], generator: Generator) -> Iterator[list[Task]]
 
 
 def png(picture: Image, row: Row, made_with: Mapping[str, object]) -> bytes:
-    """A PNG whose text chunks hold prompt, seed and settings, as `zimage generate` writes them."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    rest = {name: value for name, value in row.settings.items() if name not in ("prompt", "seed", "negative_prompt")}
+    """A PNG that holds prompt, seed and settings, as `zimage generate` writes it."""
     kept = {name: value for name, value in made_with.items() if name not in ("host", "pid", "device")}
-    texts = {name: str(value) for name, value in row.settings.items() if name not in rest}
-    texts |= {"settings": json.dumps(rest | kept), "Software": f"zimage-int4 {__version__}"}
-    for name, text in texts.items():
-        info.add_text(name, text)
-    file = io.BytesIO()
-    picture.save(file, format="PNG", pnginfo=info)
-    return file.getvalue()
+    return metadata.png(picture, row.settings | kept)

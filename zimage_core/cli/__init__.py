@@ -23,6 +23,7 @@ from . import (
     batch,
     bench,
     compare,
+    completion,
     convert,
     doctor,
     download,
@@ -50,6 +51,7 @@ COMMANDS = (
     bench,
     tune,
     verify,
+    completion,
 )
 
 
@@ -57,9 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; input that cannot be used ends in one line with the remedy."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    level = logging.ERROR if args.quiet else logging.DEBUG if args.verbose else args.log_level
+    logging.getLogger(__name__.partition(".")[0]).setLevel(level)
     try:
         with warnings.catch_warnings(), interruptible():
-            warnings.showwarning = lambda message, *_: print(f"zimage: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_: (
+                None if args.quiet else print(f"zimage: {message}", file=sys.stderr)
+            )
             code = args.run(args)
         sys.stdout.flush()
         return code
@@ -120,7 +126,12 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"zimage {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for command in COMMANDS:
-        command.add_parser(commands).set_defaults(run=command.run)
+        added = command.add_parser(commands)
+        loudness = added.add_mutually_exclusive_group()
+        loudness.add_argument("-q", "--quiet", action="store_true", help="say nothing but results and errors")
+        loudness.add_argument("-v", "--verbose", action="store_true", help="say more, such as why other backends rest")
+        level = logging.INFO if command is generate else logging.WARNING
+        added.set_defaults(run=command.run, log_level=level)
     return parser
 
 

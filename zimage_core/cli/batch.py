@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.config import PRESETS
-from .options import Commands, Parser, add_budget, add_models, add_runtime
+from .options import SIDE, Commands, Parser, add_budget, add_models, add_runtime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,17 +37,17 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("file", help=".jsonl, .csv or .txt (a prompt a line), or - for standard input")
     p.add_argument("--out", required=True, help="folder, or a URL such as s3://bucket/folder")
     p.add_argument("--negative-prompt", help="what to avoid; needs guidance above 0")
-    p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 256 with the bundled demo)")
-    p.add_argument("--height", type=int, help="likewise")
+    p.add_argument("--width", type=int, help=SIDE)
+    p.add_argument("--height", type=int, help=SIDE)
     p.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         help="what steps and guidance are unless given: turbo (default) 8 and 0, base (Z-Image) 30 and 4",
     )
     p.add_argument("--steps", type=int, help="1 to 100 (default as --preset)")
-    p.add_argument("--seed", type=int, help="of every row without one (default: a seed from the row's id)")
-    p.add_argument("--guidance", type=float, help="diffusers' form, ComfyUI's cfg less 1 (default as --preset)")
-    p.add_argument("--strength", type=float, help="how far to go from a row's image (default 0.6)")
+    p.add_argument("--seed", type=int, help="0 to 2^64 - 1, of every row without one (default: from the row's id)")
+    p.add_argument("--guidance", type=float, help="0 to 100, ComfyUI's cfg less 1 (default as --preset)")
+    p.add_argument("--strength", type=float, help="how far to go from a row's image, above 0 to 1 (default 0.6)")
     p.add_argument("--lora", action="append", metavar="FILE[:STRENGTH]", help="of rows without one; may be repeated")
     add_models(p)
     p.add_argument("--exact", action="store_true", help="one picture at a time, bit for bit what `generate` makes")
@@ -62,7 +62,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--output", metavar="NODE", help="whose picture counts (default: the only one that shows any)")
     add_budget(p)
     add_runtime(p)
-    p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4")
+    p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4 (default auto)")
     p.add_argument("--json", action="store_true", help="end with a line of counts")
     return p
 
@@ -73,12 +73,13 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     started = start(args, progress)
     there = started.rows - started.missing
-    print(
-        f"{started.rows} pictures, {there} of them are there, {started.missing} to generate; {started.note}",
-        file=sys.stderr,
-    )
+    if not args.quiet:
+        print(
+            f"{started.rows} pictures, {there} of them are there, {started.missing} to generate; {started.note}",
+            file=sys.stderr,
+        )
     generated = 0
-    progress.begin(started.missing)
+    progress.begin(0 if args.quiet else started.missing)
     try:
         for result in started:
             generated += result.error is None

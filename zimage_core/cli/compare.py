@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import Commands, Parser, add_runtime
-from .output import Progress, output_paths, save_png
+from .. import metadata, whole
+from .options import SIDE, Commands, Parser, add_runtime
+from .output import Progress, output_paths
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 def add_parser(commands: Commands) -> Parser:
     about = "generate the same seeds with several models, side by side, with PSNR and SSIM"
     p = commands.add_parser("compare", help=about)
-    p.add_argument("prompt")
+    p.add_argument("prompt", help="what to see")
     p.add_argument("--models", nargs="+", required=True, help="transformer files or folders, the reference first")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a row of pictures each (default 0 1)")
-    p.add_argument("--out", type=Path, default=Path("zimage-compare.png"), help="PNG to write (zimage-compare.png)")
-    p.add_argument("--width", type=int, help="pixels, a multiple of 16")
-    p.add_argument("--height", type=int, help="likewise")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a row each, 0 to 2^64 - 1 (default 0 1)")
+    p.add_argument("--out", type=Path, default=Path("zimage-compare.png"), help="PNG (default zimage-compare.png)")
+    p.add_argument("--width", type=int, help=SIDE)
+    p.add_argument("--height", type=int, help=SIDE)
     p.add_argument("--steps", type=int, default=8, help="1 to 100 (default 8)")
     p.add_argument("--text-encoder", help="Qwen3-4B folder or file, for all models")
     p.add_argument("--tokenizer", help="its tokenizer.json or folder (default: beside it)")
@@ -36,7 +37,7 @@ def add_parser(commands: Commands) -> Parser:
         "--precision",
         nargs="+",
         default=["auto"],
-        help="auto, w4a16, w4a8 or w4a4: one for all models, or one for each (BF16 models have no choice)",
+        help="auto, w4a16, w4a8 or w4a4: one for all models, or for each; BF16 has no choice (default auto)",
     )
     return p
 
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         )
     finally:
         progress.finish()
-    save_png(sheet, targets[0], {"prompt": args.prompt, "seeds": json.dumps(args.seeds)})
+    facts = {"prompt": args.prompt, "seeds": args.seeds, "models": list(models), "steps": args.steps}
+    whole.write(targets[0], metadata.png(sheet, facts))
     print(targets[0])
     for score in scores:
         print(f"{score.label}, seed {score.seed}: PSNR {score.psnr:.2f} dB, SSIM {score.ssim:.4f}")

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import notation
+from .. import metadata, notation, whole
 from ..models.config import PRESETS
-from .options import Commands, Parser, add_budget, add_models, add_runtime, pad_option
-from .output import Progress, gib, output_paths, save_png
+from .options import SIDE, Commands, Parser, add_budget, add_models, add_runtime, pad_option
+from .output import Progress, free_name, gib, output_paths
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,21 +23,28 @@ if TYPE_CHECKING:
     from ..pipeline import Pictures, Pipeline
 
 
+logger = logging.getLogger(__name__)
+
+
 def add_parser(commands: Commands) -> Parser:
     p = commands.add_parser("generate", help="generate pictures from a prompt")
-    p.add_argument("prompt")
+    p.add_argument("prompt", help="what to see; - reads it from standard input")
     p.add_argument("--negative-prompt", help="what to avoid; needs --guidance above 0")
-    p.add_argument("--out", type=Path, help="PNG to write (default zimage-SEED.png); a batch adds -1, -2, ...")
-    p.add_argument("--width", type=int, help="pixels, a multiple of 16 (default 1024; 256 with the bundled demo)")
-    p.add_argument("--height", type=int, help="likewise")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help="PNG to write, replaced if it is there; a batch adds -1, -2, ... (default zimage-SEED.png, numbered)",
+    )
+    p.add_argument("--width", type=int, help=SIDE)
+    p.add_argument("--height", type=int, help=SIDE)
     p.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         help="what steps and guidance are unless given: turbo (default) 8 and 0, base (Z-Image) 30 and 4",
     )
     p.add_argument("--steps", type=int, help="1 to 100 (default as --preset)")
-    p.add_argument("--seed", type=int, help="picture i of a batch uses SEED + i (default random)")
-    p.add_argument("--batch", type=int, default=1, help="pictures to generate (default 1)")
+    p.add_argument("--seed", type=int, help="0 to 2^64 - 1; picture i of a batch uses SEED + i (default random)")
+    p.add_argument("--batch", type=int, default=1, help="pictures to generate, 1 to 10000 (default 1)")
     add_models(p)
     p.add_argument(
         "--lora",
@@ -45,14 +52,14 @@ def add_parser(commands: Commands) -> Parser:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="LoRA of any kind; may be given several times (strength 1 unless given, negative turns it round)",
+        help="LoRA of any kind; may be repeated (strength -100 to 100, default 1; negative turns it round)",
     )
     p.add_argument("--image", type=Path, help="picture to start from")
     p.add_argument(
         "--strength", type=float, help="how far to go from --image, above 0 to 1 (default 0.6; 1 with --mask or --pad)"
     )
     p.add_argument("--mask", type=Path, help="picture of the same size, white where --image is to be repainted")
-    p.add_argument("--feather", type=int, default=8, help="pixels of soft edge around the mask (default 8)")
+    p.add_argument("--feather", type=int, default=8, help="pixels of soft edge around the mask, 0 or more (default 8)")
     p.add_argument(
         "--pad",
         type=pad_option,
@@ -79,19 +86,19 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument(
         "--guidance",
         type=float,
-        help="0 for Turbo, more takes twice the time; diffusers' form, ComfyUI's cfg is 1 more (default as --preset)",
+        help="0 to 100; above 0 costs twice the time; in ComfyUI's terms cfg is 1 more (default as --preset)",
     )
     add_budget(p)
     p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
     add_runtime(p)
-    p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4")
+    p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4 (default auto)")
     return p
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, save as PNG and print the paths; with --json the facts of the run behind them."""
     started = time.perf_counter()
-    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
+    args.prompt = read_prompt(args.prompt)
     targets = output_paths(args.out, args.batch)
     take_preset(args)
     image, mask = edited(args)
@@ -115,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     pipeline.hold_budget()
     pipeline.set_loras(args.lora)
     pictures = generate(pipeline, args, image, mask, controls)
+    seeds = pictures.seeds or []
+    logger.info("seed %s", " to ".join(map(str, seeds[:1] + seeds[1:][-1:])))
     used = settings(pipeline, args, pictures)
     saved = save(pictures, targets, args, used)
     if args.json:
@@ -236,17 +245,30 @@ def settings(pipeline: Pipeline, args: argparse.Namespace, pictures: Pictures) -
 def save(
     pictures: Pictures, targets: Sequence[Path], args: argparse.Namespace, used: dict[str, object]
 ) -> list[dict[str, object]]:
-    """Write each picture with its texts and print its path; returns path and seed of each, for --json."""
+    """Write each picture with its facts and print its path; returns path and seed of each, for --json."""
     saved: list[dict[str, object]] = []
     for i, (picture, seed) in enumerate(zip(pictures, pictures.seeds or ())):
-        path = targets[i] if targets else Path(f"zimage-{seed}.png")
-        texts = {"prompt": args.prompt, "seed": str(seed), "settings": json.dumps(used)}
+        path = targets[i] if targets else free_name(seed)
+        facts = {"prompt": args.prompt, "seed": seed, **used}
         if args.negative_prompt:
-            texts["negative_prompt"] = args.negative_prompt
-        save_png(picture, path, texts)
+            facts["negative_prompt"] = args.negative_prompt
+        whole.write(path, metadata.png(picture, facts))
         saved.append({"path": str(path), "seed": seed})
         print(path)
     return saved
+
+
+def read_prompt(text: str) -> str:
+    """The prompt, or what comes from standard input for `-`. ValueError where nothing comes or no text."""
+    if text != "-":
+        return text
+    try:
+        text = sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"-: expected UTF-8 text on standard input, found other bytes ({error.reason})") from None
+    if not text:
+        raise ValueError("-: expected a prompt on standard input, found nothing")
+    return text
 
 
 def read_image(path: Path) -> Image.Image:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Commands) -> Parser:
     p = commands.add_parser("inspect", help="what a safetensors file is, from its header")
-    p.add_argument("file", type=Path)
+    p.add_argument("file", type=Path, help="model or LoRA, file or folder")
     p.add_argument("--json", action="store_true", help="as one JSON object")
     return p
 

@@ -8,6 +8,7 @@ from typing import NoReturn, TypeAlias
 from .. import notation
 
 EXIT_INPUT = 2
+SIDE = "pixels, 16 to 16384, a multiple of 16 (default 1024; 256 with the bundled demo)"
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """What a command's parser is added to."""
 
@@ -56,4 +57,6 @@ def add_runtime(parser: Parser) -> None:
     """--device, --dtype and --backend of the commands that generate pictures."""
     add_device(parser)
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default bfloat16; float16 on GPUs without it)")
-    parser.add_argument("--backend", default="auto", help="auto, reference, or one that `zimage doctor` lists")
+    parser.add_argument(
+        "--backend", default="auto", help="auto (default), reference, or one that `zimage doctor` lists"
+    )

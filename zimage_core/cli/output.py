@@ -2,42 +2,59 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
+from .. import whole
 from ..sizes import GIB
 
 if TYPE_CHECKING:
-    from PIL import Image
     from tqdm import tqdm
 
 MOST_PICTURES = 10_000
+EVERY = 10.0  # seconds between lines of progress where there is no terminal
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A bar on stderr for the current stage; silent where stderr is no terminal."""
+    """The current stage on stderr: a bar on a terminal, elsewhere a line now and then; nothing with --quiet."""
 
     def __init__(self, layout: str = "{desc:<18} |{bar:28}| {n_fmt}/{total_fmt} {elapsed}"):
         self.layout = layout
+        self.quiet = not logger.isEnabledFor(logging.WARNING)
         self.bar: tqdm | None = None
+        self.name = self.words = ""
+        self.began = self.said = 0.0
 
     def start(self, name: str, steps: int) -> None:
-        from tqdm import tqdm
-
         self.finish()
-        self.bar = tqdm(total=steps, desc=name, bar_format=self.layout, disable=None, file=sys.stderr)
+        self.name, self.words = name, ""
+        self.began = self.said = time.monotonic()
+        if sys.stderr.isatty() and not self.quiet:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=steps, desc=name, bar_format=self.layout, file=sys.stderr)
 
     def step(self, done: int, total: int, *_: object) -> None:
         if self.bar is not None:
             self.bar.total = total
             self.bar.update(done - self.bar.n)
+        elif not self.quiet and done < total and (now := time.monotonic()) - self.said >= EVERY:
+            self.said = now
+            minutes, seconds = divmod(round(now - self.began), 60)
+            parts = (f"{self.name} {done}/{total}", f"{minutes}:{seconds:02}", self.words)
+            print(f"zimage: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
     def say(self, words: str) -> None:
         """Show a few words where the layout has `{postfix}`."""
+        self.words = words
         if self.bar is not None:
             self.bar.set_postfix_str(words, refresh=False)
 
@@ -49,33 +66,28 @@ class Progress:
 
 
 def output_paths(out: Path | None, batch: int) -> list[Path]:
-    """Where the pictures of a batch go, empty where each is named after its seed. Raises ValueError before any work."""
+    """Where the pictures of a batch go, empty where each is named after its seed.
+
+    ValueError, before any work, for what is no PNG's name and where it could not be written.
+    """
     if batch > MOST_PICTURES:
         raise ValueError(f"--batch: expected up to {MOST_PICTURES} pictures, found {batch}; `zimage batch` makes more")
     if out is None:
+        whole.check_target(Path("zimage-0.png"))
         return []
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: pictures are written as PNG; name a file that ends in .png")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent}: no such folder; make it first")
-    if batch == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(batch)]
+    several = [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(batch)]
+    paths = several if batch > 1 else [out]
+    for path in {paths[0], paths[-1]} if paths else {out}:
+        whole.check_target(path)
+    return paths
 
 
-def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
-    """Write a PNG with text chunks under a temporary name, then rename it."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for name, text in {**texts, "Software": f"zimage-int4 {__version__}"}.items():
-        info.add_text(name, text)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        picture.save(part, format="PNG", pnginfo=info)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def free_name(seed: int | None) -> Path:
+    """`zimage-SEED.png`, or with the first number behind it that is free: what is there stays."""
+    names = (Path(f"zimage-{seed}{number}.png") for number in chain([""], (f"-{n}" for n in count(2))))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def printable(text: str) -> str:

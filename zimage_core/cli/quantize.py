@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--text-encoder", type=Path, help="Qwen3-4B, to calibrate with (default: the one of SRC's folder)")
     p.add_argument("--tokenizer", type=Path, help="its tokenizer.json or folder (default: beside it)")
     p.add_argument("--prompts", type=Path, metavar="FILE", help="text file, one a line, best of the model's own kind")
-    p.add_argument("--size", type=int, help="pixels of an edge of the pictures to calibrate on (512, on a CPU 256)")
+    p.add_argument("--size", type=int, help="pixels of an edge to calibrate on (default 512, on a CPU 256)")
     p.add_argument("--no-calibration", action="store_true", help="from the weights alone: quicker, larger error")
     p.add_argument(
         "--merge",
@@ -71,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if is_control and (args.merge or args.skip_refiners or args.variant):
         raise ValueError(f"{args.src}: is a ControlNet, which takes none of --merge, --skip-refiners, --variant")
     if is_control and not args.no_calibration and not (args.base and args.vae and args.control_image):
-        print(
-            "zimage: a ControlNet is calibrated with --base, --vae, --control-image and --text-encoder", file=sys.stderr
-        )
+        warnings.warn("a ControlNet is calibrated with --base, --vae, --control-image and --text-encoder", stacklevel=1)
         args.no_calibration = True
     cap_feats = captions(args, prompts, device)
     progress, words = Progress("{desc} |{bar:28}| {percentage:3.0f}% {elapsed}{postfix}"), TimeLeft()
@@ -132,10 +130,10 @@ def captions(args: argparse.Namespace, prompts: Sequence[str], device: torch.dev
         check_width(check_text_encoder(encoder)[0].hidden_size, caption_width(model), encoder, model)
         return calibration_captions(encoder, prompts, tokenizer=args.tokenizer, device=device)
     if not args.no_calibration:
-        print(
-            "zimage: without --text-encoder the file is made from the weights alone, with a larger error than a "
-            "calibrated one; --no-calibration asks for that",
-            file=sys.stderr,
+        warnings.warn(
+            "without --text-encoder the file is made from the weights alone, with a larger error than a calibrated "
+            "one; --no-calibration asks for that",
+            stacklevel=1,
         )
     return None
 

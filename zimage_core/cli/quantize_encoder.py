@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 from .options import Commands, Parser
 from .output import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(commands: Commands) -> Parser:
@@ -31,4 +34,20 @@ def run(args: argparse.Namespace) -> int:
     finally:
         progress.finish()
     print(args.dst)
+    if note := tokenizer_note(args.src, args.dst):
+        logger.warning(note)
     return 0
+
+
+def tokenizer_note(src: Path, dst: Path) -> str | None:
+    """What is to be done for the tokenizer of a new file; None where it will be found."""
+    from ..models.tokenizer import find_tokenizer
+
+    try:
+        find_tokenizer(dst)
+        return None
+    except ValueError as none:
+        try:
+            return f"its tokenizer is in {find_tokenizer(src)}: copy it beside {dst}, or name it with --tokenizer"
+        except ValueError:
+            return str(none)

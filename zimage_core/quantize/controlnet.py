@@ -29,10 +29,12 @@ from ..models.config import ControlNetConfig, ZImageConfig
 from ..models.controlnet import ControlBlock, ControlNet
 from ..models.transformer import Block, Conditioning, Hooks, ZImageTransformer
 from ..sampler import predict_flow
+from ..whole import check_target
 from . import calibrate
+from .run import RESUMED, noted_samples, read_weights
 from .solver import svdq_calibrated, svdq_from_dense
-from .source import check_numbers, digest
-from .writer import StreamedFile, check_destination, check_packable, four_bits, header_of
+from .source import check_numbers, digest, files_digest
+from .writer import StreamedFile, check_packable, four_bits, header_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,11 +55,12 @@ def quantize_controlnet(
 
     rank: a multiple of 16. base: a transformer of any format to calibrate with; without one, from the weights alone.
     cap_feats: features (L, C) of the prompts, and contexts: a control context (C, size / 8, size / 8) for each, see
-    `models.controlnet.control_context`. progress(done, total, what) after each linear. `dst` is replaced at the end.
+    `models.controlnet.control_context`. progress(done, total, what) after each linear. `dst` is replaced at the end,
+    and an interrupted calibrated run is resumed by the same call, as `quantize_checkpoint`.
     ValueError if the source is no dense ControlNet or holds NaN, or does not fit the base.
     """
     dst, device = Path(dst), torch.device(device)
-    check_destination(dst)
+    check_target(dst)
     if base is not None and not len(cap_feats) == len(contexts) > 0:
         raise ValueError(f"calibration: expected a control context a prompt, found {len(contexts)}, {len(cap_feats)}")
     with open_tensors(src) as files:
@@ -70,13 +73,17 @@ def quantize_controlnet(
         sources = match_controlnet(files, info, build_controlnet(info))
         header = header_of(build_controlnet(replace(info, rank=rank, quantized_refiner=True)), _stored)
         made: dict[str, object] = {"tool": "zimage-int4", "version": __version__, "method": "svd"}
+        notes = None
         made["source"] = digest(sources.stored, lambda stored: files.get(stored.key))
         if base is not None:
             seen = hashlib.sha256(b"".join(x.float().cpu().numpy().tobytes() for x in (*cap_feats, *contexts)))
             made |= {"method": "smooth, svd, gptq; block by block", "prompts": len(cap_feats), "size": size}
             made["captions"] = seen.hexdigest()[:16]
+            with open_tensors(base) as whole:
+                made["base"] = files_digest(whole)
+            notes = calibrate.planned_samples(info.config.base, len(cap_feats), size)
         metadata = _metadata(info.config, rank) | {"quantized_by": json.dumps(made)}
-        with StreamedFile(dst, header, metadata) as out, torch.inference_mode():
+        with StreamedFile(dst, header, metadata, notes) as out, torch.inference_mode():
             job = _Job(files, sources, info, out, rank, device, progress)
             job.run(base, cap_feats, contexts, size)
 
@@ -223,18 +230,27 @@ class _Job:
         model = load_transformer(base, device=self.device, dtype=dtype, precision="w4a16")
         self.net.check(model)
         self.total += calibrate.STEPS
+        if self.out.finished:
+            self.done += calibrate.STEPS
         beside = _Beside(model, self.net, self.get, torch.stack(list(contexts)), partial(self._advance, "a step"))
         streamed = cast(calibrate.Streamed, beside)
-        samples = calibrate.generate_samples(streamed, cap_feats, size)
+        samples = noted_samples(self.out, streamed, cap_feats, size)
         calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
 
     def _visit(self, name: str, block: Block, chunks: list[calibrate.Chunk]) -> None:
-        """Quantize a block's linears in place, each for its inputs from those before it."""
+        """Quantize a block's linears in place, each for its inputs from those before it; or read an earlier run's."""
+        resumed = _stored(name) in self.out.finished
         for linear in _linears(block):
             module = cast(nn.Linear, block.get_submodule(linear))
-            weights = svdq_calibrated(module.weight, self.rank, calibrate.input_stats(block, linear, chunks))
-            self._write(f"{name}.{linear}", weights)
+            if resumed:
+                weights = read_weights(self.out, _stored(f"{name}.{linear}"), self.device)
+                self._advance(f"{RESUMED} {name}.{linear}")
+            else:
+                weights = svdq_calibrated(module.weight, self.rank, calibrate.input_stats(block, linear, chunks))
+                self._write(f"{name}.{linear}", weights)
             module.weight.copy_(weights.dequantize())
+        if not resumed:
+            self.out.finish(_stored(name))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -17,7 +17,8 @@ from ..formats.layouts import to_kitchen
 from ..formats.load import Sources, build_transformer, match_transformer, open_transformer
 from ..formats.names import FUSED_PARTS, comfy_module, diffusers_svdq_module
 from ..linear.svdq import SVDQLinear, SVDQWeights
-from .writer import DTYPES, StreamedFile, aligned, check_destination, file_metadata
+from ..whole import check_target
+from .writer import DTYPES, StreamedFile, aligned, file_metadata
 
 LAYOUTS = ("nunchaku", "kitchen", "kitchen-tiles")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -31,7 +32,7 @@ def convert(src: str | Path, dst: str | Path, layout: str, progress: Callable[[i
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
     src, dst = Path(src), Path(dst)
-    check_destination(dst)
+    check_target(dst)
     with open_transformer(src) as (info, files):
         if info.format != "svdq-int4":
             raise ValueError(f"{src}: expected SVDQuant INT4, found {info.format}; other formats have one layout only")

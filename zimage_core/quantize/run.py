@@ -30,16 +30,18 @@ from ..lora.read import load_lora
 from ..memory.offload import BlockStreamer
 from ..models.config import ZImageConfig
 from ..models.transformer import PIXELS_PER_CELL, Block
+from ..whole import check_target
 from . import calibrate
 from .solver import svdq_calibrated, svdq_from_dense
 from .source import DenseSource, match_source
-from .writer import StreamedFile, block_names, check_destination, file_metadata, plan_header
+from .writer import StreamedFile, block_names, file_metadata, plan_header
 
 Progress = Callable[[int, int, str], None]
 
 EDGE = PIXELS_PER_CELL * ZImageConfig.patch_size  # pixels of a token
 THIN = 2  # input channels per calibration token from which on calibration was worse than none
 PACE = 16  # last reports that the time left is computed from: four blocks' linears
+PACKED = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up", "bias")
 RESUMED = "resumed"  # begins the reports of work that an earlier run did
 
 
@@ -67,9 +69,9 @@ def quantize_checkpoint(
     done == total; an exception from it ends the run. Warns if cap_feats are too few or the pictures too small to help.
 
     `dst` is replaced if it exists, and only at the end. An interrupted calibrated run leaves its finished blocks beside
-    it, as `dst`.partial and a small file; the same call resumes from there. Raises FileNotFoundError, or ValueError if
-    the source is no dense Z-Image transformer, if it, the features or the LoRAs hold NaN or too large numbers, as
-    `check_request`, and if the destination cannot be written or another run writes it.
+    it under hidden names (`StreamedFile`); the same call checks them and the source, and resumes from there. Raises
+    FileNotFoundError, or ValueError if the source is no dense Z-Image transformer, if it, the features or the LoRAs
+    hold NaN or too large numbers, as `check_request`, and if the destination cannot be written or is being written.
     """
     check_request(dst, size, merge)
     src, dst, device = Path(src), Path(dst), torch.device(device)
@@ -95,7 +97,7 @@ def quantize_checkpoint(
 
 def check_request(dst: str | Path, size: int, merge: Sequence[tuple[str | Path, float]]) -> None:
     """ValueError if `quantize_checkpoint` would refuse the destination, the size or a LoRA's strength."""
-    check_destination(Path(dst))
+    check_target(Path(dst))
     if size <= 0 or size % EDGE:
         raise ValueError(f"size: expected a positive multiple of {EDGE} pixels, found {size}; 512 is usual")
     for path, strength in merge:
@@ -193,6 +195,24 @@ def _release(device: str | torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def noted_samples(
+    out: StreamedFile, streamed: calibrate.Streamed, cap_feats: Sequence[torch.Tensor], size: int
+) -> calibrate.Samples:
+    """The calibration samples: those in an earlier run's notes, else new ones, which are noted."""
+    if out.finished:
+        return calibrate.Samples(*(out.read(field.name) for field in fields(calibrate.Samples)))
+    samples = calibrate.generate_samples(streamed, cap_feats, size)
+    for name, tensor in vars(samples).items():
+        out.write(name, tensor)
+    return samples
+
+
+def read_weights(out: StreamedFile, module: str, device: torch.device) -> SVDQWeights:
+    """What an earlier run made of a linear, by its name in the file."""
+    leaves = [leaf for leaf in PACKED if f"{module}.{leaf}" in out.header]
+    return SVDQWeights.from_packed({leaf: out.read(f"{module}.{leaf}").to(device) for leaf in leaves})
+
+
 class _Job:
     """Quantizes one model into one file."""
 
@@ -251,12 +271,8 @@ class _Job:
         cost = self.BLOCK_COST * calibrate.blocks_run(config)
         self.total += cost
         if self.out.finished:
-            samples = calibrate.Samples(*(self.out.read(field.name) for field in fields(calibrate.Samples)))
             self._advance(cost, resumed)
-        else:
-            samples = calibrate.generate_samples(streamed, cap_feats, size)
-            for name, tensor in vars(samples).items():
-                self.out.write(name, tensor)
+        samples = noted_samples(self.out, streamed, cap_feats, size)
         calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
 
     def _visit(self, name: str, block: Block, chunks: list[calibrate.Chunk]) -> None:
@@ -267,7 +283,7 @@ class _Job:
         for linear in self.source.config.linears:
             module = cast(nn.Linear, block.get_submodule(linear))
             if resumed:
-                weights = self._read(f"{name}.{linear}")
+                weights = read_weights(self.out, diffusers_svdq_module(f"{name}.{linear}"), self.source.device)
                 self._advance(self.LINEAR_COST, f"{RESUMED} {self._at(f'{name}.{linear}')}")
             else:
                 stats = calibrate.input_stats(block, linear, chunks)
@@ -283,12 +299,6 @@ class _Job:
         for leaf, tensor in (packed | {"smooth_factor_orig": packed["smooth_factor"]}).items():
             self.out.write(f"{diffusers_svdq_module(linear)}.{leaf}", tensor)
         self._advance(self.LINEAR_COST, self._at(linear))
-
-    def _read(self, linear: str) -> SVDQWeights:
-        prefix = diffusers_svdq_module(linear) + "."
-        leaves = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
-        packed = {leaf: self.out.read(prefix + leaf).to(self.source.device) for leaf in leaves}
-        return SVDQWeights.from_packed(packed)
 
     def _at(self, linear: str) -> str:
         """A linear's block number and name, in words."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ class DenseSource:
         """A tensor on the device, joined from its parts. ValueError if it holds NaN or numbers above `LARGEST`."""
         parts = []
         for stored in self.stored[name]:
-            parts.append(self._read(stored))
+            parts.append(self._read(stored, self.device))
             check_numbers(parts[-1], f"{self.files.path}: {stored.key}", "get an undamaged file")
         whole = torch.cat(parts)
         module, _, leaf = name.rpartition(".")
@@ -88,15 +90,15 @@ class DenseSource:
 
     def digest(self) -> str:
         """As `digest` of all tensors."""
-        return digest(self.stored, self._read)
+        return digest(self.stored, partial(self._read, device=torch.device("cpu")))
 
-    def _read(self, stored: Stored) -> Tensor:
-        """A tensor of the file on the device, in bf16 where the file has it smaller."""
+    def _read(self, stored: Stored, device: torch.device) -> Tensor:
+        """A tensor of the file on a device, in bf16 where the file has it smaller."""
         if stored.form == "float":
-            tensor = self.files.get(stored.key).to(self.device)
+            tensor = self.files.get(stored.key).to(device)
             return tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor
         parts = read_parts(self.files, stored)
-        return dequantize(stored.form, {part: t.to(self.device) for part, t in parts.items()}).to(torch.bfloat16)
+        return dequantize(stored.form, {part: t.to(device) for part, t in parts.items()}).to(torch.bfloat16)
 
     def _merged(self, tensor: Tensor, module: str, leaf: str, changes: list[tuple[Delta, float]]) -> Tensor:
         """The tensor with the changes added, in fp32."""
@@ -119,16 +121,23 @@ class DenseSource:
 
 
 def digest(sources: Mapping[str, list[Stored]], read: Callable[[Stored], Tensor]) -> str:
-    """A hash of names and of sixteen values of each tensor, the same however the file is sharded or named."""
+    """A hash of every tensor's name and numbers, the same however the file is sharded or named."""
     found = hashlib.sha256()
     for name, pieces in sorted(sources.items()):
-        parts = [read(stored).flatten() for stored in pieces]
-        count, place = sum(map(len, parts)), 0
-        found.update(f"{name} {count} {parts[0].dtype}".encode())
-        step = max(count // 16, 1)
-        for part in parts:  # the same values of a tensor, however it is cut into parts
-            found.update(part[-place % step :: step].float().cpu().numpy().tobytes())
-            place += len(part)
+        parts = [read(stored).contiguous().flatten() for stored in pieces]
+        found.update(f"{name} {sum(map(len, parts))} {parts[0].dtype}".encode())
+        for part in parts:
+            found.update(part.view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def files_digest(files: TensorFiles) -> str:
+    """A hash of all bytes of a model's files."""
+    found = hashlib.sha256()
+    for header in files.headers:
+        with Path(header.path).open("rb") as file:
+            for chunk in iter(partial(file.read, 2**24), b""):
+                found.update(chunk)
     return found.hexdigest()[:16]
 
 

@@ -11,21 +11,21 @@ Source: the header that nunchaku's `NunchakuZImageTransformer2DModel` expects un
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
 import struct
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import nn
 
+from .. import whole
 from ..formats.load import expected_tensors
 from ..formats.names import diffusers_svdq_module
 from ..linear.adapters import Linear
@@ -34,11 +34,6 @@ from ..linear.svdq import SVDQLinear
 from ..models.config import ZImageConfig
 from ..models.transformer import ZImageTransformer
 from ..sizes import readable
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 DTYPES = {
     "F32": torch.float32,
@@ -50,7 +45,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 ITEM_SIZE = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from network file systems without locks
+OURS = "zimage-int4, unfinished"  # begins the list of finished sections
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # name -> (safetensors dtype, shape)
 
@@ -141,15 +136,6 @@ def file_metadata(config: ZImageConfig, rank: int, skip_refiners: bool = False) 
     }
 
 
-def check_destination(path: Path) -> None:
-    """ValueError unless the path is a file's or free, in a folder that exists."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: expected a file in a folder, found no {path.parent}; choose another folder")
-    if path.exists() and not path.is_file():
-        found = "a folder; name a .safetensors file in it" if path.is_dir() else "a device; choose another name"
-        raise ValueError(f"{path}: expected a file to write, found {found}")
-
-
 class StreamedFile:
     """A safetensors file written tensor by tensor, in any order, and renamed to its path when complete.
 
@@ -157,6 +143,9 @@ class StreamedFile:
     and renames it. After a failure or an exception the temporary file is removed, unless the write is resumable and
     has a finished section: a later StreamedFile with the same header and metadata then resumes from it. The path is
     locked meanwhile, within this process and against others.
+
+    Beside the path it uses three hidden names: `.NAME.zimage-part` is the file itself, `.NAME.zimage-done` says whose
+    it is and has a line for every finished section with the SHA-256 of what was written, `.NAME.zimage-lock` stays.
     """
 
     def __init__(self, path: Path, header: Header, metadata: Mapping[str, str], notes: Header | None = None):
@@ -165,33 +154,54 @@ class StreamedFile:
         notes: tensors for the caller's own use, stored behind the file's until it is complete. Passing notes, even
         `{}`, makes the write resumable.
         """
-        check_destination(path)
+        whole.check_target(path)
         self.path = path
         self.header = header | (notes or {})
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial, self._done = whole.beside(path, "part"), whole.beside(path, "done")
         self.finished: list[str] = []
-        self._resumable = notes is not None
+        self._notes = notes
         self._missing = set(header)
+        self._digests: dict[str, str] = {}  # of what was written since the last section
         encoded, self._offsets, self.size = _encode_header(header, metadata)
         behind, self._full_size = _placed(notes or {}, self.size)
         self._offsets |= behind
         try:
-            self._record = path.with_name(path.name + ".partial.finished").open("a+b")
-            if not _lock(self._record):
-                self._record.close()
-                raise ValueError(f"{path}: another run is writing it; wait until it is done, or choose another name")
-            sections = self._earlier(encoded)
-            self._file = self.partial.open("r+b" if sections else "w+b")
+            self._lock = whole.lock(path)
         except OSError as error:
             raise ValueError(f"{path}: cannot write ({error.strerror}); choose another folder") from error
-        if sections:
-            for section in sections:
-                self._mark(section)
-            return
         try:
-            self._record.truncate(0)
+            self._open(encoded)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, encoded: bytes) -> None:
+        """Go on with an earlier run's file, or begin one."""
+        first = json.dumps({OURS: hashlib.sha256(encoded).hexdigest()}).encode() + b"\n"
+        try:
+            sections = self._earlier(first)
+            if sections:
+                self._file, self._record = whole.reopen(self.partial), whole.reopen(self._done)
+                self._file.seek(0)
+                kept = self._verified(sections, self._file.read(len(encoded)) == encoded)
+                self._record.truncate(len(first) + sum(map(len, sections[:kept])))
+                self._record.seek(0, os.SEEK_END)
+                if kept:
+                    return
+                self._file.close()
+                self._record.close()
+            self.partial.unlink(missing_ok=True)
+            self._done.unlink(missing_ok=True)
+            self._record = whole.create(self._done)
+            self._record.write(first)
+            whole.sync(self._record)
+            self._file = whole.create(self.partial)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot write ({error.strerror}); choose another folder") from error
+        try:
             _reserve(self._file.fileno(), self._full_size)
             self._file.write(encoded)
+            whole.sync_folder(self.path.parent)
         except OSError as error:
             self._close(keep=False)
             raise self._no_space(error) from error
@@ -203,41 +213,45 @@ class StreamedFile:
         if planned != (found, tuple(tensor.shape)):
             expected = f"{planned[0]} {list(planned[1])}" if planned else "no such tensor"
             raise ValueError(f"{self.path}: {name}: expected {expected}, found {found} {list(tensor.shape)}")
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         try:
             self._file.seek(self._offsets[name])
-            self._file.write(data.data)
+            self._file.write(data)
         except OSError as error:
             raise self._no_space(error) from error
+        if self._notes is not None:
+            self._digests[name] = hashlib.sha256(data).hexdigest()
         self._missing.discard(name)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor written by this object or by the run that it resumes. ValueError if the file was truncated."""
         dtype, shape = self.header[name]
-        self._file.seek(self._offsets[name])
-        expected = _bytes(dtype, shape)
-        data = bytearray(self._file.read(expected))
+        expected, data = _bytes(dtype, shape), self._read(name)
         if len(data) < expected:
             raise ValueError(f"{self.partial}: {name}: expected {expected} bytes, found {len(data)}; delete the file")
         return torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
 
+    def _read(self, name: str) -> bytearray:
+        self._file.seek(self._offsets[name])
+        return bytearray(self._file.read(_bytes(*self.header[name])))
+
     def finish(self, section: str) -> None:
         """Flush to the disk, and record that every tensor whose name starts with `section` and a dot is written."""
+        line = json.dumps({"section": section, "sha256": self._digests}).encode() + b"\n"
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._record.write(f"{section}\n".encode())
-            self._record.flush()
-            os.fsync(self._record.fileno())
+            whole.sync(self._file)
+            self._record.write(line)
+            whole.sync(self._record)
         except OSError as error:
             raise self._no_space(error) from error
+        self._digests = {}
         self._mark(section)
 
     def __enter__(self) -> StreamedFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        keep = self._resumable and bool(self.finished)
+        keep = self._notes is not None and bool(self.finished)
         try:
             if error is None:
                 self._complete(keep)
@@ -251,10 +265,9 @@ class StreamedFile:
             raise ValueError(f"{self.path}: {len(self._missing)} tensors missing: {min(self._missing)}")
         try:
             self._file.truncate(self.size)
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            whole.sync(self._file)
             self._file.close()
-            os.replace(self.partial, self.path)
+            whole.place(self.partial, self.path)
         except OSError as error:
             then = f"run the same again, which goes on from {self.partial.name}" if resumable else "run it again"
             raise ValueError(
@@ -262,43 +275,64 @@ class StreamedFile:
                 f"nothing has it open, then {then}"
             ) from error
 
-    def _earlier(self, encoded: bytes) -> list[str]:
-        """The sections that an earlier run with the same header, so the same settings and source, finished."""
-        if not self.partial.is_file():
-            return []
-        self._record.seek(0)
-        recorded = self._record.read().decode(errors="replace").splitlines()
-        sections = [s for s in dict.fromkeys(recorded) if any(name.startswith(s + ".") for name in self._missing)]
-        if sections and not (self._resumable and self._is_whole(encoded)):
-            warnings.warn(
-                f"{self.partial}: is damaged or of a run with other settings, so its {len(sections)} finished parts "
-                "cannot be used; everything is made afresh",
-                stacklevel=4,
-            )
+    def _earlier(self, first: bytes) -> list[bytes]:
+        """The lines of the sections that an earlier run with the same header, so with the same source, finished.
+
+        ValueError where one of the names is taken by something that no run has made.
+        """
+        for path in (self.partial, self._done):
+            whole.refuse_link(path)
+        lines = self._done.read_bytes().splitlines(keepends=True) if self._done.exists() else []
+        ours = not lines or lines[0].startswith(first[: len(OURS) + 2])
+        if not ours or (self.partial.exists() and not self._done.exists()):
+            taken = self.partial if ours else self._done
+            raise ValueError(f"{taken}: expected a free name or an unfinished run's, found another file; move it away")
+        sections = [line for line in lines[1:] if line.endswith(b"}\n")] if self.partial.exists() else []
+        if sections and (self._notes is None or lines[0] != first):
+            self._warn(f"are of a run with other settings, so its {len(sections)} finished parts cannot be used")
             return []
         return sections
 
-    def _is_whole(self, encoded: bytes) -> bool:
-        """Whether the temporary file has the expected header and size, with notes or, once complete, without."""
-        if self.partial.stat().st_size not in (self.size, self._full_size):
-            return False
-        with self.partial.open("rb") as file:
-            return file.read(len(encoded)) == encoded
+    def _verified(self, sections: list[bytes], same_header: bool) -> int:
+        """How many of an earlier run's sections are as they were written, up to the first that is not."""
+        size = os.fstat(self._file.fileno()).st_size
+        if same_header and size in (self.size, self._full_size):
+            gone = self._notes if size == self.size else ()  # notes go when all is finished
+            for line in sections:
+                if (section := self._intact(line, gone or ())) is None:
+                    break
+                self._mark(section)
+        if len(self.finished) < len(sections):
+            self._warn(f"are damaged; of {len(sections)} finished parts {len(self.finished)} are used")
+        return len(self.finished)
+
+    def _intact(self, line: bytes, gone: Collection[str]) -> str | None:
+        """The section of a line of the list, if all that was written for it is in the file."""
+        try:
+            found = json.loads(line)
+            digests = {name: digest for name, digest in found["sha256"].items() if name not in gone}
+            same = all(hashlib.sha256(self._read(name)).hexdigest() == digest for name, digest in digests.items())
+            return str(found["section"]) if same else None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"{self.partial}: the leftovers {what}; the rest is made afresh", stacklevel=6)
 
     def _mark(self, section: str) -> None:
         self.finished.append(section)
         self._missing = {name for name in self._missing if not name.startswith(section + ".")}
 
     def _close(self, keep: bool) -> None:
-        """Close the files, the locked one last, and remove them unless they are kept."""
+        """Close the files, remove them unless they are kept, and release the lock."""
         try:
             self._file.close()
         finally:
-            if not keep:
-                self.partial.unlink(missing_ok=True)
             self._record.close()
             if not keep:
-                Path(self._record.name).unlink(missing_ok=True)
+                self.partial.unlink(missing_ok=True)
+                self._done.unlink(missing_ok=True)
+            self._lock.release()
 
     def _no_space(self, error: OSError) -> ValueError:
         needed = readable(self._full_size)
@@ -339,22 +373,6 @@ def _placed(header: Header, position: int) -> tuple[dict[str, int], int]:
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return ITEM_SIZE[dtype] * math.prod(shape)
-
-
-def _lock(file: BinaryIO) -> bool:
-    """Lock an open file until it is closed; False if another has it, True on file systems without locks."""
-    try:
-        if sys.platform == "win32":
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -1,0 +1,145 @@
+"""Files that are whole under their name or not there: temporary names that cannot be a user's, syncs, locks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from pathlib import Path
+from platform import node
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A hidden name of this program's own in the folder of a file."""
+    return path.with_name(f".{path.name}.zimage-{ending}")
+
+
+def lock(path: Path) -> FileLock:
+    """A lock on writing a path, against this process and others, until it is released; its empty file stays.
+
+    ValueError where another run has it.
+    """
+    name = beside(path, "lock")
+    refuse_link(name)
+    held = FileLock(name, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise ValueError(f"{path}: another run is writing it; wait until it is done, or choose another name") from None
+    return held
+
+
+def refuse_link(path: Path) -> None:
+    """ValueError for a link, which this program has not made."""
+    if path.is_symlink():
+        raise ValueError(f"{path}: expected a name that is free or this program's own, found a link; move it away")
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file, to write and read. FileExistsError where there is anything under that name, a link too."""
+    return path.open("x+b")
+
+
+def reopen(path: Path) -> BinaryIO:
+    """A file that is there, to write and read; OSError for a link."""
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags), "r+b")
+
+
+def sync(file: BinaryIO) -> None:
+    """Have what was written on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk; nothing where the system knows no such thing."""
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def place(part: Path, path: Path) -> None:
+    """Give a file that is closed and on the disk its final name, and have that on the disk, too."""
+    sync_folder(path.parent)
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+def check_target(path: Path) -> None:
+    """ValueError unless a file can be written there: its folder, its name, what is under that name, and the rights."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such folder; make it first, or choose another folder")
+    try:
+        if path.exists() and not path.is_file():
+            found = "a folder; name a file in it" if path.is_dir() else "a device; choose another name"
+            raise ValueError(f"{path}: expected a file to write, found {found}")
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _refused(path, error) from None
+    part = _part(path)
+    _clean_up(path)
+    try:
+        create(part).close()
+        part.unlink()
+    except OSError as error:
+        raise _refused(path, error) from None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a whole file. ValueError, which names it, where it cannot be written."""
+    part = _part(path)
+    _clean_up(path)
+    try:
+        try:
+            with create(part) as file:
+                file.write(data)
+                sync(file)
+            place(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> ValueError:
+    words = (error.strerror or str(error)).lower()
+    return ValueError(f"{path}: cannot be written ({words}); free space or rights there, or choose another place")
+
+
+def _part(path: Path, process: str = "") -> Path:
+    """The temporary name that a process of this machine writes a file under; short, whatever the file's name is."""
+    file, machine = (f"{zlib.crc32(text.encode(errors='replace')):08x}" for text in (path.name, node()))
+    return path.with_name(f".{file}.{machine}.{process or os.getpid()}.zimage-part")
+
+
+def _clean_up(path: Path) -> None:
+    """Remove what killed processes of this machine left of a file."""
+    for part in path.parent.glob(_part(path, "*").name):
+        process = part.name.split(".")[3]
+        if process.isdecimal() and not _runs(int(process)):
+            try:
+                part.unlink()
+            except OSError:  # of another user, or on Windows still open
+                continue
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine runs; on Windows unknown, but there a file that is open cannot be removed."""
+    if sys.platform == "win32":
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
