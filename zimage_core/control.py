@@ -60,12 +60,16 @@ class Edit:
         return repainted_cells(self.soft)
 
 
-def make_edit(image: Image.Image | None, mask: Image.Image, width: int, height: int, feather: int = FEATHER) -> Edit:
-    """A picture and its mask, both cropped and resized to a size. ValueError without a picture, or as `check_mask`."""
+def make_edit(
+    images: Sequence[Image.Image], mask: Image.Image, width: int, height: int, feather: int = FEATHER
+) -> Edit:
+    """A picture and its mask, cropped and resized to a size. ValueError unless there is one, or as `check_mask`."""
     from PIL import ImageOps
 
-    if image is None:
-        raise ValueError("mask: a picture to repaint is needed with it; name it with --image (image=)")
+    if len(images) != 1:
+        count = f", found {len(images)}" if images else ""
+        raise ValueError(f"mask: a picture to repaint is needed with it{count}; name it with --image (image=)")
+    (image,) = images
     if feather < 0:
         raise ValueError(f"feather: expected 0 pixels or more, found {feather}")
     gray = check_mask(mask, image)

@@ -18,10 +18,14 @@ from .control import Control, Edit
 from .linear.backends import Backend
 from .lora.read import Lora, load_lora
 from .memory import plan as planning
-from .models.config import ZImageConfig
+from .models.config import SHIFT, ZImageConfig
+from .models.guidance import Nag
+from .models.tokenizer import MAX_TOKENS
 from .models.transformer import PIXELS_PER_CELL
 from .recorder import Recorder, StageRecord
 from .residents import Loras
+from .tiles import Tiles
+from .variety import Variety, seed_of
 
 if TYPE_CHECKING:
     import numpy
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 PIXELS_MULTIPLE = 16
 MAX_SIDE, MAX_PIXELS = 2**14, 2**31
 """Of one picture's edge, and of all pictures of a call, whose noise is then 2 GiB."""
+MIN_TILE, MIN_TOKENS = 128, 16
 OUTPUTS = ("pil", "np", "pt", "latent")
 OnStep: TypeAlias = "Callable[[int, int, Tensor], bool | None]"
 Caption: TypeAlias = "str | Tensor"
@@ -71,9 +76,10 @@ class Pictures(list[Any]):
 class Job:
     """What one call asks for, and what is known of it so far.
 
-    negative: with guidance, one for all prompts or one for each. each: pictures of every prompt. output: one of
-    OUTPUTS. on_step, on_step_end: as `sampler.denoise` takes them. feats: cap_feats (L, C) on the host of the prompts
-    that are known; tokens: token ids of the others.
+    negative: with guidance or nag, one for all prompts or one for each. each: pictures of every prompt. sampler: one of
+    `sampler.SAMPLERS`; shift: that of the sigmas. tile: pixels of an edge, None for whole pictures. limit: tokens of a
+    prompt. output: one of OUTPUTS. on_step, on_step_end: as `sampler.denoise` takes them. feats: cap_feats (L, C) on
+    the host of the prompts that are known; tokens: token ids of the others.
     """
 
     positive: Sequence[Caption]
@@ -84,7 +90,13 @@ class Job:
     record: Recorder
     negative: Sequence[Caption] = ()
     guidance: float = 0.0
+    nag: Nag | None = None
+    variety: Variety | None = None
+    sampler: str = "euler"
     sigmas: Tensor = field(default_factory=lambda: torch.empty(0))
+    shift: float = SHIFT
+    tile: int | None = None
+    limit: int = MAX_TOKENS
     controls: tuple[Control, ...] = ()
     edit: Edit | None = None
     output: str = "pil"
@@ -117,6 +129,10 @@ class Job:
             captions=self._for_each(positive),
             negative=self._for_each(negative),
             encoded=max(map(len, self.tokens.values()), default=0),
+            guided=self.guidance > 0,
+            nag=self.nag,
+            varied=self.variety is not None,
+            tile=self.tile and self.tile // PIXELS_PER_CELL,
         )
 
     def check_embeds(self, width: int) -> None:
@@ -128,6 +144,18 @@ class Job:
     def features(self, captions: Sequence[Caption]) -> list[Tensor]:
         """cap_feats of captions: one for all pictures, or one for each."""
         return self._for_each([self.feats[one] if isinstance(one, str) else one for one in captions])
+
+    def varied(self, variety: Variety, noise: Tensor) -> list[Tensor]:
+        """Perturbed cap_feats of the prompts, one for each picture, whose noise they follow."""
+        found = self.features(self.positive)
+        found = found * self.pictures if len(found) == 1 else found
+        return [variety.vary(feats, seed_of(one)) for feats, one in zip(found, noise)]
+
+    @property
+    def tiles(self) -> Tiles:
+        """The tiles of a picture, in cells; a single one where it is sampled whole."""
+        height, width = self.height // PIXELS_PER_CELL, self.width // PIXELS_PER_CELL
+        return Tiles.over(height, width, (self.tile or MAX_SIDE) // PIXELS_PER_CELL)
 
     def _for_each(self, found: list[T]) -> list[T]:
         return found if len(found) < 2 else [one for one in found for _ in range(self.each)]
@@ -175,17 +203,19 @@ def read_captions(name: str, texts: Any, embeds: Any) -> list[Caption]:
     return prompts
 
 
-def read_negative(positive: int, guidance: float, texts: Any, embeds: Any) -> list[Caption]:
-    """With guidance the negative prompts, one for all or as many as there are positive ones; without, none.
+def read_negative(positive: int, guided: bool, texts: Any, embeds: Any) -> list[Caption]:
+    """With guidance of either kind the negative prompts, one for all or one for each positive one; without, none.
 
     ValueError as `read_captions`, and for another number; a warning where they have no effect.
     """
     found = read_captions("negative prompt", "" if texts is None and embeds is None else texts, embeds)
     if len(found) not in (1, positive):
         raise ValueError(f"negative prompts: expected 1, or {positive} as there are prompts, found {len(found)}")
-    if not guidance and any(isinstance(one, Tensor) or one for one in found):
-        logger.warning("negative prompt: has no effect without guidance; give a guidance above 0, 1 say")
-    return found if guidance else []
+    if not guided and any(isinstance(one, Tensor) or one for one in found):
+        logger.warning(
+            "negative prompt: has no effect without guidance; give a guidance above 0, 1 say, or a NAG scale"
+        )
+    return found if guided else []
 
 
 def choose_noise(
@@ -206,16 +236,49 @@ def choose_noise(
     return latents.detach().float().cpu(), None
 
 
-def choose_sigmas(steps: int, sigmas: Iterable[float] | None, strength: float, image: bool, shift: float) -> Tensor:
+def choose_sigmas(
+    steps: int, sigmas: Iterable[float] | None, strength: float, image: bool, shift: float, schedule: str
+) -> Tensor:
     """The sigmas of a call, with an image to start from or without; a warning where its strength has no effect."""
-    integer("steps", steps), number("strength", strength)
+    integer("steps", steps), number("strength", strength), number("shift", shift)
     if strength != 1 and (sigmas is not None or not image):
         logger.warning(
             "strength %g: has no effect %s", strength, "beside sigmas" if image else "without a picture to start from"
         )
     if sigmas is not None:
         return sampler.read_sigmas(sigmas, shift)
-    return sampler.get_sigmas(steps, strength if image else 1.0, shift=shift)
+    return sampler.get_sigmas(steps, strength if image else 1.0, shift, schedule)
+
+
+def read_variety(asked: float | Variety) -> Variety | None:
+    """What makes seeds differ more, from its strength or as it is; None where that is 0."""
+    found = asked if isinstance(asked, Variety) else Variety(number("variety", asked))
+    return found if found.strength else None
+
+
+def check_sampler(name: str) -> str:
+    """The name of a sampler. ValueError for another than SAMPLERS."""
+    if name not in sampler.SAMPLERS:
+        raise ValueError(f"sampler: expected one of {', '.join(sampler.SAMPLERS)}, found {name!r}")
+    return name
+
+
+def check_tile(edge: object) -> int | None:
+    """The most pixels of a tile's edge, None for whole pictures. ValueError unless a multiple of 16 from 128 on."""
+    if edge is not None and (integer("tile", edge) < MIN_TILE or integer("tile", edge) % PIXELS_MULTIPLE):
+        raise ValueError(f"tile: expected a multiple of {PIXELS_MULTIPLE} pixels from {MIN_TILE} on, found {edge}")
+    return None if edge is None else integer("tile", edge)
+
+
+def check_limit(tokens: object) -> int:
+    """The most tokens of a prompt. ValueError unless from 8 to what the model's positions hold."""
+    most = ZImageConfig.axes_lens[0]
+    if not MIN_TOKENS <= integer("max_sequence_length", tokens) <= most:
+        raise ValueError(
+            f"max_sequence_length: expected {MIN_TOKENS} to {most} tokens, found {tokens}; "
+            f"{MAX_TOKENS} is what the model was made for"
+        )
+    return integer("max_sequence_length", tokens)
 
 
 def check_output(kind: str) -> str:
@@ -225,13 +288,16 @@ def check_output(kind: str) -> str:
     return kind
 
 
-def check_count(positive: int, each: int, height: int, width: int) -> int:
-    """The number of pictures of a call. ValueError for none, and for more than their noise may take."""
+def check_count(positive: int, each: int, height: int, width: int, images: Sequence[Image.Image] = ()) -> int:
+    """The number of pictures of a call. ValueError for none, for more than their noise may take, and where there are
+    images to start from, but neither one for all nor one for each."""
     if integer("num_images_per_prompt", each) < 1 or not positive:
         raise ValueError(f"pictures: expected at least 1, found {each} of {positive} prompts")
     most = max(MAX_PIXELS // (height * width), 1)
     if positive * each > most:
         raise ValueError(f"pictures: expected up to {most} of {width} x {height} in a call, found {positive * each}")
+    if len(images) > 1 and len(images) != positive * each:
+        raise ValueError(f"image: expected 1, or {positive * each} as there are pictures, found {len(images)}")
     return positive * each
 
 
@@ -255,10 +321,10 @@ def encoder_loras(loras: Loras) -> Loras:
     return tuple((found, strength) for found, strength in loras if found.text_encoder)
 
 
-def own_size(image: Image.Image | None, latents: Any, side: int) -> tuple[int, int]:
+def own_size(images: Sequence[Image.Image], latents: Any, side: int) -> tuple[int, int]:
     """Width and height of what a call starts from, else a model's own `side`."""
-    if image is not None:
-        return image.size
+    if images:
+        return images[0].size
     if isinstance(latents, Tensor) and latents.ndim == 4:
         return PIXELS_PER_CELL * latents.shape[3], PIXELS_PER_CELL * latents.shape[2]
     return side, side

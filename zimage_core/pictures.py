@@ -87,6 +87,12 @@ def checked_picture(name: str, image: object) -> Image.Image | None:
     return None if image is None else upright(image)
 
 
+def checked_pictures(name: str, images: object) -> list[Image.Image]:
+    """One picture, several or None as a list, upright. ValueError, under its name, for anything else."""
+    given = images if isinstance(images, list | tuple) else [images]
+    return [found for image in given if (found := checked_picture(name, image)) is not None]
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """An upright picture in RGB, on white where it is transparent."""
     image = upright(image)

@@ -35,7 +35,10 @@ from .job import (
     OnStep,
     Pictures,
     check_count,
+    check_limit,
     check_output,
+    check_sampler,
+    check_tile,
     choose_noise,
     choose_sigmas,
     encoder_loras,
@@ -45,18 +48,21 @@ from .job import (
     picture_size,
     read_captions,
     read_negative,
+    read_variety,
 )
 from .linear.backends import Backend
 from .lora.apply import apply
 from .memory import plan as planning
 from .memory.stages import MetaModels, libraries
-from .models.tokenizer import Tokenizer, load_tokenizer
-from .models.transformer import ZImageTransformer
+from .models.guidance import Nag
+from .models.tokenizer import MAX_TOKENS, Tokenizer, load_tokenizer
+from .models.transformer import PIXELS_PER_CELL, Conditioning, ZImageTransformer
 from .models.vae import decode_image
-from .pictures import FEATHER, checked_picture, composite, fit, to_tensor
+from .pictures import FEATHER, checked_picture, checked_pictures, composite, fit, to_tensor
 from .recorder import OnStage, Recorder, StageRecord
 from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
 from .sizes import DEMO_SIZE, REAL_SIZE
+from .variety import Variety
 
 if TYPE_CHECKING:
     import numpy
@@ -64,6 +70,8 @@ if TYPE_CHECKING:
 
 CACHED_PROMPTS = 32
 MAX_GUIDANCE = 100
+MAX_UPSCALE, LARGEST_WHOLE, TILE = 8, 2048, 1024
+"""Of `upscale`: the factor; pixels of an edge up to which a picture is sampled whole, and of its tiles beyond."""
 TIMESTEPS = 1000  # of diffusers' schedule, sigma 1
 
 logger = logging.getLogger(__name__)
@@ -134,7 +142,7 @@ class Pipeline:
         self._transformer: ResidentTransformer | None = None
         self._vae: ResidentVAE | None = None
         self._captions: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
-        self._captions_loras: Loras = ()  # of the text encoder that made them
+        self._captions_made_by: tuple[Loras, int] = ((), MAX_TOKENS)  # the text encoder's LoRAs, the limit of tokens
         self._remembered = 0  # prompts of the last `encode`
         self._too_much: dict[str, int] = {}  # model -> pixels from which memory ran out with blocks of it resident
 
@@ -169,7 +177,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         generator: sampler.Seeds = None,
         num_images_per_prompt: int = 1,
-        image: Image.Image | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
         strength: float = 1.0,
         mask: Image.Image | None = None,
         feather: int = FEATHER,
@@ -184,6 +192,15 @@ class Pipeline:
         negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         output_type: str = "pil",
         callback_on_step_end: OnStepEnd | None = None,
+        max_sequence_length: int = MAX_TOKENS,
+        sampler: str = "euler",
+        schedule: str = "even",
+        shift: float | None = None,
+        nag_scale: float = 0.0,
+        nag_tau: float = Nag.tau,
+        nag_alpha: float = Nag.alpha,
+        variety: float | Variety = 0.0,
+        tile: int | None = None,
     ) -> Pictures:
         """Pictures (PIL) of one prompt or several, `num_images_per_prompt` in a row for each.
 
@@ -193,9 +210,13 @@ class Pipeline:
         guidance_scale g > 0: pos + g (pos - neg), neg being one negative prompt or one for each; diffusers' form,
         ComfyUI's cfg is g + 1; 0 is for Turbo, 4 for Z-Image. prompt_embeds, negative_prompt_embeds: features (L, C)
         instead of texts. sigmas: instead of num_inference_steps, before the shift and without the last 0. image,
-        strength: start from that picture, at 1 from noise alone; it is cropped to the size. mask: repaint only what is
-        white in it, with an edge of `feather` pixels outside of it; all else stays as it is in `image`. control: one
-        ControlNet or several. loras: those of this call, else those of `set_loras`.
+        strength: start from that picture, or from one for each, at 1 from noise alone; it is cropped to the size. mask:
+        repaint only what is white in it, with an edge of `feather` pixels outside of it; all else stays as it is in
+        `image`. control: one ControlNet or several. loras: those of this call, else those of `set_loras`. sampler,
+        schedule: of `sampler.SAMPLERS`, of "even" and `sampler.SCHEDULES`; shift: of the sigmas, else the model's own.
+        nag_scale s > 0: attention follows pos + s (pos - neg), with its norm limited to nag_tau times that of pos,
+        mixed with pos by nag_alpha. variety: how much more seeds differ. tile: edge in pixels of tiles that a larger
+        picture is sampled in. max_sequence_length: tokens of a prompt.
         output_type: pil, np (B, H, W, 3), pt (B, 3, H, W), both fp32 in 0..1, or latent, which is not decoded.
         on_stage(name, steps) before each stage; on_step(done, total, predicted latents), which stops the run early by
         returning False; callback_on_step_end(pipeline, i, timestep, {"latents": ...}) as diffusers calls it. Raises
@@ -206,19 +227,28 @@ class Pipeline:
             raise ValueError(
                 f"guidance: expected 0 to {MAX_GUIDANCE}, found {guidance_scale}; 0 is what the model was made for"
             )
-        negative = read_negative(len(positive), guidance_scale, negative_prompt, negative_prompt_embeds)
-        image, mask = checked_picture("image", image), checked_picture("mask", mask)
+        nag = Nag(nag_scale, nag_tau, nag_alpha) if nag_scale else None
+        guided = guidance_scale > 0 or nag is not None
+        negative = read_negative(len(positive), guided, negative_prompt, negative_prompt_embeds)
+        images, mask = checked_pictures("image", image), checked_picture("mask", mask)
         height, width = picture_size(
-            height, width, own_size(image, latents, DEMO_SIZE if self.files.demo else REAL_SIZE)
+            height, width, own_size(images, latents, DEMO_SIZE if self.files.demo else REAL_SIZE)
         )
-        count = check_count(len(positive), num_images_per_prompt, height, width)
+        count = check_count(len(positive), num_images_per_prompt, height, width, images)
         noise, seeds = choose_noise(generator, latents, count, height, width)
-        edit = None if mask is None else make_edit(image, mask, width, height, feather)
+        edit = None if mask is None else make_edit(images, mask, width, height, feather)
+        shift = self.files.shift if shift is None else shift
         controls = (control,) if isinstance(control, Control) else tuple(control or ())
         chosen = None if loras is None else load_loras(loras)
         asked: dict[str, Any] = {
             "guidance": guidance_scale,
-            "sigmas": choose_sigmas(num_inference_steps, sigmas, strength, image is not None, self.files.shift),
+            "nag": nag,
+            "variety": read_variety(variety),
+            "sampler": check_sampler(sampler),
+            "sigmas": choose_sigmas(num_inference_steps, sigmas, strength, bool(images), shift, schedule),
+            "shift": shift,
+            "tile": check_tile(tile),
+            "limit": check_limit(max_sequence_length),
             "controls": check_controls(controls, masked=edit is not None),
             "output": check_output(output_type),
             "on_step": on_step,
@@ -233,7 +263,7 @@ class Pipeline:
             record = Recorder(self.device, on_stage)
             job = Job(positive, num_images_per_prompt, height, width, used, record, negative, edit=edit, **asked)
             self._begin(job)
-            given = self._encode_pictures(job, image, noise)
+            given = self._encode_pictures(job, images, noise)
             found, backend = self._attempt(job, "transformer", job.pictures * height * width, self._sample, given)
             if self.once:
                 self._transformer = None
@@ -266,6 +296,22 @@ class Pipeline:
             self._remembered = len(texts)
             record = Recorder(self.device, on_stage)
             self._begin(Job(texts, 1, PIXELS_MULTIPLE, PIXELS_MULTIPLE, self._loras, record))
+
+    def upscale(
+        self, pictures: Sequence[Image.Image], prompt: str | Sequence[str], factor: float = 2.0, **options: Any
+    ) -> Pictures:
+        """Pictures enlarged by Lanczos and redrawn: a call with them as `image`, at strength 0.3 in 5 steps.
+
+        options: of the call, seeds as those of pictures unless given. Sides above 2048 pixels are sampled in tiles of
+        1024. ValueError for a factor outside 1 to 8, and as the call.
+        """
+        if not 1 <= number("upscale", factor) <= MAX_UPSCALE or not pictures:
+            raise ValueError(f"upscale: expected pictures and 1 to {MAX_UPSCALE}, found {len(pictures)} and {factor}")
+        width, height = (round(side * factor / PIXELS_MULTIPLE) * PIXELS_MULTIPLE for side in pictures[0].size)
+        defaults = {"strength": 0.3, "num_inference_steps": 5, "generator": getattr(pictures, "seeds", None)}
+        defaults["num_images_per_prompt"] = len(pictures) // (1 if isinstance(prompt, str) else len(prompt))
+        defaults["tile"] = TILE if max(width, height) > LARGEST_WHOLE else None
+        return self(prompt, height, width, image=list(pictures), **{**defaults, **options})
 
     def plan(self, prompts: Sequence[str], height: int, width: int) -> planning.Plan:
         """What a call with these prompts, a picture each, would take of the device now.
@@ -300,14 +346,14 @@ class Pipeline:
 
     def _prepare(self, job: Job) -> None:
         """Plan a job, after finding its texts among those that are remembered or their tokens."""
-        if (loras := encoder_loras(job.loras)) != self._captions_loras:
+        if (made_by := (encoder_loras(job.loras), job.limit)) != self._captions_made_by:
             self._captions.clear()
-            self._captions_loras = loras
+            self._captions_made_by = made_by
         for text in job.texts:
             if text in self._captions:
                 job.feats[text] = self._captions[text]
             elif text not in job.tokens:
-                job.tokens[text] = self._tokenizer(text)
+                job.tokens[text] = self._tokenizer(text, job.limit)
         self._plan(job)
 
     def _plan(self, job: Job) -> None:
@@ -375,9 +421,9 @@ class Pipeline:
         while len(self._captions) > max(CACHED_PROMPTS, self._remembered):
             self._captions.popitem(last=False)
 
-    def _encode_pictures(self, job: Job, image: Image.Image | None, noise: Tensor) -> Given:
+    def _encode_pictures(self, job: Job, images: Sequence[Image.Image], noise: Tensor) -> Given:
         """The latents that sampling begins with, from the pictures that a call was given."""
-        if image is None and not job.controls:
+        if not images and not job.controls:
             return Given(noise)
         vae = self._load_vae(job)
 
@@ -387,9 +433,9 @@ class Pipeline:
             return latents
 
         with job.record("encode image"):
-            clean = None if image is None else encode(to_tensor(fit(image, job.width, job.height)))
+            clean = [encode(to_tensor(fit(image, job.width, job.height))) for image in images]
             contexts = control_contexts(job.controls, job.edit, job.width, job.height, encode)
-        return Given(noise, clean, contexts)
+        return Given(noise, torch.cat(clean) if clean else None, contexts)
 
     def _sample(self, job: Job, given: Given) -> tuple[Tensor, Backend | None]:
         """Latents (B, 16, H/8, W/8) on the device after all steps, and the backend that ran them."""
@@ -402,20 +448,16 @@ class Pipeline:
         model = self._transformer
         model.place(stage, job.loras, [Path(control.model) for control in job.controls])
         with job.record("sample", len(job.sigmas) - 1):
-            cond = model.prepare(job.features(job.positive), job.height, job.width)
-            cond = model.controlled(cond, zip(job.controls, given.contexts))
-            negative = None
-            if job.negative:
-                negative = model.prepare(job.features(job.negative), job.height, job.width)
-                negative = replace(negative, controls=cond.controls)
+            steps = model.steps(graphs=self.vram_budget is None)  # graphs keep memory, and are lost with the model
+            steps, followed = self._followed(job, given, model, steps)
             latents = sampler.denoise(
-                model.steps(graphs=self.vram_budget is None),  # graphs keep memory, and are lost with the model
+                steps,
                 given.start(job.sigmas[0]).to(self.device),
                 job.sigmas,
-                cond,
-                negative=negative,
+                **followed,
                 guidance=job.guidance,
-                shift=self.files.shift,
+                sampler=job.sampler,
+                shift=job.shift,
                 on_step=job.on_step,
                 on_step_end=job.on_step_end,
                 hold=given.hold(job.edit, self.device),
@@ -423,6 +465,34 @@ class Pipeline:
         remedy = "a damaged model file, a LoRA or its strength, or --dtype float16 can cause this"
         check_finite(latents, f"transformer ({self.files.model}), denoising", remedy)
         return latents, model.model.backend
+
+    def _followed(
+        self, job: Job, given: Given, model: ResidentTransformer, steps: sampler.Model
+    ) -> tuple[sampler.Model, dict[str, Any]]:
+        """The conditionings that `sampler.denoise` follows, by its arguments' names, and the model that it calls."""
+        tiles, controls = job.tiles, list(zip(job.controls, given.contexts))
+        size = PIXELS_PER_CELL * tiles.height, PIXELS_PER_CELL * tiles.width
+        cond = model.prepare(job.features(job.positive), *size)
+        negative = model.prepare(job.features(job.negative), *size) if job.negative else None
+        early = model.prepare(job.varied(job.variety, given.noise), *size) if job.variety else None
+
+        if job.nag and negative:
+            cond = model.model.guided(cond, negative, job.nag)
+            early = early and model.model.guided(early, negative, job.nag)
+        cond = model.controlled(cond, [(control, tiles.part(context, 0, 0)) for control, context in controls])
+        numbers = {id(control): i for i, control in enumerate(cond.controls)}
+
+        def place(found: Conditioning, top: int, left: int) -> Conditioning:
+            working = [controls[numbers[id(one)]] for one in found.controls]
+            own = [(control, tiles.part(context, top, left)) for control, context in working]
+            return model.controlled(found, own) if own else found
+
+        followed: dict[str, Any] = {"cond": cond}
+        if negative and job.guidance:
+            followed["negative"] = replace(negative, controls=cond.controls)
+        if early and job.variety:
+            followed["early"] = replace(early, controls=cond.controls), job.variety.until
+        return (tiles.model(steps, place) if job.tile else steps), followed
 
     def _decode(self, job: Job, latents: Tensor) -> list[Image.Image] | numpy.ndarray | Tensor:
         """Pictures of scaled latents (B, 16, H/8, W/8), with what a mask keeps as it was, in the job's output type."""

@@ -161,13 +161,15 @@ def predict_flow(model: Model, latents: Tensor, sigma: Tensor, cond: Conditionin
     return -model(latents, 1.0 - sigma.reshape(-1), cond)
 
 
-def at_sigma(cond: Conditioning, sigma: float, shift: float = SHIFT) -> Conditioning:
-    """The conditioning with the ControlNets that work at a sigma.
+def way(sigma: float, shift: float = SHIFT) -> float:
+    """How far from noise (0) to picture (1) a sigma is, as for evenly spaced steps, before the shift."""
+    return 1 - sigma / (shift - (shift - 1) * sigma)
 
-    How far the way from noise to picture is, is told as for evenly spaced steps, before the shift.
-    """
-    way = 1 - sigma / (shift - (shift - 1) * sigma) + ROUNDING
-    working = tuple(control for control in cond.controls if control.start <= way < control.end)
+
+def at_sigma(cond: Conditioning, sigma: float, shift: float = SHIFT) -> Conditioning:
+    """The conditioning with the ControlNets that work at a sigma."""
+    done = way(sigma, shift) + ROUNDING
+    working = tuple(control for control in cond.controls if control.start <= done < control.end)
     return cond if len(working) == len(cond.controls) else replace(cond, controls=working)
 
 
@@ -229,6 +231,7 @@ def denoise(
     *,
     negative: Conditioning | None = None,
     guidance: float = 0.0,
+    early: tuple[Conditioning, float] | None = None,
     on_step: Callable[[int, int, Tensor], bool | None] | None = None,
     on_step_end: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     hold: Callable[[Tensor, float], Tensor] | None = None,
@@ -237,7 +240,8 @@ def denoise(
 ) -> Tensor:
     """Integrate the flow from sigmas[0] to sigmas[-1] by one of SAMPLERS; returns fp32 latents of the same shape.
 
-    With guidance g > 0 the flow is pos + g (pos - neg), g + 1 in ComfyUI's terms, and `negative` is needed.
+    With guidance g > 0 the flow is pos + g (pos - neg), g + 1 in ComfyUI's terms, and `negative` is needed. early: a
+    conditioning in the place of cond, and the part of the way from noise to picture in which it is.
     on_step_end(i, sigma (), latents) replaces the latents after step i. on_step(done, total, predicted image latents)
     after each step; returning False stops the run early. hold(latents, sigma) replaces the latents before the first
     step and after each, for what is known of the picture. shift is that of the sigmas, for ControlNets that work part
@@ -253,7 +257,9 @@ def denoise(
     device_sigmas = sigmas.to(latents.device)
 
     def flow_at(i: int, latents: Tensor) -> Tensor:
-        flow = predict_flow(model, latents, device_sigmas[i], at_sigma(cond, steps[i], shift))
+        first = early and way(steps[i], shift) + ROUNDING < early[1]
+        positive = early[0] if early and first else cond
+        flow = predict_flow(model, latents, device_sigmas[i], at_sigma(positive, steps[i], shift))
         if guidance > 0 and negative is not None:
             against = predict_flow(model, latents, device_sigmas[i], at_sigma(negative, steps[i], shift))
             flow = flow + guidance * (flow - against)

@@ -114,7 +114,7 @@ def test_without_any_limit_the_encoder_is_read_once(tiny_files):
 
 def test_a_prompt_is_tokenized_once(tiny_files, monkeypatch):
     seen, plain = [], Tokenizer.__call__
-    monkeypatch.setattr(Tokenizer, "__call__", lambda self, text: seen.append(text) or plain(self, text))
+    monkeypatch.setattr(Tokenizer, "__call__", lambda self, text, limit: seen.append(text) or plain(self, text, limit))
     draw = load_pipeline(**tiny_files, device="cpu", dtype="float32")
     for _ in range(2):
         draw(["a cat", "a dog", "a cat"], **SIZE, guidance_scale=1.0)

@@ -40,8 +40,10 @@ MAY_IMPORT = {
     "formats": {"failures", "linear", "models", "sizes", "tune"},
     "lora": {"formats", "linear", "models"},
     "sampler": {"models"},
+    "tiles": {"models"},
+    "variety": set(),
     "pictures": {"formats", "models"},
-    "memory": {"formats", "linear", "models", "sampler", "sizes"},
+    "memory": {"formats", "linear", "models", "sampler", "sizes", "tiles"},
     "demo": set(),
     "hub": {"formats", "models", "sizes", "whole"},
     "quantize": {"", "formats", "linear", "lora", "memory", "models", "sampler", "sizes", "whole"},
@@ -50,7 +52,7 @@ MAY_IMPORT = {
     "files": {"demo", "formats", "hub", "models"},
     "control": {"formats", "models", "pictures"},
     "residents": {"control", "failures", "formats", "lora", "memory", "models"},
-    "job": {"control", "linear", "lora", "memory", "models", "recorder", "residents", "sampler"},
+    "job": {"control", "linear", "lora", "memory", "models", "recorder", "residents", "sampler", "tiles", "variety"},
     "pipeline": {
         "control",
         "demo",
@@ -68,6 +70,7 @@ MAY_IMPORT = {
         "residents",
         "sampler",
         "sizes",
+        "variety",
     },
     "notation": set(),
     "batch": {

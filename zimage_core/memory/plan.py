@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from torch import nn
 
 from ..models.controlnet import ControlNet, run_order
+from ..models.guidance import Nag
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import ZImageTransformer
 from ..models.vae import VAE, tile_sizes
@@ -33,8 +34,8 @@ class Request:
     """What one call asks for.
 
     captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts in the
-    same way, none without guidance; encoded: tokens of the longest prompt that is still to be encoded, 0 where all are
-    known.
+    same way, none where nothing follows them; encoded: tokens of the longest prompt that is still to be encoded, 0
+    where all are known. guided, nag, varied, tile: as `stages.sampling_bytes` takes them.
     """
 
     height: int
@@ -43,6 +44,10 @@ class Request:
     captions: Sequence[int]
     negative: Sequence[int] = ()
     encoded: int = 0
+    guided: bool = True
+    nag: Nag | None = None
+    varied: bool = False
+    tile: int | None = None
 
     def __str__(self) -> str:
         count = f"{self.pictures} pictures" if self.pictures > 1 else "1 picture"
@@ -201,7 +206,17 @@ def plan_pictures(
         activations = encoding_bytes(encoder, request.encoded)
         stage = _stage("text encoder", encoder.layers, encoder.layers, activations, limits, there)
         stages.append(_checked(stage, request, limits))
-    activations = sampling_bytes(transformer, *size, request.captions, request.negative, controls)
+    activations = sampling_bytes(
+        transformer,
+        *size,
+        request.captions,
+        request.negative,
+        controls,
+        guided=request.guided,
+        nag=request.nag,
+        varied=request.varied,
+        tile=request.tile,
+    )
     nets = list(dict.fromkeys(controls))
     whole = nn.ModuleList([transformer, *nets])
     stage = _stage("transformer", whole, run_order(transformer, nets), activations, limits, there)

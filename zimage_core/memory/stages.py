@@ -21,10 +21,12 @@ from ..formats.encoder import load_text_encoder
 from ..formats.load import load_transformer
 from ..formats.vae import load_vae
 from ..models.controlnet import ControlNet
+from ..models.guidance import Nag
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import PIXELS_PER_CELL, TOKENS_MULTIPLE, Conditioning, Hooks, ZImageTransformer
 from ..models.vae import VAE, decode_image
 from ..sizes import round_up
+from ..tiles import Tiles
 from .meta import META, LiveBytes, M, on_meta, peak_bytes
 from .placement import slots
 
@@ -91,11 +93,16 @@ def sampling_bytes(
     captions: Sequence[int],
     negative: Sequence[int] = (),
     controls: Sequence[ControlNet] = (),
+    guided: bool = True,
+    nag: Nag | None = None,
+    varied: bool = False,
+    tile: int | None = None,
 ) -> int:
-    """Preparing prompts and sampling pictures of height x width pixels together.
+    """Preparing prompts and sampling pictures of height x width pixels together, in tiles of `tile` cells if so asked.
 
-    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts, none
-    without guidance. controls: the ControlNets beside the transformer, one for each control picture.
+    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts, which
+    guidance, if guided, and nag need. controls: the ControlNets beside the transformer, one for each control picture.
+    varied: whether each picture begins with features of its own.
     """
     prompts = [captions, negative] if negative else [captions]
     lengths = tuple(tuple(round_up(tokens, TOKENS_MULTIPLE) for tokens in prompt) for prompt in prompts)
@@ -103,27 +110,35 @@ def sampling_bytes(
     def sample(model: ZImageTransformer, live: LiveBytes) -> None:
         hooks = Hooks(run_block=live.run_block)
 
+        cells = height // PIXELS_PER_CELL, width // PIXELS_PER_CELL
+        tiles = Tiles.over(*cells, tile or max(cells))
+        first = replace(tiles, rows=tiles.rows[:2], columns=tiles.columns[:1])  # the others take no more
+
         def prepare(prompt: Sequence[int]) -> Conditioning:
             feats = [torch.empty(n, model.config.cap_feat_dim, dtype=model.dtype, device=META) for n in prompt]
-            return model.prepare(feats, height, width, hooks)
+            return model.prepare(feats, PIXELS_PER_CELL * tiles.height, PIXELS_PER_CELL * tiles.width, hooks)
 
-        cells = height // PIXELS_PER_CELL, width // PIXELS_PER_CELL
         cond, *others = map(prepare, lengths)
-        contexts = [torch.empty(1, net.config.channels, *cells, device=META) for net in controls]
+        contexts = [torch.empty(1, net.config.channels, tiles.height, tiles.width, device=META) for net in controls]
         prepared = tuple(on_meta(net).prepare(x, model, cond) for net, x in zip(controls, contexts))
+        early = [prepare((lengths[0] * pictures)[:pictures])] if varied else []
+        if nag:
+            cond, *early = (model.guided(found, others[0], nag) for found in (cond, *early))
         cond, *others = (replace(found, controls=prepared) for found in (cond, *others))
+        forward = functools.partial(model, hooks=hooks)
         sampler.denoise(
-            functools.partial(model, hooks=hooks),
+            first.model(forward) if tile else forward,
             torch.empty(pictures, model.config.in_channels, *cells, device=META),
             torch.linspace(1, 0, 3),
             cond,
-            negative=others[0] if others else None,
-            guidance=float(len(others)),
+            negative=others[0] if others and guided else None,
+            guidance=float(bool(others) and guided),
+            early=(early[0], 0.4) if early else None,
             on_step=lambda *_: None,
         )
 
     kinds = tuple((net.config, net.backend, net.x_embedder.weight.dtype) for net in controls)
-    return _counted(transformer, (height, width, pictures, lengths, kinds), sample)
+    return _counted(transformer, (height, width, pictures, lengths, kinds, guided, nag, varied, tile), sample)
 
 
 def decoding_bytes(vae: VAE, height: int, width: int, pictures: int = 1, tile: int | None = None) -> int:

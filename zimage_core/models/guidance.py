@@ -82,7 +82,9 @@ def guide(
     image, length, tokens = cond.image_tokens, cond.context.shape[1], negative.context.shape[1]
     batch = max(len(cond.context), len(negative.context))
     positions = torch.zeros(batch, tokens, 3, dtype=torch.float64)
-    positions[..., 0] = torch.arange(1, tokens + 1) + _lengths(cond) - _lengths(negative)
+    positions[..., 0] = (
+        torch.arange(1, tokens + 1) + torch.tensor(cond.lengths)[:, None] - torch.tensor(negative.lengths)[:, None]
+    )
     cos, sin = (y.to(cond.cos.device) for y in angles(positions))
     mask = None
     if cond.mask is not None or negative.mask is not None:
@@ -102,10 +104,3 @@ def guide(
         mask=mask,
         nag=replace(nag, tokens=tokens),
     )
-
-
-def _lengths(cond: Conditioning) -> Tensor:
-    """(Bc, 1): tokens of each caption."""
-    if cond.mask is None:
-        return torch.tensor([[cond.context.shape[1]]])
-    return cond.mask[:, 0, 0, cond.image_tokens :].sum(-1, keepdim=True).cpu()

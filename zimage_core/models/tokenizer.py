@@ -20,7 +20,7 @@ _TOKENIZER_REMEDY = "put Qwen3's tokenizer.json, or its vocab.json, merges.txt a
 
 
 class Tokenizer:
-    """Token ids of a prompt: chat template, then byte-pair encoding, cut at 512 tokens.
+    """Token ids of a prompt: chat template, then byte-pair encoding, cut at 512 tokens or another limit.
 
     As in diffusers, special-token strings inside a prompt become those tokens.
     """
@@ -31,13 +31,13 @@ class Tokenizer:
         if len(encode("<|im_start|>")) != 1:
             raise ValueError(f"{where}: expected Qwen's tokenizer, found no <|im_start|>; {_TOKENIZER_REMEDY}")
 
-    def __call__(self, prompt: str) -> list[int]:
+    def __call__(self, prompt: str, limit: int = MAX_TOKENS) -> list[int]:
         """Token ids of one prompt, unpadded; warns if the prompt is cut."""
         ids = self.encode(TEMPLATE.format(prompt))
-        if len(ids) > MAX_TOKENS:
-            message = f"the prompt takes {len(ids)} tokens and only the first {MAX_TOKENS} are used; shorten it"
+        if len(ids) > limit:
+            message = f"the prompt takes {len(ids)} tokens and only the first {limit} are used; shorten it"
             warnings.warn(message, stacklevel=2)
-        return ids[:MAX_TOKENS]
+        return ids[:limit]
 
 
 def load_tokenizer(path) -> Tokenizer:

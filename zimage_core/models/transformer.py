@@ -48,8 +48,8 @@ class Conditioning:
 
     context (Bc, Lc, D): refined caption tokens, Bc is 1 or the batch. cos, sin (Bc, L, 1, K/2) fp32: rotary
     angles of [image, caption] tokens, L = image_tokens + Lc. mask (Bc, 1, 1, L) bool or None where all
-    captions have the same padded length. grid: (h, w). controls: the ControlNets that add to each step. nag: how
-    attention is guided, where the last tokens of each caption are a negative one's.
+    captions have the same padded length. grid: (h, w). lengths: each caption's, padded alone. controls: the ControlNets
+    that add to each step. nag: how attention is guided, where the last tokens of a caption are a negative one's.
     """
 
     context: Tensor
@@ -58,6 +58,7 @@ class Conditioning:
     mask: Tensor | None
     grid: tuple[int, int]
     image_tokens: int
+    lengths: tuple[int, ...] = ()
     controls: tuple[PreparedControl, ...] = ()
     nag: Nag | None = None
 
@@ -316,7 +317,7 @@ class ZImageTransformer(Adapted):
         args = (cos[:, image_tokens:], sin[:, image_tokens:], caption_mask, None, hooks.attention)
         for i, block in enumerate(self.context_refiner):
             context = hooks.run_block("context_refiner", i, block, context, *args)
-        return Conditioning(context, cos, sin, mask, grid, image_tokens)
+        return Conditioning(context, cos, sin, mask, grid, image_tokens, tuple(lengths))
 
     def guided(self, cond: Conditioning, negative: Conditioning, nag: Nag) -> Conditioning:
         """A conditioning whose attention is guided away from a negative one, prepared for the same size."""
