@@ -41,14 +41,20 @@ def load_clip(name: str) -> comfy.sd.CLIP:
     return core_clip(path, find("text_encoders", name, "tokenizer") if name == DEMO else None)
 
 
+def half_or_float(device: torch.device) -> torch.dtype:
+    """bf16 where a device has it, fp16 on a Turing, where fp32 would take twice the memory, else fp32."""
+    if comfy.model_management.should_use_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+
+
 def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     """A CLIP of the core's text encoder and tokenizer."""
     root = Path(comfy.sd.__file__).parents[1]
     tokenizer = load_tokenizer(tokenizer_path or get_tokenizer(path, comfyui=root))
     device = comfy.model_management.text_encoder_device()
     offload = comfy.model_management.text_encoder_offload_device()
-    dtype = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
-    encoder = CoreEncoder(load_text_encoder(path, device=offload, dtype=dtype))
+    encoder = CoreEncoder(load_text_encoder(path, device=offload, dtype=half_or_float(device)))
     clip = comfy.sd.CLIP(no_init=True)  # its constructor loads a patcher of its own; below is what clone() copies
     clip.cond_stage_model = encoder
     clip.tokenizer = CoreTokenizer(tokenizer)

@@ -32,7 +32,7 @@ from ...zimage_core.models.transformer import Conditioning, ZImageTransformer, a
 from ...zimage_core.sizes import readable
 from . import messages
 from .files import find
-from .patcher import Adapted, StreamingPatcher
+from .patcher import DTYPES, Adapted, StreamingPatcher
 
 CONTROLS = "zimage_controls"  # the key of what is applied, in transformer_options, of wrappers and of models
 
@@ -69,7 +69,7 @@ def load_control(name: str, backend: str, precision: str) -> ControlPatcher:
     """A file of `model_patches` as a model of its own, its weights on ComfyUI's offload device."""
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
-    dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=[torch.bfloat16, torch.float32])
+    dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=DTYPES)
     options: dict[str, Any] = {"backend": backend, "precision": precision, "compute_device": device}
     net = load_controlnet(find("model_patches", name, "controlnet"), device=offload, dtype=dtype, **options)
     return ControlPatcher(ControlModel(net), device, offload)

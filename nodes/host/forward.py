@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...zimage_core.memory.graphs import Graphs
+from ...zimage_core.models.ops import finite
 from ...zimage_core.models.transformer import Conditioning, Hooks, ZImageTransformer
 from ...zimage_core.sampler import predict_flow
 from .controlnet import with_controls
@@ -70,7 +71,7 @@ class Caption(comfy.conds.CONDRegular):
     def of(cls, features: Tensor, device: torch.device | None, dtype: torch.dtype) -> Caption:
         """A Caption with its own copy of the features, made outside inference mode so that writes are counted."""
         with torch.inference_mode(False):
-            return cls(features.to(device, dtype, copy=True), Kept(KEPT_CAPTIONS))
+            return cls(finite(features, dtype).to(device, dtype, copy=True), Kept(KEPT_CAPTIONS))
 
     def _copy_with(self, cond: Tensor) -> Caption:
         return Caption(cond, self.kept)

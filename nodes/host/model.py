@@ -17,6 +17,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...zimage_core import tune
 from ...zimage_core.demo import LATENT_RGB
 from ...zimage_core.failures import out_of_memory
 from ...zimage_core.formats.load import load_transformer
@@ -30,7 +31,7 @@ from ...zimage_core.sizes import GIB, readable, round_up
 from . import messages
 from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
 from .forward import Caption, DiffusionModel
-from .patcher import StreamingPatcher, describe_need
+from .patcher import DTYPES, StreamingPatcher, describe_need
 
 NO_WEIGHTS = (
     "a model from the Z-Image INT4 Model Loader cannot be {} here: load its BF16 file with Load Diffusion Model for "
@@ -48,7 +49,9 @@ def load_model(name: str, backend: str, precision: str, budget: float = 0.0) -> 
     path = find("diffusion_models", name, "model")
     device = comfy.model_management.get_torch_device()
     offload = comfy.model_management.unet_offload_device()
-    dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=[torch.bfloat16, torch.float32])
+    dtype = comfy.model_management.unet_dtype(device=device, supported_dtypes=DTYPES)
+    if device.type == "cuda" and "auto" in (backend, precision):
+        comfy.model_management.free_memory(tune.MEMORY, device)  # the first choice on a GPU times all ways
     transformer = load_transformer(
         path, device=offload, dtype=dtype, backend=backend, precision=precision, compute_device=device
     )

@@ -22,6 +22,7 @@ from ...zimage_core.sizes import readable
 from .lora import StockModule, stock_lora, stock_loras
 
 BYPASS = "bypass_lora"  # the key under which ComfyUI's bypass LoRA loaders inject
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]  # that models run in, by preference; Turing has no bf16
 logger = logging.getLogger(__name__)
 
 

@@ -569,6 +569,19 @@ def test_live_previews_have_the_colours_of_the_picture(host, ours, monkeypatch):
     assert ours.model.latent_format.latent_rgb_factors == flux.latent_rgb_factors
 
 
+def test_a_card_without_bf16_gets_fp16(host, monkeypatch):
+    """As ComfyUI sees a Turing; the text encoder, too, which would take twice the memory in fp32."""
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda *_, **__: False)
+    monkeypatch.setattr(comfy.model_management, "should_use_fp16", lambda *_, **__: True)
+    model, clip = host.model.load_model(host.files.DEMO, "torch", "w4a16"), host.clip.load_clip(host.files.DEMO)
+    transformer = model.model.diffusion_model.transformer
+    assert transformer.dtype is torch.float16 and clip.cond_stage_model.dtypes == {torch.float16}
+    latents = zsample(host, model, host.clip.encode_prompt(clip, "a red circle"), steps=2, width=64, height=64)
+    assert latents.isfinite().all() and latents.std() > 0.1
+
+
 # ---- a good citizen -------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,12 @@ def check_kernels(device: str):
 
     big = torch.full((1, 1, 256), 300.0, dtype=torch.float16, device=device)
     assert fused.swiglu(torch.cat((big, big), -1)).isfinite().all()
+    qkv = random(1, 5, 3, 2, 64, dtype=torch.float16)
+    qkv[0, 0, :, 0, 0] = torch.inf
+    angle = torch.zeros(1, 5, 1, 32, device=device)
+    plain = ops.norm_rope(qkv, *[big[0, 0, :64] / 300] * 2, 1e-5, angle.cos(), angle.sin())
+    for a, b in zip(fused.norm_rope(qkv.clone(), *[big[0, 0, :64] / 300] * 2, 1e-5, angle.cos(), angle.sin()), plain):
+        assert a.isfinite().all() and torch.allclose(a, b, rtol=2e-3, atol=2e-3)
     assert fused.norm_gate_add(big, big / 0.0, big[0, 0], 1e-5, None).isfinite().all()
 
 
@@ -90,7 +96,7 @@ def test_kernels_compile(gpu):
          {"GATED": True, "SATURATE": old, "BLOCK": 4096}),
         (fused._norm_rope,
          {"qkv": half, "norm_q": half, "norm_k": half, "cos": "*fp32", "sin": "*fp32", "tokens": "i32",
-          "angle_tokens": "i32", "heads": "i32", "eps": "fp32"}, {"BLOCK_H": 32, "K": 128}),
+          "angle_tokens": "i32", "heads": "i32", "eps": "fp32"}, {"SATURATE": old, "BLOCK_H": 32, "K": 128}),
         (fused._swiglu, {"x": half, "out": half, "width": "i32"}, {"SATURATE": old, "BLOCK": 2048}),
     )  # fmt: skip
     for kernel, types, constants in kernels:

@@ -5,6 +5,7 @@ The files are the tiny genuine ones with one number changed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -17,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from zimage_core import cli, load_pipeline
 from zimage_core.failures import out_of_memory
 from zimage_core.formats import load
+from zimage_core.linear import backends
+from zimage_core.linear.svdq import SVDQWeights
 from zimage_core.lora.apply import apply
 from zimage_core.lora.read import Lora, PeftConfig
 from zimage_core.models import ops
 from zimage_core.models.config import ZImageConfig
+from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.models.vae import VAEConfig
 
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 1, "generator": 1}
@@ -150,6 +154,45 @@ def test_what_overflows_fp16_makes_no_nan():
     assert all(
         t.isfinite().all() for t in ops.norm_rope(qkv, torch.ones(4).half(), torch.ones(4).half(), 1e-5, cos, sin)
     )
+
+
+def test_the_low_rank_branch_holds_sums_that_overflow_fp16():
+    """x @ down.T of 2e5, which fp16 holds a 256th of; up takes it back into range."""
+    x, down, up = torch.full((2, 128), 100.0), torch.full((16, 128), 16.0), torch.full((128, 16), 1e-4)
+    exact = (x @ down.T) @ up.T
+    weights = SVDQWeights(
+        torch.full((128, 64), 0x11, dtype=torch.uint8), torch.zeros(128, 2), torch.ones(128), down, up
+    ).to(dtype=torch.float16)
+    for backend in ("reference", "kitchen"):
+        if backend == "kitchen" and importlib.util.find_spec("comfy_kitchen") is None:
+            continue
+        module = backends.load(backend)
+        level = "w4a8" if backend == "kitchen" else "w4a16"
+        prepared = {name: t for name, t in module.prepare(weights, level).items() if name != "dense"}
+        found = module.linear(x.half(), prepared, level).float()
+        assert (found / exact - 1).abs().max() < 3e-3
+
+
+def test_an_fp16_text_encoder_holds_what_overflows_fp16():
+    """Qwen3's residual stream has channels of ten thousands, its SwiGLU more: neither becomes infinite."""
+    torch.manual_seed(0)
+    config = TextEncoderConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=32
+    )
+    full, half = TextEncoder(config), TextEncoder(config, dtype=torch.float16)
+    state = full.state_dict()
+    state["layers.0.mlp.down_proj.weight"][5] *= 3e5  # a channel of the stream, beyond fp16
+    state["layers.1.mlp.down_proj.weight"][5] *= -3e5
+    state["layers.2.mlp.up_proj.weight"][:4] *= 1e3
+    full.load_state_dict(state)
+    half.load_state_dict(state)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        expected, found = full(ids), half(ids)
+    assert found.dtype is torch.float16 and found.isfinite().all()
+    others = [i for i in range(64) if i != 5]  # the huge one saturates
+    assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
+    assert torch.dist(found.float()[..., others], expected[..., others]) < 0.02 * expected[..., others].norm()
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,9 @@ class Ops(NamedTuple):
     swiglu: Callable[..., Tensor | backends.Quantized]
 
 
-def finite(x: Tensor) -> Tensor:
-    """x with fp16 infinities saturated, as this model overflows fp16 and the next norm would make NaN of them."""
-    return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype is torch.float16 else x
+def finite(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x within what fp16 holds, if that is its or the given dtype: these models overflow it, and a norm makes NaN."""
+    return x.clamp(-FP16_MAX, FP16_MAX) if (dtype or x.dtype) is torch.float16 else x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear.adapters import Adapted, Linear
+from .ops import finite
 from .tokenizer import Tokenizer
 
 
@@ -62,7 +63,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in fp32, returned in x's dtype (promoted by the weight's)."""
+    """Root-mean-square norm over the last axis, in fp32, returned in x's dtype (promoted by the weight's), or fp16."""
 
     def __init__(self, width: int, eps: float, device=None, dtype=None):
         super().__init__()
@@ -71,7 +72,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        dtype = torch.float16 if self.weight.dtype is torch.float16 else x.dtype
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(dtype)
 
 
 class Attention(nn.Module):
@@ -110,11 +112,11 @@ class MLP(nn.Module):
         self.down_proj = linear(f, c, bias=False, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(finite(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer. In fp16 the residual stream x stays fp32, see `ops.finite`."""
 
     def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
         super().__init__()
@@ -125,8 +127,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config, linear, **kw)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + finite(self.self_attn(self.input_layernorm(x), cos, sin))
+        return x + finite(self.mlp(self.post_attention_layernorm(x)))
 
 
 def run_block(stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
@@ -176,8 +178,12 @@ class TextEncoder(Adapted):
                 raise ValueError("attention_mask: expected padding on the right, found a token after padding")
         x = self.embed_tokens(input_ids).to(device or self.device, self.dtype)
         cos, sin = (t.to(x.dtype) for t in rotary_table(input_ids.shape[1], self.config, x.device))
+        if self.dtype is torch.float16:
+            x = x.float()
         for i, layer in enumerate(self.layers):
             x = run_block("layers", i, layer, x, cos, sin)
+        if self.dtype is torch.float16:
+            x = finite(x, torch.float16).to(torch.float16)
         return x if attention_mask is None else x * attention_mask.unsqueeze(-1).to(x.device)
 
 

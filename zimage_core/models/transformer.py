@@ -308,7 +308,9 @@ class ZImageTransformer(Adapted):
             valid = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]  # (Bc, Lc)
             mask = F.pad(valid, (image_tokens, 0), value=True)[:, None, None].to(self.device)
 
-        embedded = self.cap_embedder(torch.cat([f.to(self.device, self.dtype) for f in cap_feats]))
+        embedded = self.cap_embedder(
+            torch.cat([ops.finite(f, self.dtype).to(self.device, self.dtype) for f in cap_feats])
+        )
         context = self.cap_pad_token.expand(len(lengths), longest, -1).clone()
         for i, feats in enumerate(embedded.split([len(f) for f in cap_feats])):
             context[i, : len(feats)] = feats

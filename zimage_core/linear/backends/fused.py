@@ -51,12 +51,13 @@ def norm_gate_add(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor
 
 
 def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """See `ops.norm_rope`; overwrites q and k where they lie."""
+    """See `ops.norm_rope`; overwrites q and k where they lie, in fp16 also v, whose infinities saturate."""
     batch, tokens, _, heads, width = qkv.shape
+    half = qkv.dtype is torch.float16
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
     _launch(
-        _norm_rope, (batch * tokens, 2), qkv, norm_q, norm_k, cos, sin, tokens, 0 if len(cos) == 1 else tokens, heads,
-        eps, triton.next_power_of_2(heads), width, num_warps=4,
+        _norm_rope, (batch * tokens, 2 + half), qkv, norm_q, norm_k, cos, sin, tokens, 0 if len(cos) == 1 else tokens,
+        heads, eps, half, triton.next_power_of_2(heads), width, num_warps=4,
     )  # fmt: skip
     return qkv.unbind(2)
 
@@ -151,17 +152,20 @@ def _norm_gate_add(
 
 @triton.jit
 def _norm_rope(
-    qkv, norm_q, norm_k, cos, sin, tokens, angle_tokens, heads, eps, BLOCK_H: tl.constexpr, K: tl.constexpr,
+    qkv, norm_q, norm_k, cos, sin, tokens, angle_tokens, heads, eps,
+    SATURATE: tl.constexpr, BLOCK_H: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (M, 2): all heads of one token's q (second index 0) or k (1)."""
+    """Grid (M, 2): all heads of one token's q (second index 0) or k (1); with SATURATE also v (2), without its norm."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BLOCK_H)
     column = tl.arange(0, K)
     pair = tl.arange(0, K // 2)
     inside = (head < heads)[:, None] & (column < K)[None, :]
     place = qkv + (row * 3 + tl.program_id(1)) * heads * K + head[:, None] * K + column[None, :]
-    y = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    y *= tl.rsqrt(tl.sum(y * y, 1) / K + eps)[:, None]
+    loaded = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if SATURATE:
+        loaded = tl.minimum(tl.maximum(loaded, -65504.0), 65504.0)
+    y = loaded * tl.rsqrt(tl.sum(loaded * loaded, 1) / K + eps)[:, None]
     if tl.program_id(1) == 0:
         y *= tl.load(norm_q + column).to(tl.float32)[None, :]
     else:
@@ -170,6 +174,8 @@ def _norm_rope(
     angle = (row // tokens * angle_tokens + row % tokens) * (K // 2) + pair
     c, s = tl.load(cos + angle)[None, :], tl.load(sin + angle)[None, :]
     y = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (BLOCK_H, K))
+    if SATURATE:
+        y = tl.where(tl.program_id(1) == 2, loaded, y)
     tl.store(place, y.to(qkv.dtype.element_ty), mask=inside)
 
 
