@@ -17,7 +17,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -40,12 +40,16 @@ CHUNK = 2**24
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a hub repository, its folder below ComfyUI's models/, and its tensors' bytes where known."""
+    """A file of a hub repository, its folder below ComfyUI's models/, and its tensors' bytes where known.
+
+    mirrors: repositories that are known to hold the same file, for where its own is gone.
+    """
 
     repo: str
     path: str
     folder: str
     payload: int | None = None
+    mirrors: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -74,19 +78,32 @@ class Item:
         return self.target.with_name(f".{self.target.name}.{self.digest[:12]}.part")
 
 
-def _int4(rank: int, payload: int) -> HubFile:
-    name = f"svdq-int4_r{rank}-z-image-turbo.safetensors"
-    return HubFile("nunchaku-ai/nunchaku-z-image-turbo", name, "diffusion_models", payload)
+def _svdq(form: str, payload: int | None = None, *mirrors: str) -> HubFile:
+    """A file of nunchaku, whose organisation has had another name."""
+    others = ("nunchaku-tech/nunchaku-z-image-turbo", *mirrors)
+    name = f"svdq-{form}-z-image-turbo.safetensors"
+    return HubFile("nunchaku-ai/nunchaku-z-image-turbo", name, "diffusion_models", payload, others)
 
 
-def _comfy(path: str, folder: str) -> HubFile:
-    return HubFile("Comfy-Org/z_image_turbo", f"split_files/{path}", folder)
+def _comfy(path: str, folder: str, repo: str = "Comfy-Org/z_image_turbo") -> HubFile:
+    return HubFile(repo, f"split_files/{path}", folder)
 
 
+WAN2GP = "DeepBeepMeep/Z-Image"
+GGUFS = "leejet/Z-Image-Turbo-GGUF"
 MODELS = {
-    "int4-r256": _int4(256, 4_546_023_552),
-    "int4-r128": _int4(128, 4_011_249_792),
-    "int4-r32": _int4(32, 3_610_169_472),
+    "int4-r256": _svdq("int4_r256", 4_546_023_552, WAN2GP),
+    "int4-r128": _svdq("int4_r128", 4_011_249_792),
+    "int4-r32": _svdq("int4_r32", 3_610_169_472),
+    "fp4-r128": _svdq("fp4_r128", None, WAN2GP),
+    "fp4-r32": _svdq("fp4_r32"),
+    "bf16": _comfy("diffusion_models/z_image_turbo_bf16.safetensors", "diffusion_models"),
+    "fp8": HubFile("T5B/Z-Image-Turbo-FP8", "z-image-turbo-fp8-e4m3fn.safetensors", "diffusion_models"),
+    "int8": HubFile(WAN2GP, "ZImageTurbo_quanto_bf16_int8.safetensors", "diffusion_models"),
+    "nvfp4": _comfy("diffusion_models/z_image_turbo_nvfp4.safetensors", "diffusion_models"),
+    "q8_0": HubFile(GGUFS, "z_image_turbo-Q8_0.gguf", "diffusion_models"),
+    "q4_0": HubFile(GGUFS, "z_image_turbo-Q4_0.gguf", "diffusion_models"),
+    "base-bf16": _comfy("diffusion_models/z_image_bf16.safetensors", "diffusion_models", "Comfy-Org/z_image"),
 }
 TEXT_ENCODERS = {
     "fp8": _comfy("text_encoders/qwen_3_4b_fp8_mixed.safetensors", "text_encoders"),
@@ -141,13 +158,33 @@ def fetch_all(files: Iterable[HubFile], models: Path | None, endpoint: str | Non
 
 
 def look_up(file: HubFile, folder: Path | None, endpoint: str) -> Item | Path:
-    """What the hub reports of a file for a folder or (None) its cache; the local file if the hub is out of reach."""
+    """What the hub reports of a file for a folder or (None) its cache; the local file if the hub is out of reach.
+
+    Where its repository is gone or has it no more, the next that is known to hold it is asked.
+    """
+    gone: list[ValueError] = []
+    for repo in (file.repo, *file.mirrors):
+        try:
+            return _look_up(replace(file, repo=repo, mirrors=()), folder, endpoint)
+        except _Gone as error:
+            gone.append(error)
+    asked = f"; neither has {' nor '.join(file.mirrors)}" if file.mirrors else ""
+    raise ValueError(f"{gone[0]}{asked}")
+
+
+class _Gone(ValueError):
+    """A file that its repository does not have."""
+
+
+def _look_up(file: HubFile, folder: Path | None, endpoint: str) -> Item | Path:
     try:
         found = file_download.get_hf_file_metadata(hf_hub_url(file.repo, file.path, endpoint=endpoint))
     except (HTTPError, OSError) as error:
         local = folder / file.name if folder else try_to_load_from_cache(file.repo, file.path)
         if isinstance(error, HfHubHTTPError) or not isinstance(local, (str, Path)) or not Path(local).is_file():
-            raise refusal(file, folder, endpoint, error) from None
+            refused = refusal(file, folder, endpoint, error)
+            missing = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 404)
+            raise (_Gone(str(refused)) if missing else refused) from None
         check_format(Path(local), file)
         return Path(local)
     digest, size, commit = found.etag or "", found.size, found.commit_hash

@@ -202,12 +202,15 @@ WHOLE = {
 
 
 def test_the_tables_name_the_published_files():
-    assert {name: file.payload for name, file in hub.MODELS.items()} == {
+    assert {name: file.payload for name, file in hub.MODELS.items() if file.payload} == {
         "int4-r256": 4_546_023_552,
         "int4-r128": 4_011_249_792,
         "int4-r32": 3_610_169_472,
     }
     assert str(hub.MODELS["int4-r32"]) == "nunchaku-ai/nunchaku-z-image-turbo/svdq-int4_r32-z-image-turbo.safetensors"
+    for name, file in hub.MODELS.items():
+        assert file.folder == "diffusion_models" and file.name.endswith((".safetensors", ".gguf")), name
+    assert hub.MODELS["fp4-r32"].path == "svdq-fp4_r32-z-image-turbo.safetensors"
     assert str(hub.VAE) == "Comfy-Org/z_image_turbo/split_files/vae/ae.safetensors"
     repo, prefix = tokenizer.HUB_TOKENIZERS[0]
     assert (hub.TOKENIZER.repo, hub.TOKENIZER.path) == (repo, prefix + "tokenizer.json"), "where it is looked for"
@@ -245,6 +248,28 @@ def test_other_encoders(server, fetch):
         hub.download("int4-r7")
     with pytest.raises(ValueError, match="expected a ComfyUI folder"):
         hub.download("int4-r256", comfyui=ROOT)
+
+
+@pytest.mark.parametrize("where", ["comfyui", "cache"])
+def test_where_a_repository_is_gone_the_next_is_asked(server, comfyui, cache, monkeypatch, where):
+    """Checked alike; what both lack is refused by both names, and a server's own trouble asks no other."""
+    data = server.contents.pop("some/models/svdq-int4.safetensors")
+    file = hub.HubFile("some/models", "svdq-int4.safetensors", "diffusion_models", 300_000, ("an/other", "a/third"))
+    monkeypatch.setitem(hub.MODELS, "int4-r256", file)
+    folder = comfyui if where == "comfyui" else None
+    with pytest.raises(ValueError, match="^some/models/svdq.*no such file.*; neither has an/other nor a/third"):
+        hub.download("int4-r256", "none", comfyui=folder, endpoint=server.url)
+    server.contents["a/third/svdq-int4.safetensors"] = data[:-1] + b"?"
+    server.etags["a/third/svdq-int4.safetensors"] = hashlib.sha256(data).hexdigest()
+    with pytest.raises(ValueError, match="^a/third/svdq.*damaged and was deleted"):
+        hub.download("int4-r256", "none", comfyui=folder, endpoint=server.url)
+    server.contents["a/third/svdq-int4.safetensors"] = data
+    assert hub.download("int4-r256", "none", comfyui=folder, endpoint=server.url)["model"].read_bytes() == data
+    server.error = (500, None)
+    server.requests.clear()
+    with pytest.raises(ValueError, match="error 500"):
+        hub.download("int4-r256", "none", comfyui=comfyui, endpoint=server.url)
+    assert not [path for _, path, _, _ in server.requests if "an/other" in path]
 
 
 def test_into_the_hubs_cache(server, cache):
