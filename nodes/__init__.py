@@ -7,6 +7,7 @@ from .loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELo
 from .lora import ZImageLoraLoader, ZImageLoraStack, ZImageLoraSwitches
 from .quantize import ZImageCompare, ZImageQuantize
 from .sampling import ZImageSampler
+from .size import ZImageSize
 from .vae import ZImageVAEDecode
 
 NODE_CLASS_MAPPINGS = {
@@ -23,6 +24,7 @@ NODE_CLASS_MAPPINGS = {
     "ZImageControlNetLoader": ZImageControlNetLoader,
     "ZImageControlNetApply": ZImageControlNetApply,
     "ZImageLoraSwitches": ZImageLoraSwitches,
+    "ZImageSize": ZImageSize,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -39,6 +41,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ZImageControlNetLoader": "Z-Image ControlNet Loader",
     "ZImageControlNetApply": "Apply Z-Image ControlNet",
     "ZImageLoraSwitches": "Z-Image LoRA Switches",
+    "ZImageSize": "Z-Image Size",
 }
 
 replace.register()

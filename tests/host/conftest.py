@@ -128,6 +128,8 @@ def real_names(server):
         ("text_encoders", "qwen_3_4b.safetensors", next((demo / "text_encoder").glob("*.safetensors"))),
         ("text_encoders", "tokenizer.json", demo / "tokenizer" / "tokenizer.json"),
         ("vae", "ae.safetensors", demo / "vae.safetensors"),
+        ("diffusion_models", "z_image_bf16.safetensors", ROOT / "demo_training" / "z-image-demo-bf16.safetensors"),
+        ("model_patches", "Z-Image-Turbo-Fun-Controlnet-Union.safetensors", demo / "controlnet.safetensors"),
     ):
         (models / folder).mkdir(exist_ok=True)
         (models / folder / name).symlink_to(source)

@@ -2,7 +2,8 @@
 //   node editor.mjs URL JOBS.json REPORT.json
 // A job: {graph: FILE, shot: PNG, crop: [node types], run: true, help: node type, replace: true}; crop takes pictures of
 // single nodes (PNG-<type>.png), run presses the editor's own queue button and waits, help opens a node's help page,
-// replace has the editor replace the nodes of other packs.
+// replace has the editor replace the nodes of other packs. Or {blueprint: NAME, widgets: {name: value}, picture: {width, height}, shot, run}: adds a
+// subgraph blueprint from the search box to an empty graph, with a picture as its input and its output shown.
 // env: PLAYWRIGHT_CORE a folder whose node_modules holds playwright-core; CHROMIUM the browser (/usr/bin/chromium).
 import { createRequire } from 'node:module'
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -30,6 +31,28 @@ const look = () => {
     unlinked: (n.inputs ?? []).filter(i => i.link == null && !i.widget).map(i => i.name),
   }))
 }
+const addEnds = ({ widgets, picture }) => {
+  const graph = window.app.graph, node = graph.nodes[0]
+  for (const [name, value] of Object.entries(widgets)) {
+    const widget = node.widgets.find(w => w.name === name || w.label === name)
+    if (!widget) throw new Error(`${name} is none of ${node.widgets.map(w => w.name)}`)
+    widget.value = value
+  }
+  const add = (type, x) => {
+    const made = window.LiteGraph.createNode(type)
+    made.pos = [node.pos[0] + x, node.pos[1]]
+    graph.add(made)
+    return made
+  }
+  const image = node.inputs.findIndex(i => i.name === 'image')
+  if (image >= 0) {
+    const made = add('EmptyImage', -450)
+    for (const widget of made.widgets) widget.value = picture[widget.name] ?? widget.value
+    made.connect(0, node, image)
+  }
+  node.connect(0, add('PreviewImage', 500), 0)
+  return graph.nodes.map(n => n.type)
+}
 const queue = ms => new Promise(done => {
   const end = (how, detail) => done({ how, detail })
   window.app.api.addEventListener('execution_error', e => end('error', e.detail.exception_message), { once: true })
@@ -49,16 +72,36 @@ try {
   page.on('pageerror', e => log.push(`page: ${e.stack ?? e}`))
   page.on('response', r => r.status() >= 400 && log.push(`http ${r.status()}: ${r.url()}`))
   for (const [key, value] of [['Comfy.TutorialCompleted', true], ['Comfy.Workflow.ShowMissingModelsWarning', false],
-    ['Comfy.Minimap.Visible', false], ['Comfy.RightSidePanel.IsOpen', false]])
+    ['Comfy.Minimap.Visible', false], ['Comfy.RightSidePanel.IsOpen', false], ['LiteGraph.Canvas.MinFontSizeForLOD', 0],
+    ['Comfy.VueNodes.Enabled', !!process.env.NODES_2]])
     await page.request.post(`${url}/api/settings/${key}`, { data: JSON.stringify(value), headers: { 'content-type': 'application/json' } })
   await page.addInitScript(() => localStorage.setItem('Comfy.Settings.TutorialCompleted', 'true'))
   await page.goto(url, { waitUntil: 'domcontentloaded', timeout: 180000 })
   await page.waitForFunction(() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100, null, { timeout: 180000 })
   await page.waitForTimeout(1500)
   for (const job of jobs) {
-    const report = { graph: job.graph }
-    await page.evaluate(w => window.app.loadGraphData(w, true, true), JSON.parse(readFileSync(job.graph, 'utf8')))
+    const report = { graph: job.graph ?? job.blueprint }
+    const graph = job.graph ? JSON.parse(readFileSync(job.graph, 'utf8')) : { nodes: [], links: [], version: 0.4 }
+    await page.evaluate(w => window.app.loadGraphData(w, true, true), graph)
     await page.waitForTimeout(1200)
+    if (job.blueprint) {
+      for (let i = 0; i < 4 && !await page.evaluate(() => document.activeElement.tagName === 'INPUT'); i++) {
+        await page.mouse.dblclick(700, 600 + 20 * i) // the first may only close what the last job left open
+        await page.waitForTimeout(900)
+      }
+      await page.keyboard.type(job.blueprint)
+      await page.waitForTimeout(1500)
+      if (job.shot) await page.screenshot({ path: job.shot.replace(/\.png$/, '-search.png') })
+      await page.keyboard.press('Enter')
+      await page.waitForTimeout(1200)
+      if (!await page.evaluate(() => window.app.graph.nodes.length)) { // newer: the node hangs on the pointer until a click
+        await page.mouse.click(700, 400)
+        await page.waitForTimeout(1200)
+      }
+      report.inside = await page.evaluate(() => window.app.graph.nodes.map(n => n.subgraph?.nodes.map(i => i.type) ?? n.type))
+      if (report.inside.length) report.added = await page.evaluate(addEnds, { widgets: job.widgets, picture: job.picture })
+      await page.waitForTimeout(500)
+    }
     if (job.replace) {
       const details = page.getByRole('button', { name: /view details/i })
       if (await details.count()) await details.first().click({ timeout: 5000 }).catch(() => {})

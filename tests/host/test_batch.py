@@ -153,7 +153,7 @@ def test_a_lost_connection_costs_a_row_a_second_try(server, tmp_path):
     ("options", "words"),
     [
         ([], "--comfyui needs --workflow"),
-        ([f"--workflow={ROOT / 'example_workflows' / 'zimage_demo.json'}"], "expected a workflow in API form"),
+        ([f"--workflow={ROOT / 'example_workflows' / 'Z-Image demo.json'}"], "expected a workflow in API form"),
         ([f"--workflow={WORKFLOW}"], "--comfyui needs --set"),
         ([f"--workflow={WORKFLOW}", "--set=5.sed=seed"], "the workflow has no input 5.sed; there are"),
         ([f"--workflow={WORKFLOW}", "--set=5.model=seed"], "expected a plain value"),

@@ -13,10 +13,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from workflows import api_path
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "example_workflows").glob("*.json"))
-QUICK = [path for path in GRAPHS if path.stem != "zimage_text_to_image"]  # all others are of 128 x 128
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+QUICK = [path for path in GRAPHS if path.stem != "Z-Image text to image"]  # all others are of 128 x 128
+LACKING = ("Depth to image (Z-Image INT4)", "Image upscale (Z-Image INT4)")  # of models of others, which are not here
+SMALL = {"width": 128, "height": 128}
 BROWSER = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(
     not (shutil.which("node") and os.environ.get("PLAYWRIGHT_CORE") and Path(BROWSER).exists()),
@@ -26,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 def nunchaku_graph() -> dict:
     """The demo's graph as made for nunchaku's packs: their loader, and their LoRA stack with two slots in between."""
-    graph = json.loads((ROOT / "example_workflows" / "zimage_demo.json").read_text(encoding="utf-8"))
+    graph = json.loads((ROOT / "example_workflows" / "Z-Image demo.json").read_text(encoding="utf-8"))
     nodes = {node["type"]: node for node in graph["nodes"]}
     loader, encoder, sampler = (
         nodes[name] for name in ("ZImageINT4ModelLoader", "ZImageTextEncoderLoader", "ZImageSampler")
@@ -52,15 +56,21 @@ def nunchaku_graph() -> dict:
     return graph
 
 
-@pytest.fixture(scope="module")
-def seen(server, real_names, tmp_path_factory):
+@pytest.fixture(scope="module", params=["classic", "nodes 2.0"])
+def seen(request, server, real_names, tmp_path_factory):
     """One browser session over all jobs: {name: report} and the browser's log."""
     work = tmp_path_factory.mktemp("editor")
-    shots = Path(os.environ.get("EDITOR_SHOTS", work))
+    shots = Path(os.environ.get("EDITOR_SHOTS", work)) / request.param
     shots.mkdir(parents=True, exist_ok=True)
     jobs = [{"graph": str(path), "shot": str(shots / f"{path.stem}.png"), "run": path in QUICK} for path in GRAPHS]
-    jobs[0] |= {"help": "ZImageSampler"}
-    demo = json.loads((ROOT / "example_workflows" / "zimage_demo.json").read_text(encoding="utf-8"))
+    jobs[-1] |= {"help": "ZImageSampler"}
+    for path in BLUEPRINTS:
+        runs = path.stem not in LACKING
+        sizes = SMALL if path.stem.startswith("Text") else {"megapixels": 128 * 128 / 2**20} if runs else {}
+        widgets = {"prompt": "a red circle on a blue background", **sizes}
+        job = {"blueprint": path.stem, "widgets": widgets, "picture": SMALL, "run": runs}
+        jobs.append({**job, "shot": str(shots / f"{path.stem}.png")})
+    demo = json.loads((ROOT / "example_workflows" / "Z-Image demo.json").read_text(encoding="utf-8"))
     for node in demo["nodes"]:
         if node["type"] == "ZImageINT4ModelLoader":
             node["widgets_values"][1] = "nunchaku"
@@ -78,9 +88,9 @@ def seen(server, real_names, tmp_path_factory):
     jobs.insert(0, {"graph": str(moved), "replace": True, "shot": str(shots / "nunchaku.png")})  # before any toast
     (work / "jobs.json").write_text(json.dumps(jobs))
     command = ["node", str(Path(__file__).with_name("editor.mjs")), server.url]
-    run = subprocess.run(
-        [*command, str(work / "jobs.json"), str(work / "report.json")], capture_output=True, text=True, timeout=900
-    )
+    env = {**os.environ, "NODES_2": "1" if request.param == "nodes 2.0" else ""}
+    command += [str(work / "jobs.json"), str(work / "report.json")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((work / "report.json").read_text())
     return {Path(r["graph"]).stem: r for r in report["reports"]}, report["log"]
@@ -93,12 +103,31 @@ def test_graph_opens_with_every_node_and_value(seen, path):
     assert {(int(n["id"]), n["type"]) for n in report["nodes"]} == {(n["id"], n["type"]) for n in graph["nodes"]}
     for node in report["nodes"]:
         assert node["known"] and not node["badCombos"], node
-        assert set(node["unlinked"]) <= {"latent", "image_c", "image_d"}, node
+        assert set(node["unlinked"]) <= {"latent", "mask", "inpaint_image", "image", "image_c", "image_d"}, node
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda p: p.stem)
+def test_blueprint_is_found_by_its_name_and_runs(seen, path):
+    report = seen[0][path.stem]
+    (inside,) = json.loads(path.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    assert sorted(report["inside"][0]) == sorted(node["type"] for node in inside["nodes"])
+    widgets = {name for node in report["nodes"] for name in node["widgets"]}
+    assert widgets >= {slot["name"] for slot in inside["inputs"]} - {"image"}
+    made = [node["class_type"] for node in report["api"].values()]
+    assert set(made) >= {node["type"] for node in inside["nodes"]} and "PreviewImage" in made
+    if path.stem in LACKING:
+        assert {w.partition("=")[0] for node in report["nodes"] for w in node["badCombos"]} <= {
+            "depth_model",
+            "depth_vae",
+            "upscale_model",
+        }
+    else:
+        assert report["run"]["how"] == "success", report["run"]
 
 
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 def test_editor_makes_the_api_form_that_is_shipped(seen, path):
-    shipped = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    shipped = json.loads(api_path(path).read_text(encoding="utf-8"))
     made = seen[0][path.stem]["api"]
     assert {k: (v["class_type"], v["inputs"]) for k, v in made.items()} == {
         k: (v["class_type"], v["inputs"]) for k, v in shipped.items()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from workflows import api_path, check_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = {
@@ -28,8 +29,10 @@ IDS = {
     "ZImageLoraStack",
     "ZImageQuantize",
     "ZImageCompare",
+    "ZImageSize",
 }
-WORKFLOWS = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
+GRAPHS = sorted((ROOT / "example_workflows").glob("*.json"))
+WORKFLOWS = [api_path(path) for path in GRAPHS]
 DEMO = "bundled demo"
 RUNS, SETTLED = 20, 5
 MANY = 100
@@ -42,6 +45,8 @@ def api(name: str = "zimage_demo", **changes) -> dict:
         for size in ("width", "height"):
             if isinstance(node["inputs"].get(size), int):
                 node["inputs"][size] = min(node["inputs"][size], 128)
+        if "megapixels" in node["inputs"]:
+            node["inputs"]["megapixels"] = 128 * 128 / 2**20
     for change, value in changes.items():
         node_id, _, name = change.partition("__")
         workflow[node_id.lstrip("n")]["inputs"][name] = value
@@ -85,21 +90,16 @@ def test_web_files_are_served(server):
         for picture in re.findall(r"\]\((images/[^)]+)\)", page):
             assert server.get(f"/extensions/zimage-int4/docs/{picture}", raw=True)[:4] == b"\x89PNG"
     templates = server.get("/workflow_templates")
-    assert {path.stem for path in WORKFLOWS} <= set(templates["zimage-int4"])
+    assert {path.stem for path in GRAPHS} <= set(templates["zimage-int4"])
     for language, sampler in (("zh", "Z-Image 采样器"), ("ja", "Z-Image サンプラー")):
         assert server.get("/i18n")[language]["nodeDefs"]["ZImageSampler"]["display_name"] == sampler
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda p: p.stem)
 def test_workflows_match_every_definition(server, real_names, path):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("zimage_workflow_checks", Path(__file__).with_name("workflows.py"))
-    workflows = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(workflows)
-    graph = json.loads((ROOT / "example_workflows" / path.name).read_text(encoding="utf-8"))
-    form = json.loads(path.read_text(encoding="utf-8"))
-    assert workflows.check_pair(graph, form, server.get("/object_info")) == []
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    form = json.loads(api_path(path).read_text(encoding="utf-8"))
+    assert check_pair(graph, form, server.get("/object_info")) == []
 
 
 # ---- running --------------------------------------------------------------------------------------------------
@@ -107,9 +107,11 @@ def test_workflows_match_every_definition(server, real_names, path):
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_every_workflow_runs(server, real_names, path):
-    entry = server.run(api(path.stem))
+    workflow = api(path.stem)
+    entry = server.run(workflow)
     assert outcome(entry) == "success", entry["status"]
-    (picture,) = server.images(entry)
+    (saved,) = (number for number, node in workflow.items() if node["class_type"] == "SaveImage")
+    picture = server.images({"outputs": {saved: entry["outputs"][saved]}})[0]
     height, width, _ = pixels(picture).shape
     if path.stem == "zimage_compare":
         assert height > 2 * 128 and width > 2 * 128
@@ -192,8 +194,8 @@ def test_inpainting_changes_only_the_mask(server, real_names):
             "class_type": "MaskComposite",
             "inputs": {"destination": ["30", 0], "source": ["31", 0], "x": 0, "y": 0, "operation": "add"},
         },
-        "33": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["10", 0], "mask": ["32", 0]}},
-        "34": {"class_type": "ZImageVAEDecode", "inputs": {"vae": ["3", 0], "latent": ["10", 0], "tiling": "off"}},
+        "33": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["11", 0], "mask": ["32", 0]}},
+        "34": {"class_type": "ZImageVAEDecode", "inputs": {"vae": ["3", 0], "latent": ["11", 0], "tiling": "off"}},
         "35": {"class_type": "SaveImage", "inputs": {"images": ["34", 0], "filename_prefix": "before"}},
     }
     workflow["5"]["inputs"]["latent"] = ["33", 0]

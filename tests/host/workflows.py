@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 NOTES = ("Note", "MarkdownNote")
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def api_path(graph: Path) -> Path:
+    """Where the API form of an example workflow is: of "Z-Image text to image.json" api/zimage_text_to_image.json."""
+    return graph.parent / "api" / graph.name.lower().replace("-", "").replace(" ", "_")
 
 
 def inputs_of(info: dict) -> dict[str, list]:
@@ -99,8 +106,9 @@ def api_of(graph: dict, infos: dict) -> tuple[dict, list[str]]:
             if len(values) != len(names):
                 wrong.append(f"node {node['id']} {node['type']}: {len(values)} widget values for {names}")
             given = dict(zip(names, values))
-            inputs |= {n: v for n, v in given.items() if n not in ("control_after_generate", "upload")}
-            types = {n: d[0] for n, d in inputs_of(infos[node["type"]]).items()}
+            inputs = {n: v for n, v in given.items() if n not in ("control_after_generate", "upload")} | inputs
+            kinds = inputs_of(infos[node["type"]]).items()
+            types = {n: "COMBO" if isinstance(d[0], (list, tuple)) else d[0] for n, d in kinds}
             wrong += [
                 f"node {node['id']} {node['type']}: input {i['name']!r} is a {types.get(i['name'])}, not {i['type']}"
                 for i in node["inputs"]

@@ -34,8 +34,10 @@ IDS = (
     "ZImageControlNetLoader",
     "ZImageControlNetApply",
     "ZImageLoraSwitches",
+    "ZImageSize",
 )
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 REAL_FILES = {"svdq-int4_r256-z-image-turbo.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"}
 
 
@@ -469,14 +471,19 @@ def test_compare_makes_a_sheet_of_what_is_connected(pack):
 # ---- example workflows ----------------------------------------------------------------------------------------
 
 
-def test_there_are_six_workflows():
-    assert len(WORKFLOWS) == 6
+def test_every_workflow_and_blueprint_is_written_by_the_script():
+    folder = ROOT / "example_workflows"
+    sys.path.insert(0, str(folder))
+    templates = load_by_path(folder / "templates.py", "zimage_templates")
+    sys.path.remove(str(folder))
+    assert {path.stem for path in WORKFLOWS} == set(templates.TEMPLATES)
+    assert {path.stem for path in BLUEPRINTS} == {blueprint.name for blueprint in templates.BLUEPRINTS}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_workflow_matches_the_nodes(pack, path):
     graph = json.loads(path.read_text(encoding="utf-8"))
-    api = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    api = json.loads(workflows.api_path(path).read_text(encoding="utf-8"))
     assert workflows.check_pair(graph, api, object_info(pack), REAL_FILES) == []
     assert any(node["type"] in IDS for node in graph["nodes"])
     assert any(node["type"] == "MarkdownNote" for node in graph["nodes"])
@@ -492,7 +499,7 @@ def test_workflow_has_a_thumbnail(path):
 
 def test_only_text_to_image_needs_downloads():
     needs = {path.stem for path in WORKFLOWS if any(name in path.read_text(encoding="utf-8") for name in REAL_FILES)}
-    assert needs == {"zimage_text_to_image"}
+    assert needs == {"Z-Image text to image"}
 
 
 def test_files_that_must_be_fetched_have_links():
@@ -512,9 +519,20 @@ def test_graphs_read_from_left_to_right_and_nothing_overlaps(path):
     """With room below each node for the lines that it shows after a run, see tests/host/test_editor.py."""
     graph = json.loads(path.read_text(encoding="utf-8"))
     nodes, title = {node["id"]: node for node in graph["nodes"]}, 30
-    for _, source, _, target, _, _ in graph["links"]:
-        right = nodes[source]["pos"][0] + nodes[source]["size"][0]
-        assert right + 50 <= nodes[target]["pos"][0], (nodes[source]["type"], nodes[target]["type"])
+    notes = [node["id"] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    for _, source, out, target, into, _ in graph["links"]:
+        start, end = nodes[source], nodes[target]
+        x1, y1 = start["pos"][0] + start["size"][0], start["pos"][1] + 20 * out + 14
+        x2, y2 = end["pos"][0], end["pos"][1] + 20 * into + 14
+        assert x1 + 50 <= x2, (start["type"], end["type"])
+        for other in nodes.keys() - {source, target, *notes}:
+            (x, y), (w, h) = nodes[other]["pos"], nodes[other]["size"]
+            left, right = max(x, x1), min(x + w, x2)
+            if left >= right:
+                continue
+            edges = sorted(y1 + (y2 - y1) * (at - x1) / (x2 - x1) for at in (left, right))
+            free = edges[1] < y - title or edges[0] > y + h
+            assert free, f"{start['type']} -> {end['type']} runs behind {nodes[other]['type']}"
     boxes = [(*node["pos"], *node["size"], node["type"]) for node in graph["nodes"]]
     for i, (x, y, w, h, kind) in enumerate(boxes):
         for x2, y2, w2, h2, other in boxes[:i]:

@@ -16,6 +16,7 @@ const NODES = new Set([
   "ZImageCompare",
   "ZImageControlNetLoader",
   "ZImageControlNetApply",
+  "ZImageSize",
 ])
 const OURS = /zimage_core|nodes[\\/]host[\\/]/ // a stock sampler that ran our model
 
