@@ -81,7 +81,7 @@ def models(*more: N, model: str = DEMO, encoder: str = DEMO, vae: str = DEMO, **
     return [
         N(1, "ZImageINT4ModelLoader", (0, 0), {"model_name": model, **options}),
         N(2, "ZImageTextEncoderLoader", (0, 390), {"encoder_name": encoder}),
-        N(3, "ZImageVAELoader", (0, 640), {"vae_name": vae}),
+        N(3, "ZImageVAELoader", (0, 800), {"vae_name": vae}),
         *more,
     ]
 
@@ -95,7 +95,7 @@ def sampler(number: int, column: int, positive: int, model: tuple[int, int] = (1
     return N(number, "ZImageSampler", (column, y), {"model": model, "positive": (positive, 0), **inputs})
 
 
-def decoded(number: int, column: int, latent: int, y: int = 640) -> N:
+def decoded(number: int, column: int, latent: int, y: int = 800) -> N:
     return N(number, "ZImageVAEDecode", (column, y), {"vae": (3, 0), "latent": (latent, 0)})
 
 
@@ -207,9 +207,9 @@ TEMPLATES = {
         "*Set Latent Noise Mask* between *VAE Encode* and the sampler." + FOR_REAL,
         {
             "Models": models(),
-            OUTLINE: shape(8, 960, 0x3C1478, 0xF0C828, 120, 68, 68),
+            OUTLINE: shape(8, 1120, 0x3C1478, 0xF0C828, 120, 68, 68),
             "Prompt": [prompt(4, 1, "a large yellow star on a purple background")],
-            "Encode": [N(11, "VAEEncode", (2, 960), {"pixels": (10, 0), "vae": (3, 0)})],
+            "Encode": [N(11, "VAEEncode", (2, 1120), {"pixels": (10, 0), "vae": (3, 0)})],
             "Generate": [sampler(5, 3, 4, latent=(11, 0), denoise=0.7)],
             "Picture": [decoded(6, 4, 5), saved(7, 5, 6, "z-image-img2img")],
         },
@@ -256,7 +256,7 @@ TEMPLATES = {
                 )
             ],
             "Picture": [
-                N(6, "VAEDecode", (4, 640), {"samples": (5, 0), "vae": (3, 0)}),
+                N(6, "VAEDecode", (4, 800), {"samples": (5, 0), "vae": (3, 0)}),
                 saved(7, 5, 6, "z-image-ksampler"),
             ],
         },
@@ -275,21 +275,21 @@ TEMPLATES = {
                 N(
                     8,
                     "ZImageINT4ModelLoader",
-                    (0, 940),
+                    (0, 1100),
                     {"model_name": DEMO, "precision": "w4a4"},
                     "4-bit activations",
                 ),
                 precision="w4a16",
             ),
             "Prompt": [prompt(4, 1, "a large red star on a purple background")],
-            "Generate": [sampler(5, 2, 4, batch_size=2), sampler(9, 2, 4, model=(8, 0), y=940, batch_size=2)],
+            "Generate": [sampler(5, 2, 4, batch_size=2), sampler(9, 2, 4, model=(8, 0), y=1100, batch_size=2)],
             "Pictures": [
                 decoded(6, 3, 5),
-                decoded(10, 3, 9, 810),
+                decoded(10, 3, 9, 970),
                 N(
                     11,
                     "ZImageCompare",
-                    (4, 640),
+                    (4, 800),
                     {"image_a": (6, 0), "image_b": (10, 0), "label_a": "w4a16", "label_b": "w4a4"},
                 ),
                 saved(7, 5, 11, "z-image-compare"),
@@ -315,11 +315,11 @@ def controlled(picture: list[N], control: int, column: int = 2) -> dict[str, lis
     """A blueprint's nodes: the scaled picture is node 7, `control` the node that gives the control picture."""
     guide = {"model": (1, 0), "control": (4, 0), "vae": (3, 0), "image": (control, 0), "strength": 1.0}
     return {
-        "Models": models(N(4, "ZImageControlNetLoader", (0, 910), {"control_name": UNION}), model=TURBO, **LOADERS),
-        "Control picture": [scaled(7, 1300), *picture],
+        "Models": models(N(4, "ZImageControlNetLoader", (0, 1070), {"control_name": UNION}), model=TURBO, **LOADERS),
+        "Control picture": [scaled(7, 1460), *picture],
         "Control": [
             N(11, "ZImageControlNetApply", (column, 0), guide),
-            N(15, "GetImageSize", (column, 1300), {"image": (7, 0)}),
+            N(15, "GetImageSize", (column, 1460), {"image": (7, 0)}),
         ],
         "Prompt": [prompt(10, column, "")],
         "Generate": [sampler(12, column + 1, 10, model=(11, 0), seed=0, width=(15, 0), height=(15, 1))],
@@ -328,23 +328,23 @@ def controlled(picture: list[N], control: int, column: int = 2) -> dict[str, lis
 
 
 LOTUS_NODES = [
-    N(20, "UNETLoader", (0, 1500), {"unet_name": LOTUS}),
-    N(21, "VAELoader", (0, 1660), {"vae_name": LOTUS_VAE}),
-    N(22, "LotusConditioning", (0, 1780)),
-    N(23, "VAEEncode", (1, 1300), {"pixels": (7, 0), "vae": (21, 0)}),
-    N(24, "BasicScheduler", (1, 1430), {"model": (20, 0), "scheduler": "normal", "steps": 1}),
-    N(25, "BasicGuider", (1, 1640), {"model": (20, 0), "conditioning": (22, 0)}),
-    N(26, "DisableNoise", (2, 1780)),
-    N(27, "KSamplerSelect", (2, 1640), {"sampler_name": "euler"}),
-    N(28, "SetFirstSigma", (2, 1430), {"sigmas": (24, 0), "sigma": 999.0}),
+    N(20, "UNETLoader", (0, 1660), {"unet_name": LOTUS}),
+    N(21, "VAELoader", (0, 1820), {"vae_name": LOTUS_VAE}),
+    N(22, "LotusConditioning", (0, 1940)),
+    N(23, "VAEEncode", (1, 1460), {"pixels": (7, 0), "vae": (21, 0)}),
+    N(24, "BasicScheduler", (1, 1590), {"model": (20, 0), "scheduler": "normal", "steps": 1}),
+    N(25, "BasicGuider", (1, 1800), {"model": (20, 0), "conditioning": (22, 0)}),
+    N(26, "DisableNoise", (2, 1940)),
+    N(27, "KSamplerSelect", (2, 1800), {"sampler_name": "euler"}),
+    N(28, "SetFirstSigma", (2, 1590), {"sigmas": (24, 0), "sigma": 999.0}),
     N(
         29,
         "SamplerCustomAdvanced",
-        (3, 1300),
+        (3, 1460),
         {"noise": (26, 0), "guider": (25, 0), "sampler": (27, 0), "sigmas": (28, 0), "latent_image": (23, 0)},
     ),
-    N(30, "VAEDecode", (4, 1300), {"samples": (29, 0), "vae": (21, 0)}),
-    N(31, "ImageInvert", (5, 1300), {"image": (30, 0)}),
+    N(30, "VAEDecode", (4, 1460), {"samples": (29, 0), "vae": (21, 0)}),
+    N(31, "ImageInvert", (5, 1460), {"image": (30, 0)}),
 ]
 BLUEPRINTS = [
     Blueprint(
@@ -364,7 +364,7 @@ BLUEPRINTS = [
         "A picture from a prompt by Z-Image itself, with guidance and a negative prompt.",
         {
             "Models": models(model=BASE, **LOADERS),
-            "Prompts": [prompt(4, 1, ""), prompt(9, 1, "", 950)],
+            "Prompts": [prompt(4, 1, ""), prompt(9, 1, "", 1110)],
             "Generate": [
                 sampler(5, 2, 4, seed=0, width=1024, height=1024, negative=(9, 0), steps=30, cfg=5.0),
             ],
@@ -395,7 +395,7 @@ BLUEPRINTS = [
     Blueprint(
         "Canny to image (Z-Image INT4)",
         "A picture from a prompt and the outlines of another picture.",
-        controlled([N(8, "Canny", (1, 1300), {"image": (7, 0), "low_threshold": 0.3, "high_threshold": 0.4})], 8),
+        controlled([N(8, "Canny", (1, 1460), {"image": (7, 0), "low_threshold": 0.3, "high_threshold": 0.4})], 8),
         [
             ("image", 7, "image"),
             *CONTROL_INPUTS,
@@ -421,17 +421,17 @@ BLUEPRINTS = [
         "Image upscale (Z-Image INT4)",
         "A larger picture with more detail: enlarged by an upscale model, then generated anew in part.",
         {
-            "Models": models(N(8, "UpscaleModelLoader", (0, 910), {"model_name": ESRGAN}), model=TURBO, **LOADERS),
+            "Models": models(N(8, "UpscaleModelLoader", (0, 1070), {"model_name": ESRGAN}), model=TURBO, **LOADERS),
             "Enlarge": [
-                scaled(7, 1100),
-                N(9, "ImageUpscaleWithModel", (1, 1100), {"upscale_model": (8, 0), "image": (7, 0)}),
+                scaled(7, 1260),
+                N(9, "ImageUpscaleWithModel", (1, 1260), {"upscale_model": (8, 0), "image": (7, 0)}),
                 N(
                     10,
                     "ImageScaleBy",
-                    (2, 1100),
+                    (2, 1260),
                     {"image": (9, 0), "upscale_method": "lanczos", "scale_by": 0.5},
                 ),
-                N(11, "VAEEncode", (3, 1100), {"pixels": (10, 0), "vae": (3, 0)}),
+                N(11, "VAEEncode", (3, 1260), {"pixels": (10, 0), "vae": (3, 0)}),
             ],
             "Prompt": [prompt(4, 3, "masterpiece, 8k")],
             "Generate": [sampler(5, 4, 4, seed=0, latent=(11, 0), denoise=0.33, width=1024, height=1024)],
