@@ -5,6 +5,7 @@
     python benchmarks/step.py --sizes 1024 --only "triton w4a8" ComfyUI
     python benchmarks/step.py --model FILE.safetensors     a file's weights; also its load time and host memory
     python benchmarks/step.py --sizes 1024 --controlnet 2.1    also with a ControlNet beside the model, random weights
+    python benchmarks/step.py --sizes 1024 --forms         also FP4, FP8, INT8 and GGUF forms of the same sizes
     python benchmarks/step.py --tiny                       a small model on the CPU, to see that it runs
 
 The peers are diffusers' ZImageTransformer2DModel where it is installed and ComfyUI's NextDiT, both with random weights
@@ -29,14 +30,17 @@ import torch
 from zimage_core import bench
 from zimage_core.bench import CAPTION_TOKENS, Call, Step
 from zimage_core.device import choose_device, choose_dtype
+from zimage_core.formats.gguf import QUANTIZED
 from zimage_core.formats.identify import model_info
 from zimage_core.formats.load import load_transformer
+from zimage_core.formats.stored import StoredLinear
 from zimage_core.linear.adapters import Linear
-from zimage_core.linear.backends import Backend
-from zimage_core.linear.svdq import SVDQLinear
+from zimage_core.linear.backends import Backend, select
+from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
 from zimage_core.models import ops
 from zimage_core.models.config import ControlNetConfig, ZImageConfig
 from zimage_core.models.controlnet import ControlNet
+from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.sampler import draw_noise
 
 TINY = ZImageConfig(384, 1, 1, 6, cap_feat_dim=64, axes_dims=(16, 24, 24))
@@ -139,6 +143,69 @@ def with_controlnet(
     return at
 
 
+def stored_parts(form: str, n: int, k: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random parts of a weight (N, K) in a stored form, of a size that keeps activations near 1."""
+    step = k**-0.5
+    if form in ("int8", "float8_e4m3fn"):
+        codes = torch.randint(-100, 101, (n, k), dtype=torch.int8, device=device)
+        if form != "int8":
+            codes = codes.float().div_(100).to(torch.float8_e4m3fn).view(torch.uint8)
+        return {"codes": codes, "scale": torch.full((n, 1), step / (58 if form == "int8" else 0.58), device=device)}
+    block, size = QUANTIZED[form]
+    codes = torch.randint(0, 256, (n, k // block, size), dtype=torch.uint8, device=device)
+    codes[..., :2] = torch.tensor([step / 5], dtype=torch.float16, device=device).view(torch.uint8)  # d, of Q4_K also
+    if form == "Q4_K":
+        codes[..., :2] = torch.tensor([step / 160], dtype=torch.float16, device=device).view(torch.uint8)
+        codes[..., 2:4] = torch.tensor([step / 40], dtype=torch.float16, device=device).view(torch.uint8)
+    return {"codes": codes.flatten(1)}
+
+
+def stored_side(form: str, eight_bit: bool, config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Step:
+    """Steps of a model whose blocks' linears are kept in a stored form."""
+    with torch.device("meta"):
+        model = ZImageTransformer(config, StoredLinear)
+    model.use(ops.select("auto", device, dtype, config.head_dim))
+    for name, module in model.named_modules():
+        if isinstance(module, StoredLinear):
+            n, k = module.shape
+            if ".attention." in name or ".feed_forward." in name:
+                module.load(form, stored_parts(form, n, k, device))
+                module.eight_bit = eight_bit
+            else:
+                module.load("float", {"weight": torch.randn(n, k, device=device, dtype=dtype) * k**-0.5})
+    return bench.step_of(bench.randomize(model, device, dtype), device, dtype)
+
+
+def fp4_side(rank: int, precision: str, config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Step:
+    """Steps of a model of random SVDQuant FP4 weights on Triton's kernels."""
+    backend = select("triton", precision, device=device, dtype=dtype, fp4=True)
+    with torch.device("meta"):
+        model = ZImageTransformer(config, partial(SVDQLinear, rank=rank, fp4=True))
+    model.backend = backend
+    model.use(ops.select("triton", device, dtype, config.head_dim))
+    for module in model.modules():
+        if isinstance(module, SVDQLinear):
+            weights = bench.random_weights(module.out_features, module.in_features, rank, device, dtype).tensors()
+            n, groups = weights["wscales"].shape
+            outer = weights["wscales"].float().mean(1) / 2
+            ones = torch.full((n, 4 * groups), 0x38, dtype=torch.uint8, device=device)  # e4m3's 1
+            module.load(SVDQWeights(**weights | {"wscales": ones, "outer_scale": outer}), backend)
+    return bench.step_of(bench.randomize(model, device, dtype), device, dtype)
+
+
+def forms(config: ZImageConfig, rank: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Step]]:
+    """Other stored forms, dequantized layer by layer, and on a GPU multiplied in 8 bits or on Triton's FP4 ways."""
+    names = {"FP8": "float8_e4m3fn", "INT8": "int8", "GGUF Q8_0": "Q8_0", "GGUF Q4_0": "Q4_0", "GGUF Q4_K": "Q4_K"}
+    names = {name: form for name, form in names.items() if config.dim % QUANTIZED.get(form, (1,))[0] == 0}
+    found = {name: partial(stored_side, form, False, config, device, dtype) for name, form in names.items()}
+    if device.type == "cuda":
+        found |= {
+            f"{name} w8a8": partial(stored_side, names[name], True, config, device, dtype) for name in ("FP8", "INT8")
+        }
+        found |= {f"FP4 triton {p}": partial(fp4_side, rank, p, config, device, dtype) for p in ("w4a8", "w4a16")}
+    return found
+
+
 def peers(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Step]]:
     """The peers that are there."""
     found = {}
@@ -170,6 +237,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="0: one single call, without a warm-up")
     parser.add_argument("--only", nargs="+", default=[""], help="ways whose names contain one of these")
     parser.add_argument("--controlnet", choices=CONTROLNETS, help="also every way with one of random weights beside it")
+    parser.add_argument("--forms", action="store_true", help="also other stored forms, their linears of random values")
     parser.add_argument("--tiny", action="store_true", help="a small model and small pictures")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -182,6 +250,8 @@ def main() -> None:
         config, rank = info.config, info.rank
         facts["load"] = measure_load(args.model, device, dtype)
     sides = bench.own_sides(config, rank, device, dtype, args.model) | peers(config, device, dtype)
+    if args.forms:
+        sides |= forms(config, rank or bench.RANK, device, dtype)
     if args.controlnet:
         ways: dict[str, Backend | None] = {f"dense {bench.dtype_name(dtype)}": None, **bench.every_way(device, dtype)}
         for name, way in ways.items():

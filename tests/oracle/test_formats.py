@@ -23,7 +23,8 @@ from zimage_core.demo import demo_files, demo_loras
 from zimage_core.formats.gguf import QUANTIZED
 from zimage_core.formats.identify import identify
 from zimage_core.formats.load import load_transformer, open_transformer
-from zimage_core.formats.stored import StoredLinear
+from zimage_core.formats.stored import StoredLinear, multiply_in_8_bits
+from zimage_core.linear import backends
 from zimage_core.lora.read import load_lora
 from zimage_core.memory.offload import BlockStreamer
 from zimage_core.memory.placement import module_bytes
@@ -365,6 +366,24 @@ def test_as_a_source_of_quantizing(written):
         found = source.get("layers.1.feed_forward.w2.weight")
     assert torch.equal(found.float(), meant["layers.1.feed_forward.w2.weight"].to(torch.bfloat16).float())
     assert any("get rounded twice" in str(w.message) for w in caught) == (case.bits < 8)
+
+
+@pytest.mark.parametrize("written", ["fp8-scaled", "int8-rows", "nvfp4", "gguf-q4_0"], indirect=True)
+def test_products_in_8_bits_are_for_what_is_stored_in_8(written, monkeypatch):
+    """Refused by name for other forms, and without a GPU that has them; on a GPU see triton_kernels_check.py."""
+    path, _, case = written
+    fits = case.form in ("fp8", "int8")
+    words = "needs an NVIDIA or AMD GPU" if fits else r"expected linears in INT8 or FP8 \(e4m3\), found"
+    with pytest.raises(ValueError, match=f"precision w8a8: {words}"):
+        load_transformer(path, precision="w8a8")
+    if fits:
+        model = load_transformer(path)
+        monkeypatch.setattr(backends.load("triton"), "unavailable", lambda *_: None)
+        monkeypatch.setattr(backends, "capability", lambda device: 90)
+        multiply_in_8_bits(model, torch.device("cuda"), torch.bfloat16, "")
+        chosen = {name for name, one in model.named_modules() if isinstance(one, StoredLinear) and one.eight_bit}
+        assert chosen == {name for name in chosen if ".attention." in name or ".feed_forward." in name}
+        assert len(chosen) == 4 * len(model.blocks)
 
 
 @pytest.mark.parametrize("written", ["quanto-int8", "gguf-q8_0-sdcpp"], indirect=True)

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from zimage_core import bench
+from zimage_core.formats.stored import StoredLinear
 from zimage_core.linear.backends import select
 from zimage_core.memory import graphs
 from zimage_core.memory.graphs import Graph, Graphs
@@ -134,7 +136,8 @@ def test_every_shape_has_its_own_and_the_oldest_go(steps):
 def test_only_what_is_known_to_allow_it_is_captured():
     def possible(**changes):
         facts = {"backend": None, "addresses": 1, "device": torch.device("cpu")} | changes
-        transformer = SimpleNamespace(backend=facts["backend"])
+        transformer = nn.ModuleList(facts.get("linears", ()))
+        transformer.backend = facts["backend"]
         return Graphs(transformer, SimpleNamespace(addresses=facts["addresses"], device=facts["device"])).possible
 
     assert not possible()
@@ -145,6 +148,10 @@ def test_only_what_is_known_to_allow_it_is_captured():
         assert possible(backend=SimpleNamespace(name="triton"))
         assert not possible(backend=SimpleNamespace(name="nunchaku"))
         assert not possible(addresses=None), "streamed"
+        for form, by_torch in (("int8", True), ("Q4_K", True), ("IQ4_NL", False), ("int8_convrot 256", False)):
+            linear = StoredLinear(8, 4, bias=False)
+            linear.load(form, {"codes": torch.zeros(4, 8, dtype=torch.int8)})
+            assert possible(linears=[linear]) is by_torch, form
         patch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
         assert not possible()
 

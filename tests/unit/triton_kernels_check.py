@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from zimage_core.formats.stored import StoredLinear
 from zimage_core.linear import layout
 from zimage_core.linear.adapters import Linear, Terms
 from zimage_core.linear.backends import Backend, fused, reference
@@ -166,6 +167,32 @@ def test_w4a8_error_on_the_golden_linears_is_below_w4a4s(path, codes):
     ratio = relative(y, tensors["y_w4a16"]) / relative(tensors["y_w4a4"], tensors["y_w4a16"])
     print(f"{path.stem} {codes}: {ratio:.2f}")
     assert ratio < 1  # the `range` cases hold scales that differ 100-fold within a channel
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows_", [1, 40])
+def test_weights_stored_in_8_bits_are_multiplied_as_they_are(codes, rows_, bias):
+    """Three pieces of a fused linear; what differs is the rounding of x: 2.5 % in fp8, 127 steps in int8."""
+    generator = torch.Generator().manual_seed(0)
+    linear = StoredLinear(384, 3 * 128, bias=bias, device=DEVICE, dtype=torch.bfloat16)
+    linear.requires_grad_(False)
+    if bias:
+        linear.bias.copy_(torch.randn(384, generator=generator))
+    for _ in range(3):
+        weight = torch.randn(128, 384, generator=generator)
+        scale = weight.abs().amax(1, keepdim=True) / backend.LIMITS[codes]
+        exact = weight / scale
+        stored = exact.round().to(INT8) if codes == INT8 else exact.to(FP8).view(torch.uint8)
+        form = "int8" if codes == INT8 else "float8_e4m3fn"
+        linear.load(form, {"codes": stored.to(DEVICE), "scale": scale.to(DEVICE)})
+    x = torch.randn(2, rows_, 384, generator=generator).to(DEVICE, torch.bfloat16)
+    expected = linear(x)
+    linear.eight_bit = True
+    found = linear(x)
+    assert found.dtype == torch.bfloat16 and found.shape == (2, rows_, 384)
+    assert 0 < relative(found, expected) < (0.01 if codes == INT8 else 0.04)
+    linear.set_adapter(Terms(torch.ones(8, 384).to(x), torch.ones(384, 8).to(x)))
+    assert relative(linear(x), found) > 0.5
 
 
 def test_the_quality_benchmark_computes_w4a8_as_this_does(monkeypatch):

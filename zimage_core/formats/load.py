@@ -302,12 +302,14 @@ def load_transformer(
     """The model of a checkpoint (a file or folder in a form of `identify.READ`) on a device.
 
     dtype is that of everything not quantized (default bf16). backend and precision choose the INT4 arithmetic for
-    compute_device (default `device`), where the model will run if its weights wait elsewhere; see
-    `tune.select`. Raises ValueError naming file, key, expected and found.
+    compute_device (default `device`), where the model will run if its weights wait elsewhere; see `tune.select`.
+    Precision "w8a8" multiplies a file's INT8 and FP8 linears as they are stored. Raises ValueError naming file, key,
+    expected and found.
     """
     import torch
 
     from ..tune import select, select_ops
+    from .stored import multiply_in_8_bits
 
     dtype = dtype or torch.bfloat16
     device = torch.device(device)
@@ -319,5 +321,7 @@ def load_transformer(
             model.backend = select(backend, precision, device=compute_device, dtype=dtype, fp4=info.fp4)
         model.use(select_ops(backend, compute_device, dtype, info.config.head_dim, info.fp4))
         fill(model, sources, device, dtype)
+        if precision == "w8a8" and not info.rank:
+            multiply_in_8_bits(model, compute_device, dtype, str(path))
     model.checkpoint = info
     return model

@@ -83,6 +83,10 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+EIGHT_BIT = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+"""Forms that can be multiplied as they are, and their dtypes."""
+
+
 def dequantize(form: str, parts: Mapping[str, Tensor]) -> Tensor:
     """Rows of parts -> rows (n, K) of the weight, fp32 (a float weight: as it is).
 
@@ -140,9 +144,13 @@ class StoredWeight(nn.Module):
 
 
 class StoredLinear(StoredWeight):
-    """A linear whose weight is dequantized, in slices of rows, whenever it is called."""
+    """A linear whose weight is dequantized, in slices of rows, whenever it is called.
+
+    eight_bit: one that is multiplied as it is stored instead, with x rounded to 8 bits row by row.
+    """
 
     bias: nn.Parameter | None
+    eight_bit = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, device=None, dtype=None):
         super().__init__(out_features, in_features, dtype)
@@ -167,12 +175,46 @@ class StoredLinear(StoredWeight):
     def _linear(self, x: Tensor) -> Tensor:
         if [form for form, _ in self.pieces] == ["float"]:
             return F.linear(x, self.get_buffer("weight").to(x.dtype), self.bias)
+        if self.eight_bit:
+            return self._multiplied(x)
         n, k = self.shape
         weight = torch.empty(n, k, dtype=x.dtype, device=x.device)
         step = max(1, CHUNK // k)
         for start in range(0, n, step):
             weight[start : start + step] = self.rows(start, start + step)
         return F.linear(x, weight, self.bias)
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        from ..linear.backends import triton
+
+        rows, found = x.reshape(-1, self.in_features), []
+        for (form, names), (first, last) in zip(self.pieces, pairwise(self.starts)):
+            codes, scale = (self.get_buffer(names[part]) for part in ("codes", "scale"))
+            bias = None if self.bias is None else self.bias[first:last]
+            found.append(triton.multiply_8bit(rows, codes.view(EIGHT_BIT[form]), scale.flatten().float(), bias))
+        return torch.cat(found, 1).view(*x.shape[:-1], -1) if len(found) > 1 else found[0].view(*x.shape[:-1], -1)
+
+
+def multiply_in_8_bits(model: nn.Module, device: torch.device, dtype: torch.dtype, where: str) -> None:
+    """Have a model's INT8 and FP8 (e4m3) linears multiplied as they are stored; others stay as they are.
+
+    ValueError where none is of those forms, or the device has no such products.
+    """
+    from ..linear.backends import capability, triton
+
+    linears = [module for module in model.modules() if isinstance(module, StoredLinear)]
+    chosen = [one for one in linears if all(form in EIGHT_BIT for form, _ in one.pieces)]
+    if not chosen:
+        forms = ", ".join(sorted({form for one in linears for form, _ in one.pieces})) or "none of such a form"
+        raise ValueError(f"{where}: precision w8a8: expected linears in INT8 or FP8 (e4m3), found {forms}; take auto")
+    reason = triton.unavailable(device, dtype)
+    fp8 = any(form != "int8" for one in chosen for form, _ in one.pieces)
+    if reason is None and fp8 and (capability(device) or 0) < 89:
+        reason = "FP8 products need sm_89 or later"
+    if reason:
+        raise ValueError(f"{where}: precision w8a8: {reason}; take auto")
+    for one in chosen:
+        one.eight_bit = True
 
 
 class HostEmbedding(StoredWeight):

@@ -13,11 +13,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..formats.stored import FORMS, StoredLinear
 from ..linear.backends import capability, guard
 from ..models.transformer import Conditioning, ZImageTransformer
 
@@ -105,6 +107,16 @@ class Graphs:
         self._steps: OrderedDict[Hashable, Step] = OrderedDict()
         self._pool: Any = None
 
+    @cached_property
+    def _by_torch(self) -> bool:
+        """Whether torch alone dequantizes every weight; comfy-kitchen and gguf copy from or to the host."""
+        return all(
+            form in FORMS
+            for module in self._transformer.modules()
+            if isinstance(module, StoredLinear)
+            for form, _ in module.pieces
+        )
+
     @property
     def possible(self) -> bool:
         """Whether steps can be captured: on an NVIDIA GPU, nothing streamed, by kernels that allow it.
@@ -112,7 +124,7 @@ class Graphs:
         torch's own allocator is required: ComfyUI's default, cudaMallocAsync, has no memory pool for graphs.
         """
         backend = self._transformer.backend
-        known = backend is None or backend.name in BACKENDS
+        known = (backend is None or backend.name in BACKENDS) and self._by_torch
         if not known or self._streamer.addresses is None or capability(self._streamer.device) is None:
             return False
         return torch.cuda.get_allocator_backend() == "native"

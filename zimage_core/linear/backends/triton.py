@@ -197,6 +197,27 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
     return y
 
 
+def multiply_8bit(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (M, K), rounded to 8 bits row by row, times weights that are stored in them -> (M, N).
+
+    codes (N, K) fp8 (e4m3) or int8, scale (N,) fp32.
+    """
+    with guard(x.device):
+        rows, row_scale = quantize_rows(x, x.new_ones(x.shape[1]), codes.dtype)
+        if codes.dtype == torch.float8_e4m3fn:
+            y = torch._scaled_mm(
+                rows, codes.T, row_scale[:, None], scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
+            ).to(x.dtype)
+            return y if bias is None else y.add_(bias)
+        (m, _), n = x.shape, len(codes)
+        if m < 17:  # _int_mm takes no fewer
+            rows = F.pad(rows, (0, 0, 0, 32 - m))
+        products = torch._int_mm(rows, codes.T)
+        y = x.new_zeros(m, n) if bias is None else bias.expand(m, n).contiguous()
+        launch("rescale_add", (m, -(-n // 1024)), products, row_scale, scale, y, n, 1.0, 1024)
+        return y
+
+
 @contextmanager
 def _aside(device: torch.device) -> Iterator[Callable[[], None]]:
     """Runs its body on a side stream inside a CUDA graph; yields a function that joins the streams again.
