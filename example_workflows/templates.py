@@ -171,6 +171,22 @@ TEMPLATES = {
             "Picture": [decoded(6, 3, 5), saved(7, 4, 6, "z-image")],
         },
     ),
+    "Z-Image base": Graph(
+        "Z-Image base",
+        "## Z-Image itself, not Turbo\n\nIts preset takes 30 steps and cfg 5, which diffusers calls guidance 4. What the "
+        "second prompt describes is avoided; it may be empty.\n\nWith the demo model this runs without downloads. For "
+        "real pictures choose this file, Turbo's encoder and VAE (*Z-Image text to image*), and about 1024 x 1024:\n\n"
+        + files(BASE),
+        {
+            "Models": models(),
+            "Prompts": [
+                prompt(4, 1, "three large yellow stars on a blue background"),
+                prompt(9, 1, "small stars, green", 1110),
+            ],
+            "Generate": [sampler(5, 2, 4, negative=(9, 0), steps=30, cfg=5.0, preset="base")],
+            "Picture": [decoded(6, 3, 5), saved(7, 4, 6, "z-image")],
+        },
+    ),
     "Z-Image letters": Graph(
         "Letters",
         "## Letters\n\nZ-Image writes what stands in quotes in the prompt. The demo model does it with one or two "
