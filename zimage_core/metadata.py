@@ -1,4 +1,4 @@
-"""How a picture was made, in the text chunks of its PNG.
+"""How a picture was made, in the text chunks of its PNG, or the EXIF data of its WebP or JPEG.
 
 `zimage` holds everything as JSON. `parameters` is the text that A1111 writes and picture viewers and ComfyUI's import
 read. The chunks `prompt` and `workflow` are ComfyUI's, which takes what they hold for the JSON of a graph, so a PNG of
@@ -21,7 +21,26 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CHUNK = "zimage"
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+DESCRIPTION, PROGRAM, DETAILS, COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
+"""EXIF tags: of all facts as JSON, of the program, and, among the details, of A1111's text as its own WebP has it."""
+SAMPLERS = {"heun": "Heun", "dpmpp_2m": "DPM++ 2M", "res_multistep": "Res Multistep"}
 SOFTWARE = f"zimage-int4 {__version__}"
+
+
+def encoded(picture: Image.Image, facts: Mapping[str, Any], suffix: str) -> bytes:
+    """A picture as a file of that suffix, one of FORMATS: PNG and WebP without loss, JPEG of quality 95."""
+    if suffix.lower() == ".png":
+        return png(picture, facts)
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[DESCRIPTION], exif[PROGRAM] = json.dumps(facts), SOFTWARE
+    exif.get_ifd(DETAILS)[COMMENT] = b"UNICODE\0" + parameters(facts).encode("utf-16-be")
+    file = io.BytesIO()
+    options = {"lossless": True} if suffix.lower() == ".webp" else {"quality": 95, "subsampling": 0}
+    picture.save(file, format=FORMATS[suffix.lower()], exif=exif, **options)
+    return file.getvalue()
 
 
 def png(picture: Image.Image, facts: Mapping[str, Any]) -> bytes:
@@ -37,10 +56,11 @@ def png(picture: Image.Image, facts: Mapping[str, Any]) -> bytes:
 
 
 def read(picture: Image.Image) -> dict[str, Any]:
-    """The facts that a PNG of this package holds. ValueError where there are none."""
+    """The facts that a picture's file of this package holds. ValueError where there are none."""
+    text = getattr(picture, "text", {}).get(CHUNK) or picture.getexif().get(DESCRIPTION)
     try:
-        facts = json.loads(getattr(picture, "text", {})[CHUNK])
-    except (KeyError, ValueError, RecursionError):
+        facts = json.loads(str(text))
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
         raise ValueError(f"picture: expected a PNG with a text {CHUNK!r} as `zimage generate` writes it, found none")
@@ -52,7 +72,11 @@ def parameters(facts: Mapping[str, Any]) -> str:
     lines = [str(facts.get("prompt", ""))]
     if facts.get("negative_prompt"):
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
-    named: dict[str, object] = {"Steps": facts.get("steps"), "Sampler": "Euler", "Seed": facts.get("seed")}
+    named: dict[str, object] = {
+        "Steps": facts.get("steps"),
+        "Sampler": SAMPLERS.get(str(facts.get("sampler")), "Euler"),
+        "Seed": facts.get("seed"),
+    }
     if (guidance := facts.get("guidance")) is not None:
         named["CFG scale"] = guidance + 1
     if "width" in facts and "height" in facts:

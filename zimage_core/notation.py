@@ -26,6 +26,26 @@ def control(text: str) -> tuple[str, float, float, float]:
     return match["file"], float(match["strength"] or 1), float(match["start"] or 0), float(match["end"] or 1)
 
 
+def variety(text: str) -> tuple[float, ...]:
+    """STRENGTH, STRENGTH:SHARE or STRENGTH:SHARE:UNTIL -> these numbers; ValueError for anything else."""
+    try:
+        found = tuple(float(part) for part in text.split(":"))
+    except ValueError:
+        found = ()
+    if not 1 <= len(found) <= 3:
+        raise ValueError(f"expected STRENGTH or STRENGTH:SHARE:UNTIL, found {text!r}")
+    return found
+
+
+def aspect(text: str) -> float:
+    """WIDTH:HEIGHT, 16:9 say -> width / height; ValueError for anything but 1:4 to 4:1."""
+    match = re.fullmatch(r"(\d{1,4}(?:\.\d+)?):(\d{1,4}(?:\.\d+)?)", text)
+    ratio = float(match[1]) / float(match[2]) if match and float(match[2]) else 0.0
+    if not 0.25 <= ratio <= 4:
+        raise ValueError(f"expected WIDTH:HEIGHT from 1:4 to 4:1, 16:9 say, found {text!r}")
+    return ratio
+
+
 def borders(text: str) -> tuple[int, int, int, int]:
     """PIXELS or LEFT,TOP,RIGHT,BOTTOM -> the four borders; ValueError for anything else."""
     try:

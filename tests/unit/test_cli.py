@@ -164,7 +164,7 @@ def refused(capsys, code: int) -> str:
         ("--batch=0", "at least 1"),
         ("--model=gone.safetensors", "gone.safetensors"),
         ("--out=gone/cat.png", "no such folder"),
-        ("--out=cat.jpg", "ends in .png"),
+        ("--out=cat.bmp", "ends in .png"),
         ("--image=gone.png", "gone.png: no such file"),
         ("--image=pyproject.toml", "expected a picture (PNG, JPEG"),
         ("--backend=magic", "magic"),

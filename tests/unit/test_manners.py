@@ -57,7 +57,7 @@ def test_a_named_picture_is_replaced_and_a_default_name_is_free(options, tmp_pat
         ("folder.png", "folder.png: expected a file to write, found a folder"),
         ("pipe.png", "pipe.png: expected a file to write, found a device"),
         ("x" * 300 + ".png", ".png: cannot be written (file name too long)"),
-        ("cat.jpg", "cat.jpg: pictures are written as PNG; name a file that ends in .png"),
+        ("cat.bmp", "cat.bmp: pictures are written as PNG, WebP or JPEG; name a file that ends in .png"),
     ],
 )
 def test_where_no_picture_can_be_written_none_is_generated(options, tmp_path, monkeypatch, capsys, name, words):

@@ -115,6 +115,7 @@ MAY_IMPORT = {
         "sizes",
         "tune",
         "whole",
+        "variety",
     },
     "__main__": {"cli"},
     "": set(),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .. import metadata, whole
 from .options import SIDE, Commands, Parser, add_runtime
-from .output import Progress, output_paths
+from .output import Progress, check_outputs
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Write the sheet, print its path and the scores."""
-    targets = output_paths(args.out, 1)
+    check_outputs(args.out, 1)
     from ..compare import compare
 
     models = pipelines(args)
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> int:
     finally:
         progress.finish()
     facts = {"prompt": args.prompt, "seeds": args.seeds, "models": list(models), "steps": args.steps}
-    whole.write(targets[0], metadata.png(sheet, facts))
-    print(targets[0])
+    whole.write(args.out, metadata.encoded(sheet, facts, args.out.suffix))
+    print(args.out)
     for score in scores:
         print(f"{score.label}, seed {score.seed}: PSNR {score.psnr:.2f} dB, SSIM {score.ssim:.4f}")
     if args.json:
         # equal pictures have an infinite PSNR, for which JSON has no number
         rows = [vars(score) | {"psnr": score.psnr if math.isfinite(score.psnr) else None} for score in scores]
-        print(json.dumps({"sheet": str(targets[0]), "scores": rows}))
+        print(json.dumps({"sheet": str(args.out), "scores": rows}))
     return 0
 
 

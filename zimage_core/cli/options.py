@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn, TypeAlias
-
-from .. import notation
+from collections.abc import Callable
+from typing import NoReturn, TypeAlias, TypeVar
 
 EXIT_INPUT = 2
+T = TypeVar("T")
 SIDE = "pixels, 16 to 16384, a multiple of 16 (default 1024; 256 with the bundled demo)"
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """What a command's parser is added to."""
@@ -40,12 +40,16 @@ def add_budget(parser: Parser) -> None:
     )
 
 
-def pad_option(text: str) -> tuple[int, int, int, int]:
-    """PIXELS or LEFT,TOP,RIGHT,BOTTOM -> the four borders."""
-    try:
-        return notation.borders(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def option(read: Callable[[str], T]) -> Callable[[str], T]:
+    """A function of `notation` as an option's type."""
+
+    def convert(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
 def add_device(parser: Parser) -> None:

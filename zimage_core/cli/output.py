@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import whole
+from ..metadata import FORMATS
 from ..sizes import GIB
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-MOST_PICTURES = 10_000
+MOST_PICTURES, MOST_LETTERS = 10_000, 60  # of a call; of a prompt in a file's name
 EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
 logger = logging.getLogger(__name__)
@@ -65,23 +67,30 @@ class Progress:
             self.bar = None
 
 
-def output_paths(out: Path | None, batch: int) -> list[Path]:
-    """Where the pictures of a batch go, empty where each is named after its seed.
-
-    ValueError, before any work, for what is no PNG's name and where it could not be written.
-    """
-    if batch > MOST_PICTURES:
-        raise ValueError(f"--batch: expected up to {MOST_PICTURES} pictures, found {batch}; `zimage batch` makes more")
+def check_outputs(out: Path | None, count: int) -> None:
+    """ValueError, before any work, for what is no picture's name, and where its first and last could not be written."""
+    if count > MOST_PICTURES:
+        raise ValueError(f"--batch: expected up to {MOST_PICTURES} pictures, found {count}; `zimage batch` makes more")
     if out is None:
-        whole.check_target(Path("zimage-0.png"))
-        return []
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"{out}: pictures are written as PNG; name a file that ends in .png")
-    several = [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(batch)]
-    paths = several if batch > 1 else [out]
-    for path in {paths[0], paths[-1]} if paths else {out}:
-        whole.check_target(path)
-    return paths
+        return whole.check_target(Path("zimage-0.png"))
+    if out.suffix.lower() not in FORMATS:
+        raise ValueError(f"{out}: pictures are written as PNG, WebP or JPEG; name a file that ends in .png")
+    for name in set(re.findall(r"{(.*?)}", out.name)) - {"seed", "index", "prompt"}:
+        raise ValueError(f"{out}: expected {{seed}}, {{index}} or {{prompt}} in braces, found {{{name}}}")
+    for index in {1, max(count, 1)}:
+        whole.check_target(output_path(out, index, count, 0, "prompt"))
+
+
+def output_path(out: Path, index: int, count: int, seed: int, prompt: str) -> Path:
+    """Where picture `index`, from 1 on, of `count` goes: seed, index and the prompt's letters where the name has them.
+
+    Without seed and index in it the name of one of several ends in -INDEX.
+    """
+    words = re.sub(r"\W+", "-", prompt)[:MOST_LETTERS].strip("-") or "picture"
+    name = out.name if count == 1 or re.search("{seed}|{index}", out.name) else f"{out.stem}-{{index}}{out.suffix}"
+    for key, value in (("{seed}", seed), ("{index}", index), ("{prompt}", words)):
+        name = name.replace(key, str(value))
+    return out.with_name(name)
 
 
 def free_name(seed: int | None) -> Path:
