@@ -62,6 +62,7 @@ from .pictures import FEATHER, checked_picture, checked_pictures, composite, fit
 from .recorder import OnStage, Recorder, StageRecord
 from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
 from .sizes import DEMO_SIZE, REAL_SIZE
+from .tune import select_attention
 from .variety import Variety
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     precision: str = "auto",
+    attention: str = "sdpa",
     vram_budget: str | float | None = "auto",
     once: bool = False,
 ) -> Pipeline:
@@ -99,14 +101,15 @@ def load_pipeline(
     Without a model it is the bundled demo. vram_budget ("4GiB", or a number of GiB) limits what is on the device at
     once: what does not fit is streamed from the host, with the same results, and two models are never there together.
     "auto" is what is free there. None, for many pictures on a large GPU, is no limit: all models stay there for the
-    next one. once is for a pipeline that is called a single time: a model is dropped before the next one comes.
-    Raises ValueError for missing files, a transformer that cannot be read and a device, dtype or budget that cannot be
-    used.
+    next one. attention: "int8" for comfy-kitchen's in 8 bits, "auto" for it where it is faster here. once is for a
+    pipeline that is called a single time: a model is dropped before the next one comes. Raises ValueError for missing
+    files, a transformer that cannot be read, and a device, dtype, attention or budget that cannot be used.
     """
     files = find_files(model, text_encoder, vae, tokenizer)
     budget = planning.parse_budget(vram_budget)
     device = choose_device(device)
-    return Pipeline(files, device, choose_dtype(dtype, device), backend, precision, budget, once)
+    dtype = choose_dtype(dtype, device)
+    return Pipeline(files, device, dtype, backend, precision, budget, once, select_attention(attention, device, dtype))
 
 
 class Pipeline:
@@ -125,19 +128,21 @@ class Pipeline:
         precision: str,
         vram_budget: int | str | None = "auto",
         once: bool = False,
+        attention: str = "sdpa",
     ):
         self.files = files
         self.device = device
         self.dtype = dtype
         self.backend = backend
         self.precision = precision
+        self.attention = attention  # "sdpa" or "int8"
         self.vram_budget = vram_budget  # bytes, "auto" or None
         self.once = once
         self.last: Pictures | None = None  # of the call that ended last
         self._loras: Loras = ()
         self._lock = threading.RLock()  # a callback may call the pipeline
         paths = (files.model, files.text_encoder, files.vae)
-        self._on_meta = MetaModels(paths, device, dtype, self._vae_dtype, backend, precision)
+        self._on_meta = MetaModels(paths, device, dtype, self._vae_dtype, backend, precision, attention)
         self._encoder: ResidentEncoder | None = None
         self._transformer: ResidentTransformer | None = None
         self._vae: ResidentVAE | None = None
@@ -443,7 +448,7 @@ class Pipeline:
         if self._transformer is None:
             with job.record("load transformer"):
                 self._transformer = ResidentTransformer(
-                    self.files.model, stage, self.device, self.dtype, self.backend, self.precision
+                    self.files.model, stage, self.device, self.dtype, self.backend, self.precision, self.attention
                 )
         model = self._transformer
         model.place(stage, job.loras, [Path(control.model) for control in job.controls])

@@ -26,6 +26,7 @@ from .memory import plan as planning
 from .memory.graphs import Graphs
 from .memory.offload import BlockStreamer
 from .memory.placement import module_bytes
+from .models.attention import KINDS
 from .models.controlnet import ControlNet, run_order
 from .models.text_encoder import encode_tokens
 from .models.transformer import Conditioning, Hooks
@@ -69,12 +70,20 @@ class ResidentTransformer:
     """The transformer, with the ControlNets beside it and CUDA graphs of its steps."""
 
     def __init__(
-        self, path: Path, stage: planning.Stage, device: torch.device, dtype: torch.dtype, backend: str, precision: str
+        self,
+        path: Path,
+        stage: planning.Stage,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str,
+        precision: str,
+        attention: str = "sdpa",
     ):
         self._device = device
         self._options: dict[str, Any] = {"dtype": dtype, "backend": backend, "precision": precision}
         self._options["compute_device"] = device
         self.model = load_transformer(path, device=_read_to(stage, device), **self._options)
+        self.model.attention = KINDS[attention]
         self._nets: dict[Path, ControlNet] = {}
         self._assemble()
 

@@ -3,7 +3,7 @@
 On a card that nobody has tried, a kernel may give wrong numbers, abort its process, poison its CUDA context or hang.
 So whatever is compiled first runs a small random linear in a child, whose death is a sentence.
 
-A way is (backend, precision); FUSED stands for the kernels between the linears.
+A way is (backend, precision); FUSED stands for the kernels between the linears, ATTENTION for that in 8 bits.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from torch import Tensor
 from .linear import backends, layout
 from .linear.backends import reference
 from .linear.svdq import SVDQWeights
-from .models import ops
+from .models import attention, ops
 
 Way = tuple[str, str]
 FUSED: Way = ("triton", "fused")
+ATTENTION: Way = ("kitchen", "attention")
 N, K, RANK = 384, 512, 32
 ROWS = (1, 40, 259)  # one after the other
-LIMITS = {"w4a16": 0.02, "w4a8": 0.06, "fused": 0.02}  # of a row's or column's relative error; two to four times what
+LIMITS = {
+    "w4a16": 0.02,
+    "w4a8": 0.06,
+    "fused": 0.02,
+    "attention": 0.06,
+}  # of a row's or column's relative error; two to four times what
 # bf16 and 8-bit codes show
 W4A4_LIMIT = 1.2  # times the reference's own error: codes may fall the other way, sums be rounded elsewhere
 FP4_W4A4_LIMIT = 0.25  # of which there is no reference
@@ -74,7 +80,7 @@ def check(error: float, limit: float) -> Outcome:
     """The outcome of an error against its limit."""
     if error <= limit:  # not so for NaN
         return Outcome(error)
-    return Outcome(error, f"wrong here: expected an error of up to {limit:.3f} on a small linear, found {error:.3f}")
+    return Outcome(error, f"wrong here: expected an error of up to {limit:.3f} on a small input, found {error:.3f}")
 
 
 @torch.no_grad()
@@ -140,6 +146,19 @@ def try_fused(device: torch.device, dtype: torch.dtype) -> Outcome:
     return check(max(errors, key=lambda error: error if error == error else torch.inf), LIMITS["fused"])
 
 
+@torch.no_grad()
+def try_attention(device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Run attention in 8 bits, with and without a mask, and compare it with torch's in fp32."""
+    q, k, v = (torch.randn(2, 333, 3, 128).to(dtype) for _ in range(3))
+    mask = torch.arange(333)[None, None, None] < torch.tensor([333, 300])[:, None, None, None]
+    errors = []
+    for given in (None, mask):
+        expected = attention.sdpa(q.float(), k.float(), v.float(), given)
+        found = attention.int8(q.to(device), k.to(device), v.to(device), None if given is None else given.to(device))
+        errors.append(((found.float().cpu() - expected).norm() / expected.norm()).item())
+    return check(sum(errors) / 2, LIMITS["attention"])
+
+
 def main(device: str, dtype: str, weights: str, *ways: str) -> None:
     """What a child does: "ready" once it has the device, then a line of JSON for every way, "backend precision"."""
     torch.manual_seed(0)
@@ -148,7 +167,12 @@ def main(device: str, dtype: str, weights: str, *ways: str) -> None:
     print(json.dumps("ready"), flush=True)
     for name in ways:
         way = name.split(" ")[0], name.split(" ")[1]
-        outcome = try_fused(place, kind) if way == FUSED else try_linear(way, place, kind, weights == "FP4")
+        if way == FUSED:
+            outcome = try_fused(place, kind)
+        elif way == ATTENTION:
+            outcome = try_attention(place, kind)
+        else:
+            outcome = try_linear(way, place, kind, weights == "FP4")
         print(json.dumps([*way, outcome.error, outcome.refused]), flush=True)
 
 

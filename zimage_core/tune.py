@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ import torch
 from . import __version__
 from .linear import backends
 from .linear.backends import Backend
-from .models import ops
-from .trial import FUSED, Outcome, Untried, Way, in_child, random_weights
+from .models import attention, ops
+from .trial import ATTENTION, FUSED, Outcome, Untried, Way, in_child, random_weights
 
 WAYS: tuple[Way, ...] = (
     ("triton", "w4a16"),
@@ -49,7 +49,7 @@ WAYS: tuple[Way, ...] = (
 ALIKE = 1.1  # times the fastest's time, within which the order decides, so that like cards choose alike
 SHAPES = {(11520, 3840): 32000 / 11520, (3840, 3840): 1.0, (3840, 10240): 1.0}
 """(N, K) of a block's linears and how often they count; w3_w1 (20480, 3840), too large for MEMORY, counts as qkv."""
-RANK = 256
+RANK, HEADS = 256, (30, 128)
 ROWS = {"few_ms": 1152, "many_ms": 4224}  # of pictures of 512 x 512 and 1024 x 1024 pixels
 REPEATS, SLOW = 7, 3.0  # calls of each linear, but one of those that are so much slower than the fastest
 LIMIT_S = 3.0  # for all calls but the first of each kind, which compile; then each is timed once
@@ -94,6 +94,22 @@ def select_ops(backend: str, device: torch.device, dtype: torch.dtype, head_dim:
     return chosen
 
 
+def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """ "sdpa" or "int8"; of "auto" the latter where it passed its trial and is the faster one by more than ALIKE.
+
+    ValueError for another name, and for "int8" where it does not run."""
+    if name not in ("auto", *attention.KINDS):
+        raise ValueError(f"attention: expected auto, {' or '.join(attention.KINDS)}, found {name!r}")
+    refusal = attention.int8_unavailable(device) if name != "sdpa" else None
+    if name == "int8" and refusal:
+        raise ValueError(f"attention 'int8' cannot run here: {refusal}; choose sdpa, or auto")
+    if name != "auto" or refusal:
+        return name if name != "auto" else "sdpa"
+    record = known(device, dtype)
+    facts = record["ways"].get(" ".join(ATTENTION), {}) if record else {}
+    return "int8" if "int8_ms" in facts and ALIKE * facts["int8_ms"] < facts["sdpa_ms"] else "sdpa"
+
+
 def usable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> list[Way]:
     """The ways that `auto` chooses from on a device; only the first of them is there on anything but a GPU."""
     if device.type != "cuda":
@@ -135,14 +151,19 @@ def measure(
 
     Untried and OutOfMemoryError where the device is too full."""
     outcomes = {way: Outcome() for way in ways if way[0] == "reference"}
-    for library in dict.fromkeys(name for name, _ in ways if name != "reference"):
-        own = [way for way in ways if way[0] == library]
-        outcomes |= tried([*own, FUSED] if library == "triton" else own, device, dtype, fp4)
+    beside = [FUSED] if any(name == "triton" for name, _ in ways) else []
+    if attention.int8_unavailable(device) is None:
+        beside.append(ATTENTION)
+    compiled = [way for way in (*ways, *beside) if way[0] != "reference"]
+    for library in dict.fromkeys(name for name, _ in compiled):
+        outcomes |= tried([way for way in compiled if way[0] == library], device, dtype, fp4)
     found: dict[Way, dict[str, Any]]
     found = {way: {"error": o.error} if o.refused is None else {"refused": o.refused} for way, o in outcomes.items()}
     passed = [way for way in ways if "refused" not in found[way]]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         times, seconds = time_ways(device, dtype, passed, fp4, shapes, elapsed or elapsed_ms)
+        if "error" in found.get(ATTENTION, {}):
+            found[ATTENTION] |= time_attention(device, dtype, elapsed or elapsed_ms)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for way in passed:
@@ -187,6 +208,16 @@ def time_ways(
     return {way: {name: round(ms, 4) for name, ms in found.items()} for way, found in totals.items()}, seconds
 
 
+def time_attention(device: torch.device, dtype: torch.dtype, elapsed: Elapsed) -> dict[str, float]:
+    """Each kind's ms for a picture of 1024 x 1024 pixels."""
+    q, k, v = (torch.randn(1, ROWS["many_ms"], *HEADS, device=device, dtype=dtype) for _ in range(3))
+    found = {}
+    for name, attend in attention.KINDS.items():
+        times = [elapsed(partial(attend, q, k, v, None), device) for _ in range(1 + REPEATS)]
+        found[f"{name}_ms"] = round(statistics.median(times[1:]), 4)
+    return found
+
+
 def pick(record: Record, asked: Iterable[Way]) -> Way:
     """The backend and precision, "w4a16+w4a8" say, that are fastest for few and for many rows among those asked for.
 
@@ -214,6 +245,8 @@ def describe(record: Record) -> dict[str, str]:
         if "many_ms" in facts:
             few, many = ROWS.values()
             found[way] = f"{facts['few_ms']:.2f} ms for {few} rows, {facts['many_ms']:.2f} ms for {many}{error}"
+        elif "int8_ms" in facts:
+            found[way] = f"{facts['int8_ms']:.2f} ms, torch's {facts['sdpa_ms']:.2f} ms{error}"
         else:
             found[way] = facts.get("refused") or f"runs{error}"
     return found

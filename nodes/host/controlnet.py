@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...zimage_core.formats.controlnet import control_info, load_controlnet
+from ...zimage_core.models.attention import sdpa
 from ...zimage_core.models.controlnet import (
     MASKED_CHANNELS,
     ControlNet,
@@ -28,7 +29,7 @@ from ...zimage_core.models.controlnet import (
     control_context,
     inpainting_picture,
 )
-from ...zimage_core.models.transformer import Conditioning, ZImageTransformer, attention, rope_angles
+from ...zimage_core.models.transformer import Conditioning, ZImageTransformer, rope_angles
 from ...zimage_core.sizes import readable
 from . import messages
 from .files import find
@@ -281,10 +282,10 @@ class StockPatch:
             self.caption = given["txt"]
             self._begin(x, given["x"])
             cos, sin = (angles[:, :tokens] for angles in self._angles(given))
-            self.run.enter_refiner(x, (cos, sin, None, given["vec"], attention))
+            self.run.enter_refiner(x, (cos, sin, None, given["vec"], sdpa))
         elif index == 0:
             whole = torch.cat((x, self.caption.expand(len(x), -1, -1).to(x.dtype)), dim=1)
-            self.run.enter_layers(whole, (*self._angles(given), None, given["vec"], attention))
+            self.run.enter_layers(whole, (*self._angles(given), None, given["vec"], sdpa))
         hint = self.run.hint(index)
         if hint is not None:
             given["img"] = torch.add(given["img"], hint[:, :tokens], alpha=self.applied.strength)

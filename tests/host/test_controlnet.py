@@ -65,7 +65,7 @@ def test_hints_equal_comfyuis(host, variant):
     positions = torch.tensor([(33, row, column) for row in range(GRID[0]) for column in range(GRID[1])])[None]
     cos, sin = transformer.rope_angles(positions, base)
     turns = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2)).expand(2, -1, -1, -1, -1, -1)
-    args = (cos, sin, None, t_emb, transformer.attention)
+    args = (cos, sin, None, t_emb, transformer.sdpa)
 
     embedded = net.x_embedder(transformer.patchify(context, 2))
     run = models.PreparedControl(net, embedded).begin(transformer.run_block)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from zimage_core.formats.load import load_transformer
+from zimage_core.models.attention import sdpa
 from zimage_core.models.guidance import Nag
-from zimage_core.models.transformer import Hooks, attention
+from zimage_core.models.transformer import Hooks
 from zimage_core.sampler import denoise, get_sigmas
 
 HEIGHT, WIDTH, IMAGE = 64, 128, 32  # pixels and image tokens, without pads: those stay where they are, at position 0
@@ -31,7 +32,7 @@ def noise(count, height=HEIGHT, width=WIDTH):
 
 def side_by_side(nag, q, k, v, mask):
     """Attention of rows with the positive captions and as many with the negative one, as in ComfyUI's NAGuidance."""
-    out = attention(q, k, v, mask)
+    out = sdpa(q, k, v, mask)
     positive, negative = out[:, :IMAGE].chunk(2)
     guided = positive * (nag.scale + 1) - negative * nag.scale
     ratio = guided.norm(p=1, dim=-1, keepdim=True) / positive.norm(p=1, dim=-1, keepdim=True)

@@ -70,6 +70,7 @@ MAY_IMPORT = {
         "residents",
         "sampler",
         "sizes",
+        "tune",
         "variety",
     },
     "notation": set(),

@@ -6,6 +6,7 @@ faults are planted.
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import textwrap
@@ -17,7 +18,7 @@ import torch
 from zimage_core import trial, tune
 from zimage_core.linear import backends
 from zimage_core.linear.svdq import SVDQLinear, smoothing
-from zimage_core.models import ops
+from zimage_core.models import attention, ops
 from zimage_core.trial import Outcome
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -37,8 +38,6 @@ def kitchen(tmp_path, monkeypatch):
     """Writes a package comfy_kitchen whose int8_linear has a fault."""
 
     def write(fault: str | None = None) -> None:
-        package = tmp_path / "path" / "comfy_kitchen"
-        package.mkdir(parents=True, exist_ok=True)
         text = """
             import os, time, types
             import torch
@@ -53,6 +52,13 @@ def kitchen(tmp_path, monkeypatch):
             def scaled_mm_svdquant_w4a4(*given):
                 raise NotImplementedError
 
+            def int8_attention_is_available(device=None):
+                return os.environ.get("INT8_ATTENTION") == "1"
+
+            def int8_attention(q, k, v, attn_mask=None):
+                q, k, v = ((y * 64).round() / 64 for y in (q, k, v))
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+
             def int8_linear(x, weight, weight_scale, bias, out_dtype):
                 scale = x.float().abs().amax(1, keepdim=True) / 127
                 codes = (x.float() / scale).round()
@@ -63,7 +69,10 @@ def kitchen(tmp_path, monkeypatch):
                 return y
         """
         (package / "__init__.py").write_text(textwrap.dedent(text).replace("FAULT", FAULTS[fault] or "pass"))
+        importlib.invalidate_caches()
 
+    package = tmp_path / "path" / "comfy_kitchen"
+    package.mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "path"), *sys.path])
     for name in [name for name in sys.modules if name.split(".")[0] == "comfy_kitchen"]:
         monkeypatch.delitem(sys.modules, name)
@@ -124,7 +133,7 @@ def test_a_broken_way_is_refused_in_a_sentence_and_nothing_else_suffers(fault, k
     assert found["reference", "w4a16"].refused is None and found["reference", "w4a16"].error < 0.01
     expected = {
         None: None,
-        "wrong": "wrong here: expected an error of up to 0.060 on a small linear, found 0.",
+        "wrong": "wrong here: expected an error of up to 0.060 on a small input, found 0.",
         "raises": "failed here: its process ended with code 1: RuntimeError: no kernel image is available",
         "aborts": "failed here: its process ended with code",
         "hangs": "failed here: did not answer within 20 s",
@@ -334,3 +343,43 @@ def test_a_mixed_precision_can_be_named_where_its_backend_has_it():
         backends.select("reference", "w4a4+w4a16", device="cpu", dtype=BF16)
     with pytest.raises(ValueError, match="precision: expected auto or one of"):
         backends.select("auto", "w4a4+int4", device="cpu", dtype=BF16)
+
+
+@pytest.mark.parametrize(("int8_ms", "chosen"), [(0.8, "int8"), (0.95, "sdpa"), (2.0, "sdpa")])
+def test_attention_in_eight_bits_is_taken_where_allowed_and_faster(int8_ms, chosen, as_gpu, monkeypatch):
+    monkeypatch.setenv("INT8_ATTENTION", "1")
+    found = record(reference_w4a16=(9, 9))
+    found["ways"]["kitchen attention"] = {"error": 0.02, "sdpa_ms": 1.0, "int8_ms": int8_ms}
+    monkeypatch.setattr(tune, "measure", lambda *_: found)
+    assert tune.select_attention("auto", CPU, BF16) == chosen
+    assert tune.select_attention("sdpa", CPU, BF16) == "sdpa"
+    assert tune.select_attention("int8", CPU, BF16) == "int8"
+    with pytest.raises(ValueError, match="attention: expected auto, sdpa or int8, found 'flash'"):
+        tune.select_attention("flash", CPU, BF16)
+    monkeypatch.delenv("INT8_ATTENTION")
+    assert tune.select_attention("auto", CPU, BF16) == "sdpa"
+    with pytest.raises(ValueError, match="attention 'int8' cannot run here: comfy-kitchen has no int8 attention"):
+        tune.select_attention("int8", CPU, BF16)
+
+
+def test_attention_in_eight_bits_is_tried_and_timed(kitchen, monkeypatch):
+    kitchen()
+    monkeypatch.setenv("INT8_ATTENTION", "1")
+    monkeypatch.setattr(tune, "ROWS", {"few_ms": 4, "many_ms": 40})
+    found = tune.measure(CPU, BF16, [TORCH], shapes=SHAPES)["ways"]["kitchen attention"]
+    assert 0 < found["error"] < 0.03 and found["sdpa_ms"] > 0 and found["int8_ms"] > 0
+
+
+def test_a_picture_with_attention_in_eight_bits(kitchen, tiny_files, monkeypatch):
+    """Every block computes it so, the plan knows it, and the picture is near that of torch's attention."""
+    from zimage_core import load_pipeline
+
+    kitchen()
+    monkeypatch.setenv("INT8_ATTENTION", "1")
+    pictures = {}
+    for name in ("sdpa", "int8"):
+        pipeline = load_pipeline(**tiny_files, device="cpu", attention=name)
+        pictures[name] = pipeline("a red circle", 64, 64, num_inference_steps=1, generator=0)[0]
+        assert pipeline.transformer.attention is attention.KINDS[name] is pipeline._on_meta.transformer.attention
+    a, b = (torch.tensor(list(pictures[name].tobytes())).float() for name in ("sdpa", "int8"))
+    assert 0 < (a - b).abs().mean() < 8

@@ -46,7 +46,10 @@ class PictureGenerator:
 
     def _arithmetic(self) -> dict[str, object]:
         dtype = str(self.pipeline.dtype).removeprefix("torch.")
-        return {"backend": self.backend, "precision": self.precision, "dtype": dtype}
+        found: dict[str, object] = {"backend": self.backend, "precision": self.precision, "dtype": dtype}
+        if self.pipeline.attention != "sdpa":
+            found["attention"] = self.pipeline.attention
+        return found
 
     def facts(self) -> dict[str, object]:
         """Hashes of the models and the arithmetic; the machine is left out, so that another may go on."""

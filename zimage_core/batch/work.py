@@ -192,7 +192,7 @@ def pinned(record: Mapping[str, object]) -> dict[str, object]:
         return {}
     dense = record["backend"] == "dense"
     chosen = {} if dense else {"backend": record["backend"], "precision": record["precision"]}
-    return {**chosen, "dtype": record["dtype"]}
+    return {**chosen, "dtype": record["dtype"], "attention": record.get("attention", "sdpa")}
 
 
 def reraise_if_lost(error: Exception) -> None:

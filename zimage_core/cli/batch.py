@@ -127,6 +127,7 @@ def start(args: argparse.Namespace, progress: Progress) -> Run | ClusterRun:
         dtype=args.dtype,
         backend=args.backend,
         precision=args.precision,
+        attention=args.attention,
         vram_budget=args.vram_budget,
     )
 

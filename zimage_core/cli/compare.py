@@ -95,6 +95,7 @@ def pipelines(args: argparse.Namespace) -> dict[str, Callable[[], Pipeline]]:
             dtype=args.dtype,
             backend=args.backend,
             precision=precision,
+            attention=args.attention,
         )
         pipeline = load()  # reads headers only
         info = model_info(pipeline.files.model)

@@ -170,6 +170,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         backend=args.backend,
         precision=args.precision,
+        attention=args.attention,
         vram_budget=args.vram_budget,
         once=args.upscale is None,
     )
@@ -300,6 +301,7 @@ def settings(pipeline: Pipeline, args: argparse.Namespace, pictures: Pictures) -
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "backend": backend.name if backend else "dense",
         "precision": backend.precision if backend else None,
+        "attention": pipeline.attention,
     }
     if args.lora:
         found["loras"] = [[Path(path).name, strength] for path, strength in args.lora]

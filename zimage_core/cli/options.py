@@ -58,9 +58,14 @@ def add_device(parser: Parser) -> None:
 
 
 def add_runtime(parser: Parser) -> None:
-    """--device, --dtype and --backend of the commands that generate pictures."""
+    """--device, --dtype, --attention and --backend of the commands that generate pictures."""
     add_device(parser)
     parser.add_argument("--dtype", help="bfloat16, float16 or float32 (default bfloat16; float16 on GPUs without it)")
+    parser.add_argument(
+        "--attention",
+        default="sdpa",
+        help="sdpa (default), int8 (comfy-kitchen's), or auto, the faster of the two here",
+    )
     parser.add_argument(
         "--backend", default="auto", help="auto (default), reference, or one that `zimage doctor` lists"
     )

@@ -20,6 +20,7 @@ from ..formats.controlnet import load_controlnet
 from ..formats.encoder import load_text_encoder
 from ..formats.load import load_transformer
 from ..formats.vae import load_vae
+from ..models.attention import KINDS
 from ..models.controlnet import ControlNet
 from ..models.guidance import Nag
 from ..models.text_encoder import TextEncoder
@@ -48,12 +49,15 @@ class MetaModels:
     vae_dtype: torch.dtype
     backend: str = "auto"
     precision: str = "auto"
+    attention: str = "sdpa"
     _controlnets: dict[Path, ControlNet] = field(default_factory=dict)
 
     @functools.cached_property
     def transformer(self) -> ZImageTransformer:
         options = {"backend": self.backend, "precision": self.precision}
-        return load_transformer(self.files[0], device=META, dtype=self.dtype, compute_device=self.device, **options)
+        model = load_transformer(self.files[0], device=META, dtype=self.dtype, compute_device=self.device, **options)
+        model.attention = KINDS[self.attention]
+        return model
 
     def controlnet(self, path: str | Path) -> ControlNet:
         """A ControlNet for the transformer; ValueError also for one that was made for another."""

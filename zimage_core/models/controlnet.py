@@ -26,12 +26,11 @@ from torch import Tensor, nn
 
 from ..linear.adapters import Adapted, Linear
 from . import ops
+from .attention import Attend, sdpa
 from .config import ControlNetConfig
-from .transformer import Block, Conditioning, LinearFactory, RunBlock, ZImageTransformer, attention, patchify, use_ops
+from .transformer import Block, Conditioning, LinearFactory, RunBlock, ZImageTransformer, patchify, use_ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ..linear.backends import Backend
 
 MASKED_CHANNELS = 33  # control latents, mask, inpainting latents
@@ -53,7 +52,7 @@ class ControlBlock(Block):
         sin: Tensor,
         mask: Tensor | None,
         t_emb: Tensor | None = None,
-        attend: Callable = attention,
+        attend: Attend = sdpa,
         base: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Control tokens x (1 or B, L, D), in the first block with the base's (B, L, D) -> next x, hint (B, L, D)."""

@@ -26,6 +26,7 @@ from ..linear.adapters import Adapted, Linear
 from ..linear.svdq import smoothing
 from ..sizes import round_up
 from . import ops
+from .attention import Attend, sdpa
 from .config import ZImageConfig
 from .guidance import Nag, guide
 
@@ -79,12 +80,6 @@ def rope_angles(positions: Tensor, config: ZImageConfig) -> tuple[Tensor, Tensor
     return angle.cos(), angle.sin()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q, k, v (B, L, H, K), mask (B, 1, 1, L) bool -> (B, L, D)."""
-    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
 def run_block(stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
     """Run one block; stage is "context_refiner", "noise_refiner" or "layers", a ControlNet's begin with "control_"."""
     return block(x, *args)
@@ -99,7 +94,7 @@ class Hooks:
     """
 
     run_block: Callable[..., Tensor] = run_block
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = attention
+    attention: Attend | None = None
     rope: tuple[float, float, float, float] | None = None
 
 
@@ -128,7 +123,7 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_dim, eps=1e-5)
         self.norm_k = RMSNorm(config.head_dim, eps=1e-5)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attend: Callable = attention) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attend: Attend = sdpa) -> Tensor:
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, K)
         q, k, v = self.ops.norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps, cos, sin)
         return self.to_out(attend(q, k, v, mask))
@@ -175,7 +170,7 @@ class Block(nn.Module):
         sin: Tensor,
         mask: Tensor | None,
         t_emb: Tensor | None = None,
-        attend: Callable = attention,
+        attend: Attend = sdpa,
     ) -> Tensor:
         """x (B, L, D), t_emb (1 or B, 256) or None -> (B, L, D)."""
         scale_attn = gate_attn = scale_ffn = gate_ffn = None
@@ -239,6 +234,7 @@ class ZImageTransformer(Adapted):
         super().__init__()
         self.config = config
         self.backend: Backend | None = None  # that of all quantized linears
+        self.attention: Attend = sdpa
         self.checkpoint: Any = None  # what its file said: `formats.identify.ModelInfo`
         refiner_linear = refiner_linear or linear
         t_width = min(config.dim, ADALN_WIDTH)
@@ -316,7 +312,7 @@ class ZImageTransformer(Adapted):
             context[i, : len(feats)] = feats
         context = self._stream(context)
         caption_mask = None if mask is None else mask[..., image_tokens:]
-        args = (cos[:, image_tokens:], sin[:, image_tokens:], caption_mask, None, hooks.attention)
+        args = (cos[:, image_tokens:], sin[:, image_tokens:], caption_mask, None, hooks.attention or self.attention)
         for i, block in enumerate(self.context_refiner):
             context = hooks.run_block("context_refiner", i, block, context, *args)
         return Conditioning(context, cos, sin, mask, grid, image_tokens, tuple(lengths))
@@ -371,7 +367,8 @@ class ZImageTransformer(Adapted):
         x = self._stream(x)
 
         image_cos, image_sin = cond.cos[:, : cond.image_tokens], cond.sin[:, : cond.image_tokens]
-        args: tuple[object, ...] = (image_cos, image_sin, None, t_emb, hooks.attention)
+        attend = hooks.attention or self.attention
+        args: tuple[object, ...] = (image_cos, image_sin, None, t_emb, attend)
         runs = [control.begin(hooks.run_block) for control in cond.controls]
         for run in runs:
             run.enter_refiner(x, args)
@@ -380,7 +377,7 @@ class ZImageTransformer(Adapted):
             for run in runs:
                 x = run.add_hint(i, x)
         x = torch.cat((x, cond.context.expand(batch, -1, -1).to(x.dtype)), dim=1)
-        attend = hooks.attention if cond.nag is None else cond.nag.attention(hooks.attention, cond.image_tokens)
+        attend = attend if cond.nag is None else cond.nag.attention(attend, cond.image_tokens)
         args = (cond.cos, cond.sin, cond.mask, t_emb, attend)
         for run in runs:
             run.enter_layers(x, args)
