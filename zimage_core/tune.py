@@ -4,7 +4,7 @@ A way must first compute what the reference computes (`trial`). Then the ways ar
 block for few and for many rows. The figures are kept in the user's cache folder under everything that they depend on,
 so that a seed gives the same picture at every later run; `zimage tune` makes them anew.
 
-A w4a8 linear's input is quantized inside the preceding kernel where that is ours; here the linear does it itself.
+What counts is the GPU's time: a step's launches run ahead of it, or are replayed as a CUDA graph.
 
 Legend: M rows, N out, K in.
 """
@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import threading
@@ -51,7 +50,8 @@ SHAPES = {(11520, 3840): 32000 / 11520, (3840, 3840): 1.0, (3840, 10240): 1.0}
 """(N, K) of a block's linears and how often they count; w3_w1 (20480, 3840), too large for MEMORY, counts as qkv."""
 RANK, HEADS = 256, (30, 128)
 ROWS = {"few_ms": 1152, "many_ms": 4224}  # of pictures of 512 x 512 and 1024 x 1024 pixels
-REPEATS, SLOW = 7, 3.0  # calls of each linear, but one of those that are so much slower than the fastest
+REPEATS, SLOW = 7, 3.0  # rounds of calls, but one of those that are so much slower than the fastest
+QUEUED, QUEUE_CYCLES = 3, 10**7  # calls timed together, and cycles of a GPU (5 to 10 ms) in which the host queues them
 LIMIT_S = 3.0  # for all calls but the first of each kind, which compile; then each is timed once
 MEMORY = 2**29  # bytes of the device that timing takes at most
 
@@ -161,9 +161,9 @@ def measure(
     found = {way: {"error": o.error} if o.refused is None else {"refused": o.refused} for way, o in outcomes.items()}
     passed = [way for way in ways if "refused" not in found[way]]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        times, seconds = time_ways(device, dtype, passed, fp4, shapes, elapsed or elapsed_ms)
+        times, seconds = time_ways(device, dtype, passed, fp4, shapes, elapsed or queued_ms)
         if "error" in found.get(ATTENTION, {}):
-            found[ATTENTION] |= time_attention(device, dtype, elapsed or elapsed_ms)
+            found[ATTENTION] |= time_attention(device, dtype, elapsed or queued_ms)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for way in passed:
@@ -185,37 +185,51 @@ def time_ways(
     begun, compiling = time.perf_counter(), 0.0
     for (n, k), count in shapes.items():
         weights = random_weights(n, k, min(RANK, k), device, dtype, fp4)
+        prepared = {way: backends.load(way[0]).prepare(weights, way[1]) for way in ways}
         for name, rows in ROWS.items():
-            x, fastest = torch.randn(rows, k, device=device, dtype=dtype), float("inf")
-            for way in ways:
-                module = backends.load(way[0])
-                prepared = module.prepare(weights, way[1])
-
-                def call(module=module, prepared=prepared, level=way[1], x=x) -> torch.Tensor:
-                    return module.linear(x, prepared, level)
-
-                warming = time.perf_counter()
+            x = torch.randn(rows, k, device=device, dtype=dtype)
+            calls = {way: _call(way, prepared[way], x, coded=n != k) for way in ways}
+            warming = time.perf_counter()
+            for call in calls.values():
                 elapsed(call, device)
-                compiling += time.perf_counter() - warming
-                times = [elapsed(call, device)]
-                fastest = min(fastest, times[0])
-                late = time.perf_counter() - begun - compiling > LIMIT_S
-                if times[0] <= SLOW * fastest and not late:
-                    times += [elapsed(call, device) for _ in range(REPEATS - 1)]
-                fastest = min(fastest, *times)
-                totals[way][name] += count * statistics.median(times)
+            compiling += time.perf_counter() - warming
+            late = time.perf_counter() - begun - compiling > LIMIT_S
+            least = rounds(calls, device, elapsed, 1 if late else REPEATS)
+            for way in ways:
+                totals[way][name] += count * least[way]
     seconds = time.perf_counter() - begun - compiling
     return {way: {name: round(ms, 4) for name, ms in found.items()} for way, found in totals.items()}, seconds
+
+
+def _call(way: Way, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, coded: bool) -> Callable[[], torch.Tensor]:
+    """A linear as a block runs it: where x comes from a kernel of ours, `coded`, that has quantized it."""
+    module = backends.load(way[0])
+    smooth = module.smoothing(prepared, way[1]) if coded and hasattr(module, "smoothing") else None
+    if smooth is None:
+        return partial(module.linear, x, prepared, way[1])
+    quantized = backends.Quantized(x, *module.quantize_rows(x, smooth, module.eight_bit(x.device)))
+    return partial(module.linear, quantized, prepared, way[1])
+
+
+def rounds(calls: Mapping[Way, Callable[[], object]], device: torch.device, elapsed: Elapsed, count: int) -> dict:
+    """The least ms of each call, which take turns; one SLOW times slower than the fastest is called only once."""
+    least = {way: elapsed(call, device) for way, call in calls.items()}
+    for _ in range(count - 1):
+        for way, call in calls.items():
+            if least[way] <= SLOW * min(least.values()):
+                least[way] = min(least[way], elapsed(call, device))
+    return least
 
 
 def time_attention(device: torch.device, dtype: torch.dtype, elapsed: Elapsed) -> dict[str, float]:
     """Each kind's ms for a picture of 1024 x 1024 pixels."""
     q, k, v = (torch.randn(1, ROWS["many_ms"], *HEADS, device=device, dtype=dtype) for _ in range(3))
-    found = {}
-    for name, attend in attention.KINDS.items():
-        times = [elapsed(partial(attend, q, k, v, None), device) for _ in range(1 + REPEATS)]
-        found[f"{name}_ms"] = round(statistics.median(times[1:]), 4)
-    return found
+    calls: dict[Any, Callable[[], object]] = {
+        name: partial(attend, q, k, v, None) for name, attend in attention.KINDS.items()
+    }
+    for call in calls.values():
+        elapsed(call, device)
+    return {f"{name}_ms": round(ms, 4) for name, ms in rounds(calls, device, elapsed, REPEATS).items()}
 
 
 def pick(record: Record, asked: Iterable[Way]) -> Way:
@@ -304,6 +318,21 @@ def keep(path: Path, record: Record, anew: bool) -> Record:
     except OSError as error:
         logger.warning("%s cannot be written (%s): the next run times the ways to run linears again", path, error)
     return record
+
+
+def queued_ms(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds that a call keeps a GPU busy: calls wait there in a queue, so the host's time does not count."""
+    if device.type != "cuda":
+        return elapsed_ms(call, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        torch.cuda._sleep(QUEUE_CYCLES)  # while the host queues the calls
+        start.record()
+        for _ in range(QUEUED):
+            call()
+        end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / QUEUED
 
 
 def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
