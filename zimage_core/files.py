@@ -18,13 +18,15 @@ PathOption: TypeAlias = "str | Path | None"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one pipeline; `demo` where the transformer is the bundled model; `shift` of its sigmas."""
+    """The files of one pipeline. demo: the transformer is the bundled model; demo_like: it, or made from it, by its
+    sizes; shift: that of its sigmas."""
 
     model: Path
     text_encoder: Path
     tokenizer: Path
     vae: Path
     demo: bool = False
+    demo_like: bool = False
     shift: float = SHIFT
 
 
@@ -62,7 +64,15 @@ def find_files(
             raise ValueError(f"{path}: the {name.replace('_', ' ')} is not there; check the path")
     if "tokenizer" not in parts:
         parts["tokenizer"] = get_tokenizer(parts["text_encoder"])
-    return ModelFiles(**parts, demo=model is None, shift=read_shift(parts["model"]))
+    like = is_demo_like(parts["model"])
+    return ModelFiles(**parts, demo=model is None, demo_like=like, shift=read_shift(parts["model"]))
+
+
+def is_demo_like(model: str | Path | None) -> bool:
+    """Whether a transformer has the sizes of the bundled one, as one that was made from it has."""
+    from .demo import demo_files
+
+    return model is None or model_info(model).config == model_info(demo_files()["model"]).config
 
 
 def read_shift(transformer: Path) -> float:

@@ -237,14 +237,18 @@ def choose_noise(
 
 
 def choose_sigmas(
-    steps: int, sigmas: Iterable[float] | None, strength: float, image: bool, shift: float, schedule: str
+    steps: int, sigmas: Iterable[float] | None, strength: float, image: bool, masked: bool, shift: float, schedule: str
 ) -> Tensor:
-    """The sigmas of a call, with an image to start from or without; a warning where its strength has no effect."""
-    integer("steps", steps), number("strength", strength), number("shift", shift)
+    """The sigmas of a call, with an image to start from, a mask, or neither; a warning where one has no effect."""
+    integer("steps", steps), number("shift", shift)
+    if not 0 < number("strength", strength) <= 1:
+        raise ValueError(f"strength: expected above 0 to 1, found {strength}; 0.6 keeps much of the picture, 1 nothing")
     if strength != 1 and (sigmas is not None or not image):
         logger.warning(
             "strength %g: has no effect %s", strength, "beside sigmas" if image else "without a picture to start from"
         )
+    if image and strength == 1 and sigmas is None and not masked:
+        logger.warning("image: nothing of it is kept at strength 1; 0.6 keeps much of it")
     if sigmas is not None:
         return sampler.read_sigmas(sigmas, shift)
     return sampler.get_sigmas(steps, strength if image else 1.0, shift, schedule)

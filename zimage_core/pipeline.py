@@ -28,6 +28,7 @@ from .device import choose_device, choose_dtype, host_memory
 from .failures import check_finite, out_of_memory
 from .files import ModelFiles, find_files
 from .formats.encoder import check_width
+from .formats.safetensors import stamp
 from .job import (
     PIXELS_MULTIPLE,
     Job,
@@ -149,6 +150,7 @@ class Pipeline:
         self._captions: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
         self._captions_made_by: tuple[Loras, int] = ((), MAX_TOKENS)  # the text encoder's LoRAs, the limit of tokens
         self._remembered = 0  # prompts of the last `encode`
+        self._stamps: dict[Path, tuple[object, ...]] = {}  # of the files that were planned with
         self._too_much: dict[str, int] = {}  # model -> pixels from which memory ran out with blocks of it resident
 
     @property
@@ -237,7 +239,7 @@ class Pipeline:
         negative = read_negative(len(positive), guided, negative_prompt, negative_prompt_embeds)
         images, mask = checked_pictures("image", image), checked_picture("mask", mask)
         height, width = picture_size(
-            height, width, own_size(images, latents, DEMO_SIZE if self.files.demo else REAL_SIZE)
+            height, width, own_size(images, latents, DEMO_SIZE if self.files.demo_like else REAL_SIZE)
         )
         count = check_count(len(positive), num_images_per_prompt, height, width, images)
         noise, seeds = choose_noise(generator, latents, count, height, width)
@@ -250,7 +252,9 @@ class Pipeline:
             "nag": nag,
             "variety": read_variety(variety),
             "sampler": check_sampler(sampler),
-            "sigmas": choose_sigmas(num_inference_steps, sigmas, strength, bool(images), shift, schedule),
+            "sigmas": choose_sigmas(
+                num_inference_steps, sigmas, strength, bool(images), edit is not None, shift, schedule
+            ),
             "shift": shift,
             "tile": check_tile(tile),
             "limit": check_limit(max_sequence_length),
@@ -259,7 +263,7 @@ class Pipeline:
             "on_step": on_step,
             "on_step_end": callback_on_step_end and functools.partial(self._step_end, callback_on_step_end),
         }
-        if self.files.demo:
+        if self.files.demo_like:
             for sentence in advice([one for one in positive if isinstance(one, str)], height, width):
                 logger.warning(sentence)
 
@@ -374,7 +378,8 @@ class Pipeline:
         stays = ("transformer", "VAE") if budget is None and not self.once else ()
         limits = planning.Limits(
             budget=budget,
-            host=host_memory() if self.device.type == "cpu" else None,
+            host=host_memory(),
+            on_host=self.device.type == "cpu",
             libraries=libraries(self.device),
             streamed=[name for name, least in self._too_much.items() if pixels >= least],
             stays=(*stays, "text encoder") if self._keeps_encoder else stays,
@@ -388,7 +393,15 @@ class Pipeline:
             vae=self._on_meta.vae,
             controls=[self._on_meta.controlnet(control.model) for control in job.controls],
         )
+        for path in (self.files.model, self.files.text_encoder, self.files.vae, *(Path(c.model) for c in job.controls)):
+            self._stamps.setdefault(path, stamp(path))
         logger.info(job.plan.table())
+
+    def _check_unchanged(self, *paths: str | Path) -> None:
+        """ValueError where a file that is to be read is another one than was planned with."""
+        for path in map(Path, paths):
+            if stamp(path) != self._stamps[path]:
+                raise ValueError(f"{path}: changed since its header was read; wait until it is whole, and load it anew")
 
     def _attempt(self, job: Job, name: str, pixels: int, work: Callable[..., T], *options: object) -> T:
         """Run work(job, *options); after an out-of-memory error retry once with every block of a model streamed.
@@ -410,6 +423,7 @@ class Pipeline:
     def _encode(self, job: Job) -> None:
         """Fill in the features of the texts that are not remembered."""
         if job.tokens:
+            self._check_unchanged(self.files.text_encoder)  # on a CPU it stays mapped
             stage = self._make_room(job, "text encoder")
             if self._encoder is None:
                 with job.record("load text encoder"):
@@ -445,7 +459,9 @@ class Pipeline:
     def _sample(self, job: Job, given: Given) -> tuple[Tensor, Backend | None]:
         """Latents (B, 16, H/8, W/8) on the device after all steps, and the backend that ran them."""
         stage = self._make_room(job, "transformer")
+        self._check_unchanged(*(control.model for control in job.controls))
         if self._transformer is None:
+            self._check_unchanged(self.files.model)
             with job.record("load transformer"):
                 self._transformer = ResidentTransformer(
                     self.files.model, stage, self.device, self.dtype, self.backend, self.precision, self.attention
@@ -522,6 +538,7 @@ class Pipeline:
         """The VAE, on the device."""
         self._make_room(job, "VAE")
         if self._vae is None:
+            self._check_unchanged(self.files.vae)
             with job.record("load VAE"):
                 self._vae = ResidentVAE(self.files.vae, self.device, self._vae_dtype)
         self._vae.place()

@@ -7,7 +7,9 @@ REAL_SIZE, DEMO_SIZE = 1024, 256  # pixels of an edge where no size is asked for
 
 
 def readable(count: float) -> str:
-    """Bytes as "1.25 GiB", below a quarter of that as "200 MiB"."""
+    """Bytes as "1.25 GiB", below a quarter of that as "200 MiB", below one of those as "13 KiB"."""
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
     return f"{count / GIB:.2f} GiB" if count >= GIB / 4 else f"{count / 2**20:.0f} MiB"
 
 

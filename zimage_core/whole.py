@@ -11,6 +11,17 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
+LONGEST_NAME = 200  # bytes, of the 255 that file systems take, as a suffix and `beside` add some
+DEVICES = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    "CONIN$",
+    "CONOUT$",
+    *(f"{port}{i}" for port in ("COM", "LPT") for i in range(10)),
+}
+
 
 def beside(path: Path, ending: str) -> Path:
     """A hidden name of this program's own in the folder of a file."""
@@ -108,6 +119,21 @@ def write(path: Path, data: bytes) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise _refused(path, error) from error
+
+
+def check_name(name: str) -> None:
+    """ValueError unless a text is a file's name on Linux, Windows and macOS, without folders."""
+    stem = name.partition(".")[0].strip().upper()
+    wrong = (
+        "a folder" if {"/", "\\"} & set(name) else
+        "a character that Windows does not allow" if set(name) & set('<>:"|?*') or not name.isprintable() else
+        "a name that Windows keeps for a device" if stem in DEVICES else
+        "a point or a space at an end" if name.strip(" .") != name else
+        "a dash at the start" if name.startswith("-") else
+        f"{len(name.encode(errors='replace'))} bytes" if len(name.encode(errors="replace")) > LONGEST_NAME else ""
+    )  # fmt: skip
+    if wrong:
+        raise ValueError(f"{name!r}: expected a plain file name of up to {LONGEST_NAME} bytes, found {wrong}")
 
 
 def _refused(path: Path, error: OSError) -> ValueError:

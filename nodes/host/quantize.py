@@ -18,6 +18,7 @@ from torch import Tensor
 from ...zimage_core.compare import side_by_side
 from ...zimage_core.quantize import run as core
 from ...zimage_core.sizes import GIB
+from ...zimage_core.whole import check_name
 from . import messages
 from .clip import release
 from .files import EXTENSIONS, NO_LORA, check_lora, choices, find
@@ -94,8 +95,10 @@ def new_file(model_name: str, output_name: str, rank: int) -> Path:
     root = next((root for root in roots if root.name == "diffusion_models"), roots[0])
     root.mkdir(parents=True, exist_ok=True)
     if output_name:
-        if Path(output_name).name != output_name or "\\" in output_name or output_name.startswith("."):
-            raise ValueError(f"output_name {output_name!r}: expected a file name without folders; empty is a free one")
+        try:
+            check_name(output_name)
+        except ValueError as error:
+            raise ValueError(f"output_name {error}; empty is a free one") from None
         ending = "" if output_name.lower().endswith(EXTENSIONS) else EXTENSIONS[0]
         target = root / f"{output_name}{ending}"
         if target.exists():

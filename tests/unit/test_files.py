@@ -127,9 +127,11 @@ def test_odd_headers(tmp_path, case):
     check_against_safetensors(tmp_path / "x.safetensors", ODD[case])
 
 
-@pytest.mark.parametrize("length", [640, 640 + 65536, int.from_bytes(b"<html", "little") % 2**16])
+@pytest.mark.parametrize(
+    "length", [640, 640 + 65536, int.from_bytes(b"<html", "little") % 2**16, int.from_bytes(b"PK\x03\x04", "little")]
+)
 def test_a_length_that_looks_like_another_file_is_a_length(tmp_path, length):
-    """640 is b"\\x80\\x02", with which pickles begin."""
+    """640 is b"\\x80\\x02", with which pickles begin, and 67 MB are a ZIP file's first bytes."""
     check_against_safetensors(tmp_path / "x.safetensors", packed(b"{}".ljust(length)))
 
 
@@ -252,6 +254,17 @@ def relatives(dense: dict) -> dict[str, dict]:
             "model.diffusion_model.label_emb.0.0.weight": one,
         },
         "Flux": {"double_blocks.0.img_attn.qkv.weight": one, "single_blocks.0.linear1.weight": one},
+        "SD3": {"joint_blocks.0.x_block.attn.qkv.weight": one},
+        "HunyuanVideo": {"txt_in.individual_token_refiner.blocks.0.norm1.weight": one},
+        "HiDream": {"double_stream_blocks.0.block.ff_i.gate.weight": one},
+        "Stable Diffusion": {"input_blocks.0.0.weight": one},
+        "a video autoencoder": {"decoder.upsamples.0.residual.0.gamma": one},
+        "quant_conv": {"post_quant_conv.weight": one, "decoder.conv_in.weight": torch.zeros(8, 16, 3, 3)},
+        "the decoder of an autoencoder only": {"decoder.conv_in.weight": torch.zeros(8, 16, 3, 3)},
+        "Gemma": {"model.layers.0.pre_feedforward_layernorm.weight": one},
+        "a vision-language model": {"visual.blocks.0.attn.qkv.weight": one},
+        "a mixture-of-experts": {"model.layers.0.mlp.experts.0.up_proj.weight": one},
+        "a ControlNet for another model": {"control_model.input_blocks.0.0.weight": one},
         "Qwen-Image": {"transformer_blocks.0.img_mod.1.weight": one},
         "Wan": {"blocks.0.self_attn.q.weight": one, "patch_embedding.weight": one},
         "T5": {"encoder.block.0.layer.0.SelfAttention.q.weight": one},
@@ -313,6 +326,32 @@ def test_names_left_by_wrappers_are_read(dense, tmp_path):
     ):
         save_file({wrap(k): v for k, v in dense.items()}, tmp_path / "x.safetensors")
         assert model_info(tmp_path / "x.safetensors").format == "dense"
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "_fsdp_wrapped_module.", "module._orig_mod."])
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_names_left_by_wrappers_in_the_other_parts(tiny_files, tmp_path, part, wrapper):
+    """In front of all names, or within them as FSDP leaves it: the same weights."""
+    load = {"text_encoder": load_text_encoder, "vae": load_vae}[part]
+    header, tensors = read_header(tiny_files[part]), load_file(tiny_files[part])
+    whole = dict(load(tiny_files[part]).state_dict())
+    for wrapped in (
+        {wrapper + key: tensor for key, tensor in tensors.items()},
+        {key.replace("0.", f"0.{wrapper}", 1): tensor for key, tensor in tensors.items()},
+    ):
+        save_file(wrapped, tmp_path / "x.safetensors", header.metadata)
+        found = dict(load(tmp_path / "x.safetensors").state_dict())
+        assert found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "qwen3_4b.transformer."])
+def test_an_encoder_that_clipsave_wrote(tiny_files, tmp_path, prefix):
+    header, tensors = read_header(tiny_files["text_encoder"]), load_file(tiny_files["text_encoder"])
+    save_file({prefix + key: tensor for key, tensor in tensors.items()}, tmp_path / "x.safetensors", header.metadata)
+    found, whole = (
+        dict(load_text_encoder(path).state_dict()) for path in (tmp_path / "x.safetensors", tiny_files["text_encoder"])
+    )
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
 
 
 def test_identifying_leaves_torch_alone():

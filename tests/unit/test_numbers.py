@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from zimage_core import cli, load_pipeline
 from zimage_core.failures import out_of_memory
 from zimage_core.formats import load
+from zimage_core.formats.safetensors import open_tensors
 from zimage_core.linear import backends
 from zimage_core.linear.svdq import SVDQWeights
 from zimage_core.lora.apply import apply
@@ -215,6 +216,45 @@ def test_an_fp16_text_encoder_holds_what_overflows_fp16():
 )
 def test_out_of_memory_in_every_system_s_words(error):
     assert out_of_memory(error)
+
+
+@pytest.mark.parametrize("change", ["shrunk", "rewritten", "gone"])
+@pytest.mark.parametrize("part", ["model", "text_encoder", "vae"])
+def test_a_file_that_changed_since_its_header_was_read_is_not_drawn_with(tiny_files, tmp_path, part, change):
+    """Said before its stage reads it, whichever stage came before."""
+    path = tmp_path / "x.safetensors"
+    shutil.copy(tiny_files[part], path)
+    shutil.copy(tiny_files["text_encoder"].parent / "tokenizer.json", tmp_path)
+    pipeline, stages = load_pipeline(**{**tiny_files, part: path}, device="cpu"), []
+    pipeline.plan(["a cat"], 32, 32)
+    raw = path.read_bytes()
+    path.unlink()
+    if change != "gone":
+        path.write_bytes(raw[:-1000] if change == "shrunk" else raw[:-1000] + bytes(1000))
+    with pytest.raises(ValueError, match=r"x\.safetensors: changed since its header was read"):
+        pipeline("a cat", **SIZE, on_stage=lambda name, steps: stages.append(name))
+    assert not any(name.endswith({"model": "transformer", "vae": "VAE"}.get(part, "encoder")) for name in stages)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_a_file_that_changes_while_it_is_read(tiny_files, tmp_path, kind):
+    """A quantizer reads for hours: each tensor is asked for from the file whose header was read."""
+    path = tmp_path / f"x.{kind}"
+    if kind == "gguf":
+        gguf = pytest.importorskip("gguf")
+        writer = gguf.GGUFWriter(path, "qwen3")
+        writer.add_tensor("a", torch.ones(64, 64).numpy())
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+    else:
+        save_file({"a": torch.ones(64, 64)}, path)
+    with open_tensors(path) as files:
+        files.get("a")
+        with path.open("ab") as file:
+            file.write(b"more")
+        with pytest.raises(ValueError, match="changed since its header was read; wait until it is whole"):
+            files.get("a")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("out of memory.safetensors"), OSError(2, "gone")])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from zimage_core import cli, load_pipeline, sampler
 from zimage_core.lora.read import Lora, load_lora
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
+from zimage_core.quantize.run import quantize_checkpoint
 
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 2, "generator": 1}
 
@@ -107,6 +108,33 @@ def test_options_without_effect_are_said(tiny_files, caplog):
     caplog.clear()
     pipeline("a", **SIZE, negative_prompt="blur", guidance_scale=1.0, image=Image.new("RGB", (32, 32)), strength=0.5)
     assert "no effect" not in caplog.text
+
+
+def test_an_image_of_which_nothing_is_kept_is_said(tiny_files, caplog):
+    """The library's own strength is 1, the command's 0.6."""
+    pipeline, image = load_pipeline(**tiny_files, device="cpu"), Image.new("RGB", (32, 32))
+    pipeline("a", **SIZE, image=image)
+    assert "image: nothing of it is kept at strength 1; 0.6 keeps much of it" in caplog.text
+    caplog.clear()
+    pipeline("a", **SIZE, image=image, strength=0.6)
+    pipeline("a", **SIZE, image=image, mask=Image.new("L", (32, 32), 255))
+    assert "nothing of it" not in caplog.text
+
+
+def test_a_prompt_that_is_cut_is_said_on_the_command_line(tiny_files, tmp_path, capsys):
+    options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
+    options += ["--width=32", "--height=32", "--steps=1", "--device=cpu", f"--out={tmp_path / 'x.png'}"]
+    assert cli.main(["generate", "cat " * 600, *options]) == 0
+    assert "only the first 512 are used; shorten it" in capsys.readouterr().err
+
+
+def test_the_encoder_s_half_of_a_lora_that_is_merged_is_said(outliers, tmp_path):
+    pair = {"lora_down.weight": torch.ones(4, 64), "lora_up.weight": torch.ones(64, 4)}
+    tensors = named("lora_te_model_layers_0_self_attn_o_proj", pair)
+    down = {"lora_A.weight": torch.ones(4, 384) / 100, "lora_B.weight": torch.ones(384, 4) / 100}
+    save_file(tensors | named("layers.0.attention.to_out.0", down), tmp_path / "both.safetensors")
+    with pytest.warns(UserWarning, match="both.safetensors: its 1 modules of the text encoder are not merged; load it"):
+        quantize_checkpoint(outliers, tmp_path / "q", rank=16, merge=[(tmp_path / "both.safetensors", 1.0)])
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,7 @@ MAY_IMPORT = {
     "batch": {
         "",
         "control",
+        "files",
         "formats",
         "linear",
         "lora",

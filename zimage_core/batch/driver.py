@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..files import is_demo_like
 from ..sizes import DEMO_SIZE, REAL_SIZE, readable
 from .columns import Cells, Columns, PictureColumns
 from .rows import Rows
@@ -172,7 +173,7 @@ def run(
     sink = sink if isinstance(sink, Sink) else Sink(sink)
     if columns is None:
         folder = Path(rows).parent if isinstance(rows, str | Path) and str(rows) != "-" else Path()
-        columns = PictureColumns(folder, DEMO_SIZE if options.get("model") is None else REAL_SIZE)
+        columns = PictureColumns(folder, DEMO_SIZE if is_demo_like(options.get("model")) else REAL_SIZE)
     if ray is not None:
         from .cluster import ClusterRun
 

@@ -7,6 +7,7 @@ Results go to stdout, progress and complaints to stderr.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -58,13 +59,15 @@ COMMANDS = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; input that cannot be used ends in one line with the remedy."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable())
+    logging.basicConfig(handlers=[handler])
     level = logging.ERROR if args.quiet else logging.DEBUG if args.verbose else args.log_level
     logging.getLogger(__name__.partition(".")[0]).setLevel(level)
     try:
         with warnings.catch_warnings(), interruptible():
             warnings.showwarning = lambda message, *_: (
-                None if args.quiet else print(f"zimage: {message}", file=sys.stderr)
+                None if args.quiet else print(f"zimage: {printable(str(message))}", file=sys.stderr)
             )
             code = args.run(args)
         sys.stdout.flush()
@@ -84,6 +87,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"zimage: {one_line(error)}", file=sys.stderr)
         return EXIT_INPUT
+
+
+class Printable(logging.Formatter):
+    """A log's lines with their control characters escaped, as names in files are not ours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).splitlines()))
 
 
 @contextmanager
@@ -138,6 +148,9 @@ def build_parser() -> Parser:
 def one_line(error: Exception) -> str:
     """The error as one sentence, in printable characters; for a file it is the system's own words."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "check the path and its permissions"
+        text = f"{where}{error.strerror.lower()}; {remedy}"
     return printable(text)

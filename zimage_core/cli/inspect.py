@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..sizes import readable
 from .doctor import what_runs
 from .options import Commands, Parser
 from .output import gib, print_facts, printable
@@ -31,7 +32,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     runs = facts.pop("runs_here", None)
     metadata = facts.pop("metadata")
-    print_facts(facts)
+    by_dtype = {name: readable(count) for name, count in facts.pop("bytes_by_dtype").items()}
+    sizes = {"size": readable(facts.pop("bytes")), "by dtype": by_dtype}
+    print_facts({name: value for name, value in (facts | sizes).items() if not name.startswith("gib")})
     if metadata:
         print("metadata:")
         for name, value in metadata.items():
@@ -58,6 +61,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "format": found.what,
         **({"likely": f"Z-Image {variant}"} if variant else {}),
         "tensors": len(files.tensors),
+        "bytes": sum(dtypes.values()),
+        "bytes_by_dtype": dtypes,
         "gib": gib(sum(dtypes.values())),
         "gib_by_dtype": {name: gib(count) for name, count in dtypes.items()},
         "metadata": {name: " ".join(value.split()) for name, value in files.metadata.items()},

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeAlias, TypeVar
 
 EXIT_INPUT = 2
+DASHED = re.compile(r"-[\d.]")  # begins a value, not an option
 T = TypeVar("T")
 SIDE = "pixels, 16 to 16384, a multiple of 16 (default 1024; 256 with the bundled demo)"
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -17,6 +20,8 @@ class Parser(argparse.ArgumentParser):
     """argparse with complaints of one line."""
 
     def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message and (dashed := next(filter(DASHED.match, sys.argv[1:]), None)):
+            message += f", found what looks like an option ({dashed}); write NAME={dashed} if it is the value"
         self.exit(EXIT_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..sizes import round_up
-from .safetensors import Header, TensorFiles, check_file
+from .safetensors import Header, TensorFiles, check_file, check_stamp, stamp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,7 @@ class GGUFFile(TensorFiles):
 
     def __init__(self, path: str | Path):
         self.path = check_file(path)
+        before = stamp(self.path)
         self.fields: dict[str, object] = {}
         self.prefix = ""
         self.tensors = {}
@@ -62,7 +63,7 @@ class GGUFFile(TensorFiles):
             text = " ".join(str(error).split())
             raise ValueError(f"{self.path}: its GGUF data are damaged or cut off ({text}); download it again") from None
         self.metadata = {key: str(value) for key, value in self.fields.items()}
-        self.headers = [Header(self.path, self.tensors, self.metadata)]
+        self.headers = [Header(self.path, self.tensors, self.metadata, before)]
         if self.fields.get("split.count", 1) not in (0, 1):
             raise ValueError(f"{self.path}: expected one GGUF file, found a part of a split one; merge its parts")
 
@@ -76,6 +77,7 @@ class GGUFFile(TensorFiles):
         """The tensor as stored, (N, bytes of a row) where it has blocks."""
         import torch
 
+        check_stamp(self.headers[0])
         dtype, shape = self.tensors[name]
         start, size = self._place[self.prefix + name]
         data = torch.frombuffer(self._data, dtype=torch.uint8, count=size, offset=start)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ..models.config import PRESETS, ZImageConfig
 from .gguf import QUANTIZED
 from .layouts import present
-from .names import UNUSED, canonical_tensor, is_lora
+from .names import UNUSED, canonical_tensor, is_lora, unwrapped
 from .safetensors import Shape, TensorFiles, Tensors, open_tensors
 
 FLOATS = ("BF16", "F16", "F32")
@@ -219,6 +219,7 @@ def open_part(path: str | Path, role: str) -> TensorFiles:
 
 def _kind(tensors: Tensors, form: Form) -> tuple[str, str]:
     """Role and words of a file with these tensors."""
+    tensors = {unwrapped(key): entry for key, entry in tensors.items()}
     if not tensors:
         return "other", "a file without tensors"
     if all(_first(pattern, tensors) for pattern in PARTS):

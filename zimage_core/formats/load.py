@@ -140,8 +140,8 @@ def match_tensors(
         if missing:
             name = repr(f"{target} (part {missing[0]})" if missing[0] else target)
             raise ValueError(
-                f"{files.path}: expected tensor {name} of shape {shape}, found none; the file is incomplete, "
-                f"download it again or {remedy}"
+                f"{files.path}: expected tensor {name} of shape {shape}, found none; the file is incomplete "
+                f"or laid out otherwise, download it again or {remedy}"
             )
         sources[target] = [found[parts[part]] for part in order]
         each = (shape[0] // len(order), *shape[1:]) if len(order) > 1 else shape

@@ -19,6 +19,9 @@ PREFIX = re.compile(r"^(?:model\.diffusion_model\.|diffusion_model\.|transformer
 _WRAPPER = re.compile(r"\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Left in names by torch.compile, DDP, FSDP and activation checkpointing."""
 
+_SAVED_ENCODER = re.compile(r"^(?:qwen3_4b\.)?transformer\.(?=model\.)")
+"""Before the names in a file that ComfyUI's CLIPSave wrote."""
+
 _LEAF = re.compile(r"(.+?)\.(weight\..+|[^.]+)")
 """A tensor's name -> module and leaf, where a quantized weight's parts are one leaf (`weight._data`)."""
 
@@ -134,6 +137,11 @@ _LORA_REFUSED = tuple(
 )
 
 
+def unwrapped(key: str) -> str:
+    """A tensor's key without what wrappers of modules left in it."""
+    return _WRAPPER.sub("", key)
+
+
 def canonical_module(name: str) -> tuple[str, str | None] | None:
     """A module's name in any style -> (the model's module, part or None); None where nothing matches."""
     name = PREFIX.sub("", _WRAPPER.sub("", name))
@@ -186,6 +194,7 @@ def comfy_module(name: str) -> str:
 
 def encoder_tensor(key: str) -> tuple[str, None]:
     """A text encoder tensor's key in transformers' or GGUF's style -> transformers' name without `model.`."""
+    key = _SAVED_ENCODER.sub("", unwrapped(key))
     stem, _, leaf = key.rpartition(".")
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
         return f"layers.{match[1]}.{_GGUF_LAYERS.get(match[2], match[2])}.{leaf}", None
@@ -199,6 +208,7 @@ def vae_tensor(key: str, levels: int) -> tuple[str, None]:
     """
     if len(key) > LONGEST:
         return key, None
+    key = unwrapped(key)
     if match := re.match(r"decoder\.up\.(\d{1,2})\.", key):
         key = f"decoder.up_blocks.{levels - 1 - int(match[1])}.{key[match.end() :]}"
     for pattern, replacement in _BFL_ROWS:

@@ -25,6 +25,7 @@ Tensors = dict[str, tuple[str, Shape]]
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16}
 _BITS |= {"I16": 16, "U16": 16, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # every other type has 8
 MOST_AXES, MOST_TEXT = 64, 2**26
+SUFFIXES = (".safetensors", ".sft", ".gguf", ".json")  # of a model's files in a folder
 _PICKLE = "a pickled PyTorch file, which is never opened because it can run code"
 _MAGIC = (
     (b"GGUF", "a GGUF file"),
@@ -47,6 +48,7 @@ class Header:
     path: Path
     tensors: Tensors
     metadata: dict[str, str] = field(default_factory=dict)
+    stamp: tuple[object, ...] = ()  # of the file before it was read
 
 
 def tensor_bytes(dtype: str, shape: Shape) -> int:
@@ -67,6 +69,22 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
+def stamp(path: Path) -> tuple[object, ...]:
+    """Sizes and times of a file, or of the model's files in a folder; nothing where nothing is."""
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        found = [(file.name, file.stat()) for file in files]
+    except OSError:
+        return ()
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found)
+
+
+def check_stamp(header: Header) -> None:
+    """ValueError where a file is no longer the one whose header was read."""
+    if stamp(header.path) != header.stamp:
+        raise ValueError(f"{header.path}: changed since its header was read; wait until it is whole, then start again")
+
+
 def read_header(path: str | Path) -> Header:
     """Read and check a safetensors header without torch.
 
@@ -75,6 +93,7 @@ def read_header(path: str | Path) -> Header:
     from safetensors import SafetensorError, safe_open
 
     path = check_file(path)
+    before = stamp(path)
     try:
         with safe_open(path, framework="np") as file:
             views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -84,7 +103,7 @@ def read_header(path: str | Path) -> Header:
         raise ValueError(f"{path}: {_fault(path, str(error))}") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); check its permissions") from None
-    return Header(path, tensors, metadata)
+    return Header(path, tensors, metadata, before)
 
 
 def _fault(path: Path, reason: str) -> str:
@@ -175,6 +194,7 @@ class TensorFiles:
         from safetensors import safe_open
 
         self._stack = ExitStack()
+        self._headers = {h.path: h for h in self.headers}
         self._open = {h.path: self._stack.enter_context(safe_open(h.path, framework="pt")) for h in self.headers}
         return self
 
@@ -197,7 +217,9 @@ class TensorFiles:
 
     def stored(self, name: str) -> Tensor:
         """A tensor of the file itself, which others may be made of."""
-        return self._open[self._file[self.prefix + name]].get_tensor(self.prefix + name)
+        path = self._file[self.prefix + name]
+        check_stamp(self._headers[path])
+        return self._open[path].get_tensor(self.prefix + name)
 
     def narrow(self, prefix: str) -> None:
         """Leave the tensors whose names begin with a prefix, without it: one model of a file of several."""

@@ -15,7 +15,7 @@ import torch
 from ..models.vae import VAE, VAEConfig, check_dtype
 from .identify import EXPECTED, identify, open_part
 from .load import Sources, fill, match_tensors
-from .names import vae_tensor
+from .names import unwrapped, vae_tensor
 from .safetensors import TensorFiles
 from .weights import find_weights
 
@@ -40,14 +40,14 @@ FREE_FIELDS = {"sample_size", "force_upcast"}
 def config_from_diffusers(config: dict) -> VAEConfig:
     """A diffusers AutoencoderKL config as VAEConfig; ValueError for a field or value not known here."""
     if not isinstance(config, dict):
-        raise ValueError(f"config: expected a JSON object, found {config!r}; {_REMEDY}")
+        raise ValueError(f"config: expected a JSON object, found {type(config).__name__}; {_REMEDY}")
     ours: dict[str, Any] = {
         name: tuple(config[name]) if isinstance(config[name], list) else config[name]
         for name in VAEConfig.__dataclass_fields__
         if name in config
     }
-    found = VAEConfig(**ours)
-    levels = len(found.block_out_channels)
+    sizes = VAEConfig(**ours)
+    levels = len(sizes.block_out_channels)
     fixed = FIXED_FIELDS | {
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -56,9 +56,11 @@ def config_from_diffusers(config: dict) -> VAEConfig:
         if name.startswith("_") and name not in fixed:
             continue
         if name not in fixed or config[name] != fixed[name]:
+            value = config[name]
             expected = repr(fixed[name]) if name in fixed else "no such field"
-            raise ValueError(f"config field {name}: expected {expected}, found {config[name]!r}; {_REMEDY}")
-    return found
+            found = repr(value) if name in fixed or isinstance(value, int | float) else type(value).__name__
+            raise ValueError(f"config field {name}: expected {expected}, found {found}; {_REMEDY}")
+    return sizes
 
 
 def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
@@ -89,13 +91,14 @@ def _match(files: TensorFiles) -> tuple[VAE, Sources]:
     """The VAE of an open file, without its weights, and where each of its tensors is."""
     identify(files).require("vae")
     found = find_weights(files, _REMEDY)
-    levels = 1 + max((int(m[1]) for key in found if (m := re.match(r"decoder\.up\.(\d{1,2})\.", key))), default=0)
+    numbers = (re.match(r"decoder\.up\.(\d{1,2})\.", unwrapped(key)) for key in found)
+    levels = 1 + max((int(number[1]) for number in numbers if number), default=0)
     shapes = {vae_tensor(key, levels)[0]: stored.shape for key, stored in found.items()}
     raw = files.metadata.get("config")
     try:
         config = config_from_diffusers(json.loads(raw)) if raw else config_from_shapes(shapes)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{files.path}: expected JSON as config, found {raw!r} ({error}); {_REMEDY}") from None
+        raise ValueError(f"{files.path}: config: expected JSON, found otherwise ({error}); {_REMEDY}") from None
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from None
     with torch.device("meta"):

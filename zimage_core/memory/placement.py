@@ -71,9 +71,13 @@ class Weights:
 
     def within(self, allowance: float) -> tuple[int, int]:
         """How many blocks stay on the device within an allowance, and the bytes that are then there, slots included."""
-        keep = fit(self.blocks, self.slot, allowance - self.rest)
-        slots = BUFFERS * self.slot if len(keep) < len(self.blocks) else 0
-        return len(keep), self.rest + sum(self.blocks[i] for i in keep) + slots
+        kept = self.kept(allowance)
+        slots = BUFFERS * self.slot if len(kept) < len(self.blocks) else 0
+        return len(kept), self.rest + sum(kept) + slots
+
+    def kept(self, allowance: float) -> list[int]:
+        """The bytes of each block that stays on the device within an allowance."""
+        return [self.blocks[i] for i in fit(self.blocks, self.slot, allowance - self.rest)]
 
 
 def weights(blocks: Iterable[nn.Module], model: nn.Module) -> Weights:

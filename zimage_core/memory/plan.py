@@ -58,8 +58,8 @@ class Request:
 class Limits:
     """What may be used of the device.
 
-    budget: None for no limit. host: bytes of the machine where it computes itself, None where unknown. libraries: what
-    cuBLAS and the like hold for good. streamed: models of which no block may stay. stays: models that stay on the
+    budget: None for no limit. host: bytes of the machine, None where unknown; on_host: it computes itself. libraries:
+    what cuBLAS and the like hold for good. streamed: models of which no block may stay. stays: models that stay on the
     device through the others' stages; resident: what models have there now, from the picture before.
     """
 
@@ -69,6 +69,7 @@ class Limits:
     stays: Collection[str] = ()
     resident: Mapping[str, int] = field(default_factory=dict)
     host: int | None = None
+    on_host: bool = False
 
     @property
     def usable(self) -> int | None:
@@ -99,6 +100,7 @@ class Stage:
     allowance: float
     beside: tuple[str, ...] = ()
     note: str = ""
+    streamed: int = 0  # bytes of the blocks that wait on the host
 
     @property
     def needed(self) -> int:
@@ -154,7 +156,7 @@ class Plan:
         for stage in self.stages:
             found = asdict(stage) | {"peak": stage.peak}
             del found["allowance"]
-            sizes = ("weights", "on_device", "activations", "other", "peak")
+            sizes = ("weights", "on_device", "activations", "other", "peak", "streamed")
             stages.append({k: round(v / GIB, 4) if k in sizes else v for k, v in found.items()})
         budget = None if self.budget is None else round(self.budget / GIB, 4)
         return {"budget_gib": budget, "peak_gib": round(self.peak / GIB, 4), "stages": stages}
@@ -224,7 +226,7 @@ def plan_pictures(
     down = vae.config.downscale
     for tile in tile_sizes(request.height // down, request.width // down, down):
         stage = _stage("VAE", vae, (), decoding_bytes(vae, *size, tile), limits, there)
-        if stage.needed <= min(limits.available, limits.host or math.inf):
+        if stage.needed <= min(limits.available, (limits.on_host and limits.host) or math.inf):
             break
     stages.append(_checked(replace(stage, note=f"in tiles of {tile} cells") if tile else stage, request, limits))
     return Plan(str(request), tuple(stages), limits.budget, limits.usable, tile or "auto")
@@ -262,6 +264,7 @@ def _stage(
         other=limits.libraries + sum(others.values()),
         allowance=allowance,
         beside=tuple(others),
+        streamed=sum(found.blocks) - sum(found.kept(allowance)),
     )
 
 
@@ -269,10 +272,16 @@ def _checked(stage: Stage, request: Request, limits: Limits) -> Stage:
     """The stage; ValueError where the budget or the machine cannot hold it."""
     if stage.needed > limits.available:
         raise _too_small(stage, request, limits)
-    if limits.host is not None and stage.needed > limits.host:
+    if limits.host is not None and limits.on_host and stage.needed > limits.host:
         raise ValueError(
             f"memory: the {stage.name} needs {readable(stage.needed)} for {request}, this machine has "
             f"{readable(limits.host)}; generate smaller or fewer pictures at a time"
+        )
+    if limits.host is not None and stage.streamed > limits.host:
+        raise ValueError(
+            f"memory: {stage.blocks - stage.resident} of {stage.blocks} blocks of the {stage.name} would wait in "
+            f"{readable(stage.streamed)} of host memory, this machine has {readable(limits.host)}; give a larger vram "
+            "budget, or a smaller file"
         )
     return stage
 
@@ -282,5 +291,6 @@ def _too_small(stage: Stage, request: Request, limits: Limits) -> ValueError:
     least = next(b for b in range(2**26, 2**50, 2**26) if b - reserve(b) >= needed)
     return ValueError(
         f"vram budget {readable(limits.budget or 0)}: the {stage.name} needs {readable(needed)} for {request} even "
-        f"with every block streamed; give at least {readable(least)}, or generate smaller or fewer pictures at a time"
+        f"with every block streamed, and {readable(reserve(least))} stay free; give at least {readable(least)}, or "
+        "generate smaller or fewer pictures at a time"
     )

@@ -70,6 +70,10 @@ class DenseSource:
         self.loras = ", ".join(lora.name for lora, _ in loras)
         self.changes: dict[str, list[tuple[Delta, float]]] = {}
         for lora, strength in loras:
+            if lora.text_encoder:
+                count = len(lora.text_encoder)
+                text = f"{lora.name}: its {count} modules of the text encoder are not merged; load it at run time too"
+                warnings.warn(text, stacklevel=4)
             for target, deltas in check(lora, model).items():
                 self.changes.setdefault(target, []).extend((delta, strength) for delta in deltas)
 
