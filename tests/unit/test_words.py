@@ -11,7 +11,6 @@ from itertools import product
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from zimage_core import cli, device, load_pipeline
@@ -121,12 +120,6 @@ def test_errors_of_the_system_are_told_in_words(monkeypatch, capsys, tiny_files)
         monkeypatch.setattr("zimage_core.cli.inspect.inspect_file", fail)
         assert cli.main(["inspect", "x"]) == 2
         assert capsys.readouterr().err.strip() == words
-
-
-@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5])
-def test_a_strength_is_called_a_strength(tiny_files, strength):
-    with pytest.raises(ValueError, match="strength: expected above 0 to 1, found"):
-        load_pipeline(**tiny_files, device="cpu")("a", **SIZE, image=Image.new("RGB", (32, 32)), strength=strength)
 
 
 def test_a_value_that_begins_with_a_dash(monkeypatch, capsys):
