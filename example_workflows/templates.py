@@ -173,10 +173,10 @@ TEMPLATES = {
     ),
     "Z-Image base": Graph(
         "Z-Image base",
-        "## Z-Image itself, not Turbo\n\nIts preset takes 30 steps and cfg 5, which diffusers calls guidance 4. What the "
-        "second prompt describes is avoided; it may be empty.\n\nWith the demo model this runs without downloads. For "
-        "real pictures choose this file, Turbo's encoder and VAE (*Z-Image text to image*), and about 1024 x 1024:\n\n"
-        + files(BASE),
+        "## Z-Image itself, not Turbo\n\nIts preset takes 30 steps and cfg 5, which diffusers calls guidance 4. What "
+        "the second prompt describes is avoided; it may be empty.\n\nWith the demo model this runs without downloads. "
+        "For real pictures choose this file, Turbo's encoder and VAE (*Z-Image text to image*), and about "
+        "1024 x 1024:\n\n" + files(BASE),
         {
             "Models": models(),
             "Prompts": [

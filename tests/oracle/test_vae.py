@@ -356,9 +356,9 @@ def test_bad_configs_are_named(tmp_path, tensors, model):
     ):
         one_sentence(write_folder(tmp_path / str(i), tensors, good | change), words)
     save_file(tensors, tmp_path / "x.safetensors", metadata={"config": "{"})
-    one_sentence(tmp_path / "x.safetensors", "expected JSON as config, found '{'")
+    one_sentence(tmp_path / "x.safetensors", "config: expected JSON, found otherwise")
     save_file(tensors, tmp_path / "x.safetensors", metadata={"config": "[]"})
-    one_sentence(tmp_path / "x.safetensors", "config: expected a JSON object, found []")
+    one_sentence(tmp_path / "x.safetensors", "config: expected a JSON object, found list")
 
 
 def test_only_safetensors(tmp_path, tensors):
