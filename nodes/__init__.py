@@ -2,7 +2,7 @@
 
 from .conditioning import ZImagePromptEncode
 from .controlnet import ZImageControlNetApply, ZImageControlNetLoader
-from .host import replace
+from .host import needs, replace
 from .loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
 from .lora import ZImageLoraLoader, ZImageLoraStack, ZImageLoraSwitches
 from .quantize import ZImageCompare, ZImageQuantize
@@ -10,7 +10,7 @@ from .sampling import ZImageSampler
 from .size import ZImageSize
 from .vae import ZImageVAEDecode
 
-NODE_CLASS_MAPPINGS = {
+NODES = {
     "ZImageINT4ModelLoader": ZImageINT4ModelLoader,
     "ZImageTextEncoderLoader": ZImageTextEncoderLoader,
     "ZImagePromptEncode": ZImagePromptEncode,
@@ -44,4 +44,5 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ZImageSize": "Z-Image Size",
 }
 
+NODE_CLASS_MAPPINGS = needs.provided(NODES, NODE_DISPLAY_NAME_MAPPINGS)
 replace.register()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .host.clip import encode_prompt
+from . import host
 
 
 class ZImagePromptEncode:
@@ -37,4 +37,4 @@ class ZImagePromptEncode:
         }
 
     def encode(self, clip, prompt):
-        return (encode_prompt(clip, prompt),)
+        return (host.clip.encode_prompt(clip, prompt),)

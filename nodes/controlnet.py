@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from . import host
 from .host import messages
-from .host.controlnet import apply_control, describe_control, load_control
 from .host.files import check_control, choices
 from .loaders import BACKENDS, CATEGORY, PRECISIONS
 
@@ -47,8 +47,8 @@ class ZImageControlNetLoader:
         return messages.checked(check_control, control_name)
 
     def load(self, control_name, backend, precision, unique_id=None):
-        control = load_control(control_name, BACKENDS[backend], precision)
-        messages.say(describe_control(control_name, control), unique_id)
+        control = host.controlnet.load_control(control_name, BACKENDS[backend], precision)
+        messages.say(host.controlnet.describe_control(control_name, control), unique_id)
         return (control,)
 
 
@@ -112,4 +112,5 @@ class ZImageControlNetApply:
         mask=None,
         unique_id=None,
     ):
-        return (apply_control(model, control, vae, image, inpaint_image, mask, strength, start, end, unique_id),)
+        args = (image, inpaint_image, mask, strength, start, end, unique_id)
+        return (host.controlnet.apply_control(model, control, vae, *args),)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from . import host
 from .host import messages
-from .host.clip import describe_encoder, load_clip
 from .host.files import DEMO, check_encoder, check_model, check_vae, choices
-from .host.model import describe_model, load_model, try_plan
-from .host.vae import describe_vae, load_vae
 
 BACKENDS = {"auto": "auto", "nunchaku": "nunchaku", "comfy-kitchen": "kitchen", "triton": "triton", "torch": "torch"}
 PRECISIONS = ("auto", "w4a16", "w4a8", "w4a4")
@@ -94,8 +92,8 @@ class ZImageINT4ModelLoader:
         return messages.checked(check_model, model_name)
 
     def load(self, model_name, backend, precision, vram_budget=0.0, unique_id=None):
-        model = load_model(model_name, BACKENDS[backend], precision, vram_budget)
-        messages.say(f"{describe_model(model)}\n{try_plan(model, 1024, 1024)}", unique_id)
+        model = host.model.load_model(model_name, BACKENDS[backend], precision, vram_budget)
+        messages.say(f"{host.model.describe_model(model)}\n{host.model.try_plan(model, 1024, 1024)}", unique_id)
         return (model,)
 
 
@@ -133,8 +131,8 @@ class ZImageTextEncoderLoader:
         return messages.checked(check_encoder, encoder_name)
 
     def load(self, encoder_name, unique_id=None):
-        clip = load_clip(encoder_name)
-        messages.say(describe_encoder(clip), unique_id)
+        clip = host.clip.load_clip(encoder_name)
+        messages.say(host.clip.describe_encoder(clip), unique_id)
         return (clip,)
 
 
@@ -177,6 +175,6 @@ class ZImageVAELoader:
         return messages.checked(check_vae, vae_name)
 
     def load(self, vae_name, dtype, unique_id=None):
-        vae = load_vae(vae_name, dtype)
-        messages.say(describe_vae(vae, 1024, 1024), unique_id)
+        vae = host.vae.load_vae(vae_name, dtype)
+        messages.say(host.vae.describe_vae(vae, 1024, 1024), unique_id)
         return (vae,)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from . import host
 from .host import messages
 from .host.files import NO_LORA, check_lora, choices
-from .host.model import add_loras
 
 SLOTS = (1, 2, 3, 4)
 SWITCHES = 10
@@ -51,7 +51,7 @@ class ZImageLoraLoader:
         return messages.checked(check_lora, lora_name)
 
     def load(self, model, lora_name, strength, unique_id=None):
-        return (add_loras(model, [(lora_name, strength)], unique_id),)
+        return (host.model.add_loras(model, [(lora_name, strength)], unique_id),)
 
 
 class ZImageLoraStack:
@@ -93,7 +93,7 @@ class ZImageLoraStack:
         self, model, lora_1, strength_1, lora_2, strength_2, lora_3, strength_3, lora_4, strength_4, unique_id=None
     ):
         stack = [(lora_1, strength_1), (lora_2, strength_2), (lora_3, strength_3), (lora_4, strength_4)]
-        return (add_loras(model, stack, unique_id),)
+        return (host.model.add_loras(model, stack, unique_id),)
 
 
 class ZImageLoraSwitches:
@@ -156,4 +156,4 @@ class ZImageLoraSwitches:
             for i in range(1, lora_count + 1)
             if slots.get(f"enabled_{i}", True)
         ]
-        return add_loras(model, [slot for slot in stack if slot[0] != NO_SWITCHED], unique_id), clip
+        return host.model.add_loras(model, [slot for slot in stack if slot[0] != NO_SWITCHED], unique_id), clip

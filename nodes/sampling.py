@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..zimage_core.models.config import PRESETS
-from .host.messages import CELL
-from .host.sampling import MAX_SIZE, sample
+from . import host
+from .host.messages import CELL, MAX_SIZE
 
 IMAGE_TO_IMAGE: dict[str, tuple] = {
     "latent": (
@@ -134,4 +134,4 @@ class ZImageSampler:
             steps, guidance = PRESETS[preset]
             cfg = guidance + 1
         size = (width, height, batch_size)
-        return (sample(model, positive, negative, cfg, seed, steps, size, latent, denoise, unique_id),)
+        return (host.sampling.sample(model, positive, negative, cfg, seed, steps, size, latent, denoise, unique_id),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .host.vae import decode
+from . import host
 
 
 class ZImageVAEDecode:
@@ -34,4 +34,4 @@ class ZImageVAEDecode:
         }
 
     def decode(self, vae, latent, tiling):
-        return (decode(vae, latent, tiling),)
+        return (host.vae.decode(vae, latent, tiling),)

@@ -20,7 +20,6 @@ from ...zimage_core.quantize import run as core
 from ...zimage_core.sizes import GIB
 from ...zimage_core.whole import check_name
 from . import messages
-from .clip import release
 from .files import EXTENSIONS, NO_LORA, check_lora, choices, find
 
 logger = logging.getLogger(__name__)
@@ -55,6 +54,8 @@ def quantize(
     0 for the quantizer's own. stack: LoRAs to merge, (name, strength) each. An interrupted run keeps its finished
     blocks, and the same call resumes it.
     """
+    from .clip import release
+
     if size:
         messages.check_pixels("size", size, MAX_SIZE)
     source, target = find("diffusion_models", model_name, "dense"), new_file(model_name, output_name, rank)

@@ -9,9 +9,10 @@ their own before the widgets.
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import dataclass
 from typing import Any
+
+from . import messages, needs
 
 LOADER, SWITCHES = "ZImageINT4ModelLoader", "ZImageLoraSwitches"
 SLOTS = range(1, 11)
@@ -60,14 +61,12 @@ REPLACEMENTS = {
 
 def register() -> bool:
     """Register the replacements with ComfyUI's server; False where none runs, or one without replacements."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    server = messages.server()
     manager = getattr(server, "node_replace_manager", None)
-    if server is None or manager is None:
+    if manager is None or needs.lacking(needs.OPTIONAL["nodes of nunchaku's packs that become ours"]):
         return False
     from comfy_api.latest import io
 
-    if not hasattr(io, "NodeReplace"):
-        return False
     for old, found in REPLACEMENTS.items():
         set_values = {"backend": "auto", "precision": "auto"} if found.new == LOADER else {}
         manager.register(

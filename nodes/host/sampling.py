@@ -17,8 +17,6 @@ from . import messages
 from .files import LATENT_CHANNELS
 from .model import ZImagePatcher, describe_plan
 
-MAX_SIZE = 4096  # pixels
-
 
 def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float) -> Tensor:
     """(steps + 1,) sigmas: the core's, or ComfyUI's "simple" where the model's sampling is patched or another's."""
@@ -33,8 +31,8 @@ def empty_latent(width: int, height: int, batch: int, denoise: float) -> dict:
     """A LATENT to generate pictures of a size in pixels from; ValueError for a wrong size and for denoise below 1."""
     if denoise < 1:
         raise ValueError(f"denoise {denoise} needs a latent to start from: connect one (VAE Encode), or set it to 1")
-    messages.check_pixels("width", width, MAX_SIZE)
-    messages.check_pixels("height", height, MAX_SIZE)
+    messages.check_pixels("width", width, messages.MAX_SIZE)
+    messages.check_pixels("height", height, messages.MAX_SIZE)
     shape = (batch, LATENT_CHANNELS, height // 8, width // 8)
     return {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
 

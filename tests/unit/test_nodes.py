@@ -6,6 +6,7 @@ What needs a real ComfyUI is in tests/host.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -38,6 +39,7 @@ IDS = (
 )
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+BELOW = {path.stem for path in (ROOT / "zimage_core" / "memory").glob("*.py")}
 REAL_FILES = {"svdq-int4_r256-z-image-turbo.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"}
 
 
@@ -74,34 +76,37 @@ class FolderPaths(types.ModuleType):
         return next((str(p) for p in (Path(r) / file for r in self.get_folder_paths(name)) if p.is_file()), None)
 
 
-def empty(name: str, **attributes) -> types.ModuleType:
-    module = types.ModuleType(name)
-    vars(module).update(attributes)
-    return module
+class Everything(type):
+    """The class of empty classes that have every attribute."""
+
+    def __getattr__(cls, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+
+class StandIn(types.ModuleType):
+    """A module that has every name, as an empty class."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Everything(name, (), {})
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     """The pack, loaded by path with stand-ins; `pack.models` is the models folder."""
     root = tmp_path_factory.mktemp("models")
-    classes = {
-        "conds": {"CONDRegular": type("CONDRegular", (), {})},
-        "model_base": {"Lumina2": type("Lumina2", (), {})},
-        "model_patcher": {"ModelPatcher": type("ModelPatcher", (), {})},
-        "supported_models": {"ZImage": type("ZImage", (), {})},
-        "sd": {"CLIP": object, "VAE": object},
+    names = ["conds", "latent_formats", "ldm", "ldm.common_dit", "ldm.models", "ldm.models.autoencoder", "ldm.modules"]
+    names += ["ldm.modules.attention", "model_base", "model_management", "model_patcher", "patcher_extension"]
+    names += ["sample", "samplers", "sd", "supported_models", "utils"]
+    stand_ins = {f"comfy.{n}": StandIn(f"comfy.{n}") for n in names}
+    stand_ins |= {
+        "comfy": StandIn("comfy"),
+        "folder_paths": FolderPaths(root),
+        "latent_preview": StandIn("latent_preview"),
     }
-    names = [
-        "latent_formats",
-        "ldm.common_dit",
-        "ldm.modules.attention",
-        "model_management",
-        "patcher_extension",
-        "sample",
-    ]
-    names += ["samplers", "utils", "ldm", "ldm.modules", *classes]
-    stand_ins = {f"comfy.{n}": empty(f"comfy.{n}", **classes.get(n, {})) for n in names}
-    stand_ins |= {"comfy": empty("comfy"), "folder_paths": FolderPaths(root)}
     for name, module in stand_ins.items():
         parent, _, child = name.rpartition(".")
         if parent:
@@ -219,6 +224,48 @@ def test_import_without_comfyui_is_an_attribute_error_with_its_cause():
 def test_import_is_light():
     heavy = "print(sorted({n.split('.')[0] for n in sys.modules} & {'torch', 'numpy', 'zimage_core', 'transformers'}))"
     assert in_new_process(heavy).stdout.strip() == "[]"
+
+
+def taken_from_comfyui(path: Path) -> set[str]:
+    """The dotted names of ComfyUI's in a file of nodes/host, apart from its modules alone."""
+    tree, modules, names = ast.parse(path.read_text(encoding="utf-8")), set(), set()
+    ours = ("comfy", "folder_paths", "latent_preview", "comfy_api", "comfy_execution", "server")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names if alias.name.split(".")[0] in ours}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] in ours:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+
+    def dotted(node: ast.AST) -> str | None:
+        if isinstance(node, ast.Attribute):
+            before = dotted(node.value)
+            return before and f"{before}.{node.attr}"
+        return node.id if isinstance(node, ast.Name) and node.id in {name.split(".")[0] for name in modules} else None
+
+    found = {dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} - {None}
+    return {name for name in found | names if not any(module.startswith(name) for module in modules)}
+
+
+def test_everything_that_is_taken_from_comfyui_is_probed():
+    """`needs` names it, or something in it, or what it is in; what a function calls `memory` is model_management."""
+    sys.modules.pop("zimage_needs", None)
+    needs = load_by_path(ROOT / "nodes" / "host" / "needs.py", "zimage_needs")
+    known = {name for names in (*needs.NODES.values(), *needs.OPTIONAL.values()) for name in names}
+    files = sorted((ROOT / "nodes" / "host").glob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    taken = {name for path in files if path.name != "needs.py" for name in taken_from_comfyui(path)}
+    taken |= {f"comfy.model_management.{name}" for name in re.findall(r"\bmemory\.(\w+)", text) if name not in BELOW}
+    taken -= {
+        "comfy.model_base.BaseModel.__init__",
+        "comfy.sd.__file__",
+        "comfy.model_management.placement",
+        "comfy.model_management.offload",
+    }
+
+    def probed(name: str) -> bool:
+        return any(one == name or one.startswith(f"{name}.") or name.startswith(f"{one}.") for one in known)
+
+    assert [name for name in sorted(taken) if not probed(name)] == []
 
 
 # ---- lists and checks -----------------------------------------------------------------------------------------
