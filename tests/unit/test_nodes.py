@@ -455,8 +455,8 @@ def test_quantizer_lists_what_it_can_take(pack):
         ({"size": 2048}, "try 1024"),
         ({"lora_name": "gone.safetensors"}, "is not in"),
         ({"lora_name": "broken.safetensors"}, "broken.safetensors"),
-        ({"output_name": "../x"}, "without folders"),
-        ({"output_name": "a\\b.safetensors"}, "without folders"),
+        ({"output_name": "../x"}, "a plain file name"),
+        ({"output_name": "a\\b.safetensors"}, "a plain file name"),
         ({"output_name": "there"}, "is there already; choose another output_name, or leave it empty"),
     ],
 )
