@@ -8,6 +8,7 @@ each file: the weights in memory equal what the writer dequantizes, it stays sma
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from zimage_core import cli, load_pipeline
@@ -284,6 +286,7 @@ def written(request, tmp_path_factory) -> tuple[Path, Weights, Case]:
 
 
 every = pytest.mark.parametrize("written", CASES, indirect=True)
+one_of_each = pytest.mark.parametrize("written", {c.form: name for name, c in CASES.items()}.values(), indirect=True)
 
 
 @every
@@ -336,7 +339,7 @@ def test_pictures_and_loras(written, plain):
     assert np.array_equal(picture(pipeline), found)
 
 
-@pytest.mark.parametrize("written", ["fp8-scaled", "nvfp4", "int8-convrot", "gguf-q8_0-sdcpp"], indirect=True)
+@every
 def test_streamed_blocks_generate_the_same(written):
     """Blocks of each form in flat host buffers, copied to slots: the same outputs, bit for bit."""
     path, _, _ = written
@@ -386,12 +389,94 @@ def test_products_in_8_bits_are_for_what_is_stored_in_8(written, monkeypatch):
         assert len(chosen) == 4 * len(model.blocks)
 
 
-@pytest.mark.parametrize("written", ["quanto-int8", "gguf-q8_0-sdcpp"], indirect=True)
+@one_of_each
+@pytest.mark.filterwarnings("ignore:.*they get rounded twice:UserWarning")
 def test_quantizing(written, tmp_path):
+    """One of each form; what the quantizer reads of all of them is in the test above."""
     path, _, _ = written
     target = tmp_path / "q.safetensors"
-    quantize_checkpoint(path, target, rank=16)
+    quantize_checkpoint(path, target, rank=16, skip_refiners=True)
     assert load_transformer(target).checkpoint.format == "svdq-int4"
+
+
+@one_of_each
+def test_comparing_and_planning(written, plain, tmp_path, capsys):
+    """`zimage compare` takes it beside BF16; a plan of the whole picture counts its weights as they are stored."""
+    path, _, case = written
+    parts = [f"--text-encoder={PARTS['text_encoder']}", f"--tokenizer={PARTS['tokenizer']}", f"--vae={PARTS['vae']}"]
+    small = ["--width=64", "--height=64", "--steps=1", "--seeds", "7", f"--out={tmp_path / 'x.png'}", "--device=cpu"]
+    assert cli.main(["compare", "a red circle", "--models", str(BF16), str(path), *parts, *small]) == 0
+    assert re.search(r"PSNR (\d+\.\d\d|inf) dB", capsys.readouterr().out)
+    weights = {p: open_pipeline(p).plan([PROMPT], 64, 64).stage("transformer").weights for p in (path, BF16)}
+    assert weights[path] <= weights[BF16] * (1 if case.bits < 16 else 1.01)
+
+
+def cut_off(path: Path, case: Case) -> str:
+    path.write_bytes(path.read_bytes()[:-1000])
+    return "damaged or cut off" if case.suffix == ".gguf" else "truncated"
+
+
+def scale_of_another_shape(path: Path, case: Case) -> str | None:
+    return changed(path, r"\.(weight_scale|scale_weight|weight\._scale|weight_s_rel)$", lambda t: t.new_ones(3))
+
+
+def scale_of_another_type(path: Path, case: Case) -> str | None:
+    return changed(path, r"\.(weight_scale|scale_weight|weight\._scale|weight_s_rel)$", lambda t: t.to(torch.int32))
+
+
+def scale_that_is_no_number(path: Path, case: Case) -> str | None:
+    """Of those that are floats of 16 bits or more."""
+    with_scales = case.form in ("fp8", "int8", "quanto-int8", "convrot-w4a4") and case.bits != 8.25
+    words = r"\.(weight_scale|scale_weight|weight\._scale)$"
+    found = changed(path, words, lambda t: torch.full_like(t, torch.nan)) if with_scales else None
+    return found and "expected finite numbers"
+
+
+def another_sub_format(path: Path, case: Case) -> str | None:
+    return changed(path, r"\.comfy_quant$", lambda t: described("int3")) and "expected one of"
+
+
+def weights_missing(path: Path, case: Case) -> str | None:
+    return changed(path, r"layers\.0\.feed_forward\.w2\.weight(\._data)?$", None) and "expected"
+
+
+def changed(path: Path, pattern: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> str | None:
+    """Change or drop the first tensor of a name; the name, or None where there is none."""
+    if path.suffix == ".gguf":
+        return None
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    key = next(filter(re.compile(pattern).search, tensors), None)
+    if key is None:
+        return None
+    tensor = tensors.pop(key)
+    if change:
+        tensors[key] = change(tensor).contiguous()
+    save_file(tensors, path, metadata)
+    return re.escape(key)
+
+
+FAULTS = (
+    cut_off,
+    scale_of_another_shape,
+    scale_of_another_type,
+    scale_that_is_no_number,
+    another_sub_format,
+    weights_missing,
+)
+
+
+@every
+def test_faults_end_in_a_sentence_that_names_the_file(written, tmp_path):
+    source, _, case = written
+    path = tmp_path / source.name
+    for fault in FAULTS:
+        path.write_bytes(source.read_bytes())
+        if words := fault(path, case):
+            with pytest.raises(ValueError, match=words) as error:
+                load_transformer(path)
+            assert str(path) in str(error.value) and "\n" not in str(error.value), fault
 
 
 @every

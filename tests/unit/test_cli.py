@@ -110,6 +110,13 @@ def test_a_file_of_z_image_itself_gets_advice(name, metadata, variant, tiny_file
         assert ("--preset base is made for it" in capsys.readouterr().err) is told
 
 
+def test_every_command_of_the_recipe_for_fine_tunes_can_be_entered():
+    page = (ROOT / "docs" / "fine_tunes.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```bash\n(.+?)```", page, re.S)).replace("\\\n", " ").splitlines()
+    commands = [cli.build_parser().parse_args(shlex.split(line)[1:]).command for line in lines]
+    assert commands == ["inspect", "quantize", "compare", "verify", "convert"]
+
+
 def test_generate_writes_a_png_that_knows_its_settings(generate, tmp_path, capsys):
     out = tmp_path / "cat.png"
     assert generate("--seed=3", f"--out={out}", "--json") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from zimage_core import cli
+from zimage_core import bench, cli
 from zimage_core.demo import demo_files
 from zimage_core.formats.identify import identify
 from zimage_core.formats.layouts import to_kitchen
 from zimage_core.formats.load import check_transformer, load_transformer
 from zimage_core.linear import layout
 from zimage_core.linear.svdq import SVDQWeights
+from zimage_core.models.config import ZImageConfig
 from zimage_core.quantize.convert import convert
+from zimage_core.quantize.writer import diffusers_config
 
 DEMO = demo_files()["model"]
 GOLDEN = sorted((Path(__file__).parent.parent / "data" / "linear").glob("*.safetensors"))
@@ -197,3 +200,43 @@ def test_the_header_alone_says_what_it_is(tmp_path):
     path = tmp_path / "model.safetensors"
     convert(DEMO, path, "kitchen-tiles")
     assert check_transformer(path).format == "svdq-int4"
+
+
+WIDE = ZImageConfig(1536, 3, 1, 12, cap_feat_dim=64)
+
+
+def fp8_of(path: Path) -> None:
+    """The dense model in FP8 with scales, 130 MB."""
+    tensors = {}
+    for key, (_, shape) in make_synthetic().dense_header(WIDE).items():
+        linear = len(shape) == 2 and ("attention." in key or "feed_forward." in key)
+        tensors[key] = torch.randn(shape).to(torch.float8_e4m3fn if linear else torch.bfloat16)
+        if linear:
+            tensors[key.replace(".weight", ".weight_scale")] = torch.ones(())
+    save_file(tensors, path, {"config": json.dumps(diffusers_config(WIDE))})
+
+
+def make_synthetic():
+    path = Path(__file__).parents[2] / "benchmarks" / "make_synthetic.py"
+    spec = importlib.util.spec_from_file_location("make_synthetic", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's own memory")
+@pytest.mark.parametrize("form", ["fp8", "int4", "kitchen-tiles", "dense"])
+def test_loading_never_holds_a_second_copy(form, tmp_path):
+    """Of 130 to 270 MB: at most two linears of 24 MB more than the model, in bytes that are no mapped file's."""
+    path = tmp_path / "model.safetensors"
+    if form == "fp8":
+        fp8_of(path)
+    else:
+        make_synthetic().write_synthetic(path, WIDE, None if form == "dense" else 16)
+    if form == "kitchen-tiles":
+        convert(path, tmp_path / "tiles.safetensors", form)
+        path = tmp_path / "tiles.safetensors"
+    with bench.host_memory() as host:
+        model = load_transformer(path, backend="reference")
+        held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) / bench.GIB
+    assert host["peak_gib"] < held + 0.09

@@ -236,7 +236,10 @@ class _Finder:
         size = self._number(key, described, "convrot_groupsize", 256)
         if comfy == "asym_w4a8_int8":
             group = self._number(key, described, "group_size", 16)
-            _, (_, groups) = self.tensors.get(keys.get("weight_s_rel", ""), ("", (0, 0)))
+            _, relative = self.tensors.get(keys.get("weight_s_rel", ""), ("", ()))
+            if len(relative) != 2:
+                self._refuse(keys.get("weight_s_rel", key), f"scales of shape ({n}, groups)", relative or "none")
+            groups = relative[1]
             k = groups * group
             shapes = ((n, k // 2), (n, k // 4 * 3))
             if k == 0 or (n, columns) not in shapes:
