@@ -113,7 +113,7 @@ def test_a_file_of_z_image_itself_gets_advice(name, metadata, variant, tiny_file
 def test_every_command_of_the_recipe_for_fine_tunes_can_be_entered():
     page = (ROOT / "docs" / "fine_tunes.md").read_text(encoding="utf-8")
     lines = "\n".join(re.findall(r"```bash\n(.+?)```", page, re.S)).replace("\\\n", " ").splitlines()
-    commands = [cli.build_parser().parse_args(shlex.split(line)[1:]).command for line in lines]
+    commands = [cli.build_parser().parse_args(shlex.split(line)[1:]).command for line in lines if line]
     assert commands == ["inspect", "quantize", "compare", "verify", "convert"]
 
 
