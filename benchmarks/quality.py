@@ -9,7 +9,7 @@ channels and loud tokens), `demo-layers` the demo's own linears for what they ge
 outputs' relative error on inputs that calibration never saw. The rival "deepcompressor" is the published recipe of
 mit-han-lab/deepcompressor@69f3473 (examples/diffusion/configs/svdquant): 39 smoothing candidates by W4A4 output error
 with SVD and round-to-nearest, then up to 100 rounds of SVD of what rounding left, stopped at the first that is worse;
-"+ gptq" is its gptq.yaml on top.
+"+ gptq" is its gptq.yaml on top. Where comfy-kitchen is installed, ComfyUI's own small forms compute the same.
 
 `demo` quantizes the demo's BF16 transformer, plain, calibrated on captions of its own kind, and calibrated on the
 prompts that come with `zimage quantize`, which are of other kinds, and compares with BF16 for the same noise: error of
@@ -29,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import rivals
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,6 +135,9 @@ def measure_layer(weight: Tensor, rank: int, calibration: Tensor, test: Tensor) 
         eight = fp8(test / parts.smooth) @ fp8(parts.residual()).T + (test @ parts.down.T) @ parts.up.T
         squares["w4a8"] = (outputs - eight).square().sum() / outputs.square().sum()
         found[method] = {name: square.sqrt().item() for name, square in squares.items()}
+    for form in rivals.rivals():
+        error = rivals.linear(form, weight)(test) - outputs
+        found[f"ComfyUI {form}"] = {rivals.ACTIVATIONS[form]: (error.norm() / outputs.norm()).item()}
     return found
 
 
@@ -147,7 +151,9 @@ def measure_layers(width: int, out: int, rank: int, seeds: int, kinds: list[str]
             runs.append(measure_layer(weight, rank, *inputs.split([CALIBRATION_ROWS, TEST_ROWS])))
             print(f"{kind}, seed {seed}: {runs[-1]}", flush=True)
         for method in runs[0]:
-            errors = {name: sum(run[method][name] for run in runs) / seeds for name in PRECISIONS}
+            errors = {
+                name: sum(run[method][name] for run in runs) / seeds for name in PRECISIONS if name in runs[0][method]
+            }
             rows.append({"width": width, "out": out, "rank": rank, "inputs": kind, "method": method, **errors})
     return rows
 
@@ -163,7 +169,7 @@ def measure_demo_layers(source: Path, ranks: list[int]) -> list[dict]:
             print(f"rank {rank}, {name}: {found[-1]}", flush=True)
         for method in found[0]:
             row = {"rank": rank, "linears": len(found), "method": method}
-            for precision in PRECISIONS:
+            for precision in found[0][method]:
                 errors = [one[method][precision] for one in found]
                 ours = [one[OURS][precision] for one in found]
                 row[precision] = math.exp(sum(map(math.log, errors)) / len(errors))
@@ -227,8 +233,9 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
     right = draw(source, others, [caption for caption, _ in shown])
     rows = []
 
-    def add(rank: int | str, way: str, precision: str, path: Path, size: int) -> None:
-        drawn = draw(path, others, [caption for caption, _ in shown], precision, right["steps"])
+    def add(rank: int | str, way: str, precision: str, path: Path, size: float, form: str | None = None) -> None:
+        drawn = draw(path, others, [caption for caption, _ in shown], precision, right["steps"], form)
+        size -= drawn["saved"]
         pairs = list(zip(right["pictures"], drawn["pictures"], strict=True))
         scenes_drawn = zip(drawn["pictures"], shown, strict=True)
         facts = [measure.check(np.asarray(picture), scene) for picture, (_, scene) in scenes_drawn]
@@ -245,6 +252,8 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
         print(table([rows[-1]]).splitlines()[-1], flush=True)
 
     add("-", "bf16", "auto", source, source.stat().st_size)
+    for form in rivals.rivals():
+        add("-", f"ComfyUI {form}", rivals.ACTIVATIONS[form], source, source.stat().st_size, form)
     with tempfile.TemporaryDirectory() as folder:
         for rank in ranks:
             for way, options in ways.items():
@@ -278,7 +287,9 @@ def use_fp8(transformer: torch.nn.Module) -> None:
 
 
 @torch.inference_mode()
-def draw(model: Path, others: dict[str, Path], captions: list[str], precision: str = "auto", steps=None) -> dict:
+def draw(
+    model: Path, others: dict[str, Path], captions: list[str], precision: str = "auto", steps=None, form=None
+) -> dict:
     """Pictures and last latents of the captions from seeds 0, 1, ...; and, given another model's steps, the relative
     error of the flow at its latents, which a picture's drift does not blur."""
     from PIL import Image
@@ -293,8 +304,11 @@ def draw(model: Path, others: dict[str, Path], captions: list[str], precision: s
 
     encoder = load_text_encoder(others["text_encoder"], dtype=torch.float32)
     feats = encode_prompts(encoder, load_tokenizer(others["tokenizer"]), captions)
-    eight = precision == "w4a8"
-    transformer = load_transformer(model, device="cpu", dtype=torch.float32, precision="auto" if eight else precision)
+    eight = precision == "w4a8" and not form
+    transformer = load_transformer(
+        model, device="cpu", dtype=torch.float32, precision="auto" if eight or form else precision
+    )
+    saved = rivals.replace_linears(transformer, form) if form else 0
     if eight:
         use_fp8(transformer)
     vae = load_vae(others["vae"], device="cpu")
@@ -318,6 +332,7 @@ def draw(model: Path, others: dict[str, Path], captions: list[str], precision: s
         "pictures": [Image.fromarray(picture) for picture in pixels],
         "latents": torch.cat(latents),
         "steps": seen,
+        "saved": saved,
         "flow error": sum(errors) / max(len(errors), 1),
     }
 
@@ -330,7 +345,8 @@ def table(rows: list[dict]) -> str:
             return str(value)
         return f"{value:.1f}" if abs(value) > 1 else f"{value:.4f}"
 
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    heads = max(rows, key=len)
+    lines = [list(heads), ["---"] * len(heads), *([cell(row.get(head, "")) for head in heads] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -342,7 +358,7 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    quantized = [row for row in rows if row["way"] != "bf16"]
+    quantized = [row for row in rows if row["rank"] != "-"]
     for i, precision in enumerate(dict.fromkeys(row["precision"] for row in quantized)):
         for way, style in ((CALIBRATED, "-"), (BUILT_IN, ":"), (PLAIN, "--")):
             line = [row for row in quantized if (row["precision"], row["way"]) == (precision, way)]
