@@ -51,7 +51,8 @@ SHAPES = {(11520, 3840): 32000 / 11520, (3840, 3840): 1.0, (3840, 10240): 1.0}
 RANK, HEADS = 256, (30, 128)
 ROWS = {"few_ms": 1152, "many_ms": 4224}  # of pictures of 512 x 512 and 1024 x 1024 pixels
 REPEATS, SLOW = 7, 3.0  # rounds of calls, but one of those that are so much slower than the fastest
-QUEUED, QUEUE_CYCLES = 3, 10**7  # calls timed together, and cycles of a GPU (5 to 10 ms) in which the host queues them
+PAUSE_CYCLES, MOST_CYCLES = 2 * 10**6, 10**8  # of a GPU, 1 to 60 ms, in which the host launches a call
+FLUSH_BYTES = 96 * 2**20  # more than a GPU's cache holds
 LIMIT_S = 3.0  # for all calls but the first of each kind, which compile; then each is timed once
 MEMORY = 2**29  # bytes of the device that timing takes at most
 
@@ -160,10 +161,12 @@ def measure(
     found: dict[Way, dict[str, Any]]
     found = {way: {"error": o.error} if o.refused is None else {"refused": o.refused} for way, o in outcomes.items()}
     passed = [way for way in ways if "refused" not in found[way]]
+    elapsed = elapsed or queued(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        times, seconds = time_ways(device, dtype, passed, fp4, shapes, elapsed or queued_ms)
+        times, seconds = time_ways(device, dtype, passed, fp4, shapes, elapsed)
         if "error" in found.get(ATTENTION, {}):
-            found[ATTENTION] |= time_attention(device, dtype, elapsed or queued_ms)
+            found[ATTENTION] |= time_attention(device, dtype, elapsed)
+    del elapsed
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for way in passed:
@@ -197,6 +200,7 @@ def time_ways(
             least = rounds(calls, device, elapsed, 1 if late else REPEATS)
             for way in ways:
                 totals[way][name] += count * least[way]
+        del weights, prepared, x, calls
     seconds = time.perf_counter() - begun - compiling
     return {way: {name: round(ms, 4) for name, ms in found.items()} for way, found in totals.items()}, seconds
 
@@ -235,7 +239,7 @@ def time_attention(device: torch.device, dtype: torch.dtype, elapsed: Elapsed) -
 def pick(record: Record, asked: Iterable[Way]) -> Way:
     """The backend and precision, "w4a16+w4a8" say, that are fastest for few and for many rows among those asked for.
 
-    For few rows only another precision of the same backend. ValueError if all were refused."""
+    For few rows only another precision of the same backend, faster by more than ALIKE. ValueError if none is left."""
     ways = [way for way in asked if "many_ms" in record["ways"].get(" ".join(way), {})]
     if not ways:
         reasons = "; ".join(f"{' '.join(way)}: {record['ways'][' '.join(way)]['refused']}" for way in asked)
@@ -247,7 +251,8 @@ def pick(record: Record, asked: Iterable[Way]) -> Way:
 
     name, many = fastest(ways, "many_ms")
     mixed = getattr(backends.load(name), "MIXED", ())
-    _, few = fastest([way for way in ways if way == (name, many) or way[0] == name and many in mixed], "few_ms")
+    others = [way for way in ways if way[0] == name and many in mixed and way[1] in mixed and way[1] != many]
+    _, few = fastest([(name, many), *others], "few_ms")
     return name, many if few == many else f"{few}+{many}"
 
 
@@ -320,19 +325,33 @@ def keep(path: Path, record: Record, anew: bool) -> Record:
     return record
 
 
-def queued_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds that a call keeps a GPU busy: calls wait there in a queue, so the host's time does not count."""
+def queued(device: torch.device) -> Elapsed:
+    """A timer of a GPU's time: a call waits there behind a pause, longer than its launches take, and a flush.
+
+    On a CPU `elapsed_ms`."""
     if device.type != "cuda":
-        return elapsed_ms(call, device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):
-        torch.cuda._sleep(QUEUE_CYCLES)  # while the host queues the calls
-        start.record()
-        for _ in range(QUEUED):
-            call()
-        end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / QUEUED
+        return elapsed_ms
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def timed(call: Callable[[], object], device: torch.device) -> float:
+        cycles = PAUSE_CYCLES
+        while True:
+            before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            begun = time.perf_counter()
+            with torch.cuda.device(device):
+                before.record()
+                torch.cuda._sleep(cycles)
+                flushed.zero_()
+                start.record()
+                call()
+                end.record()
+            host = (time.perf_counter() - begun) * 1e3
+            end.synchronize()
+            if host < before.elapsed_time(start) or cycles >= MOST_CYCLES:
+                return start.elapsed_time(end)
+            cycles *= 4
+
+    return timed
 
 
 def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:

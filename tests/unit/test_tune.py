@@ -218,6 +218,7 @@ def test_timing_leaves_the_random_numbers_alone():
         ({"triton_w4a16": (1, 2.1), "triton_w4a8": (1.05, 2.0)}, ("triton", "w4a16")),  # alike: the more precise one
         ({"triton_w4a8": (2, 2.1), "kitchen_w4a8": (2, 2)}, ("kitchen", "w4a8")),
         ({"triton_w4a16": (1, 4), "triton_w4a8": (2, 2)}, ("triton", "w4a16+w4a8")),
+        ({"triton_w4a16": (1.95, 4), "triton_w4a8": (2, 2)}, ("triton", "w4a8")),  # alike for few rows: one for all
         ({"triton_w4a16": (1, 4), "nunchaku_w4a4": (2, 2)}, ("nunchaku", "w4a4")),  # one form of the weights in memory
         ({"kitchen_w4a4": "wrong here", "reference_w4a16": (3, 6)}, ("reference", "w4a16")),
     ],
