@@ -19,7 +19,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +52,7 @@ Step = Callable[[int, int], Call]  # (pixels, batch) -> one step
 
 DEMO = ZImageConfig(384, 5, 1, 6, cap_feat_dim=128, axes_dims=(16, 24, 24))
 DEMO_RANK, RANK = 16, 256
+BUSY = 1.25  # of ceilings before and after a run, and of a linear to the largest GEMM
 CAPTION_TOKENS = 128
 CELL = 16  # edge of a token in pixels
 LARGE_ON_CPU = 1024  # width above which a CPU runs everything only once
@@ -441,7 +442,23 @@ def bench(model: str | None = None, device: str | None = None, size: int | None 
     steps = bench_steps(sides, [size], [1], where, repeats, warm_up, together=not on_gpu and not long)
     weights = Path(model).name if model else "random weights"
     show_steps(f"One step, {weights}, width {config.dim}, {config.n_layers} layers, rank {rank}", steps, dtype)
-    print_json("zimage bench", facts, peak=peak, linears=linears, totals=totals(linears), model=weights, steps=steps)
+    if busy := disturbed(peak, ceilings(where, dtype, 15), linears):
+        print(f"\n{busy}")
+    found = {"peak": peak, "linears": linears, "totals": totals(linears), "model": weights, "steps": steps}
+    print_json("zimage bench", facts, **found, busy=bool(busy))
+
+
+def disturbed(before: Mapping[str, float], after: Mapping[str, float], rows: Iterable[Mapping]) -> str | None:
+    """A sentence where the ceilings moved during a run, or a linear went beyond them; None on a quiet machine."""
+    moved = max(max(before[name], after[name]) / min(before[name], after[name]) for name in before)
+    beyond = max((row.get("of_gemm", 0.0) for row in rows), default=0.0)
+    if max(moved, beyond) <= BUSY:
+        return None
+    signs = [f"its ceilings moved by {moved - 1:.0%} during the run"] if moved > BUSY else []
+    signs += [f"a linear reached {beyond:.0%} of the largest GEMM"] if beyond > BUSY else []
+    return (
+        f"This machine was busy ({', '.join(signs)}): do not compare these figures; run it again when nothing else runs"
+    )
 
 
 def print_json(name: str, facts: Mapping[str, object], **found: object) -> None:

@@ -47,7 +47,7 @@ def last_line(capsys) -> dict:
 def test_zimage_bench_on_a_cpu(capsys):
     assert cli.main(["bench", "--device=cpu", "--size=32"]) == 0
     found = last_line(capsys)
-    assert found.keys() == {"bench", "machine", "peak", "linears", "totals", "model", "steps"}
+    assert found.keys() == {"bench", "machine", "peak", "linears", "totals", "model", "steps", "busy"}
     assert {"date", "zimage", "device", "dtype", "torch", "threads", "clock", "unavailable"} <= found["machine"].keys()
     assert {row["layer"] for row in found["linears"]} == {"qkv", "out", "w3_w1", "w2"}
     errors = {row["what"]: row["error"] for row in found["linears"]}
@@ -70,6 +70,14 @@ def test_quantizing(capsys, script):
     assert run["drawn_blocks"] == 17 and len(run["linear_s"]) == 4
     assert run["drawing_s"] + 3 * sum(run["linear_s"].values()) < run["seconds"]
     assert run["projected_s"] == pytest.approx(run["seconds"] * 34 / 3)
+
+
+def test_a_busy_machine_is_said():
+    """Ceilings that moved by more than a quarter, or a linear beyond them; not what a quiet machine shows."""
+    before, rows = {"tflops": 10.0, "gbps": 100.0}, [{"of_gemm": 0.9}, {"of_copy": 3.0}]
+    assert bench.disturbed(before, {"tflops": 9.0, "gbps": 110.0}, rows) is None
+    assert "moved by 100% during the run)" in bench.disturbed(before, {"tflops": 5.0, "gbps": 100.0}, rows)
+    assert "busy (a linear reached 437% of" in bench.disturbed(before, before, [*rows, {"of_gemm": 4.37}])
 
 
 def test_zimage_bench_of_a_file(capsys, tiny_files):

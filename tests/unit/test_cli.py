@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import struct
@@ -289,6 +290,22 @@ def test_doctor_knows_the_other_nunchaku(tmp_path, monkeypatch, files, words):
     state = package_state("nunchaku")
     assert words in state
     assert state.startswith("1.2")
+
+
+def test_doctor_knows_a_card_that_torch_does_not(tmp_path, monkeypatch, capsys):
+    """As on Windows, where PyPI's torch has no CUDA; the driver's own tool is played."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA GeForce RTX 3060 (UUID: GPU-1)'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "remedy: NVIDIA card, CPU-only torch (NVIDIA GeForce RTX 3060): pip install torch --index-url" in said
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert cli.main(["doctor"]) == 0
+    assert "remedy" not in capsys.readouterr().out
 
 
 def test_doctor_without_torch(capsys, monkeypatch):

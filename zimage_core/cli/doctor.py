@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,11 @@ def diagnose() -> dict[str, object]:
     facts["backends"] = {
         name: reason or f"available ({', '.join(precisions)})" for name, reason, precisions in report(device, dtype)
     }
+    if torch.version.cuda is None and torch.version.hip is None and (card := nvidia_card()):
+        facts["remedy"] = (
+            f"NVIDIA card, CPU-only torch ({card}): pip install torch --index-url "
+            "https://download.pytorch.org/whl/cu130 --force-reinstall"
+        )
     facts["auto"] = what_runs(quantized=True)
     if ways := timed_ways(device, dtype):
         facts["ways"] = ways
@@ -91,6 +97,16 @@ def timed_ways(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
     record = known(device, dtype) if device.type == "cuda" else None
     return describe(record) if record else {}
+
+
+def nvidia_card() -> str | None:
+    """The name of an NVIDIA card that the driver knows, whether torch does or not."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    first = listed.partition("\n")[0]
+    return first.partition(": ")[2].partition(" (UUID")[0] or None
 
 
 def gpu_state(index: int) -> str:
