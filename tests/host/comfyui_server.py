@@ -22,7 +22,8 @@ class Server:
     """One running ComfyUI with the pack linked into its custom_nodes.
 
     checkout: ComfyUI's; base: the folder for its models, input and output; args: more for its main.py; models: {path
-    below base/models: file} to link there. RuntimeError where it does not start.
+    below base/models: file} to link there; pack: what is linked into custom_nodes. RuntimeError where it does not
+    start.
     """
 
     def __init__(
@@ -33,13 +34,14 @@ class Server:
         python: str = sys.executable,
         models: dict[str, Path] | None = None,
         log: Path | None = None,
+        pack: Path = ROOT,
     ):
         self.base = base
         for name in ("models", "input", "output", "temp", "user", "custom_nodes"):
             (base / name).mkdir(parents=True, exist_ok=True)
         link = base / "custom_nodes" / "zimage-int4"
         if not link.is_symlink():
-            link.symlink_to(ROOT)
+            link.symlink_to(pack)
         for where, source in (models or {}).items():
             target = base / "models" / where
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def test_stopped_calibration_goes_on_where_it_was(server, folder):
     assert seen["end"] == "execution_interrupted"
     assert not (folder / "calibrated.safetensors").exists()
     lines = (folder / ".calibrated.safetensors.zimage-done").read_text().splitlines()[1:]
-    finished = [line.split()[-1] for line in lines]
+    finished = [json.loads(line)["section"] for line in lines]
     assert finished[:2] == ["context_refiner.0", "noise_refiner.0"] and len(finished) < BLOCKS
     assert any(re.fullmatch(rf"block \d/{BLOCKS}, \S+, \d+:\d\d left", text) for text in seen["texts"]), seen["texts"]
     seen = server.watch(workflow)
