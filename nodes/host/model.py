@@ -6,6 +6,7 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import comfy.latent_formats
 import comfy.model_base
@@ -201,6 +202,10 @@ class ZImageModel(comfy.model_base.Lumina2):
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Names and shapes of ComfyUI's own Z-Image, without data: for key maps, not for saving."""
         return {f"diffusion_model.{key}": shape for key, shape in self.diffusion_model.shapes.items()}
+
+    def requires_grad_(self, requires_grad: bool = True) -> NoReturn:
+        """ValueError: TrainLoraNode begins with it, before its optimizer finds no weights."""
+        raise ValueError(NO_WEIGHTS.format("trained"))
 
     def train(self, mode: bool = True):
         if mode:

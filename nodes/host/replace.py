@@ -2,8 +2,8 @@
 
 Ids, inputs and the order of widget values: nunchaku-ai/ComfyUI-nunchaku `nodes/models/zimage.py@002c232`,
 ussoewwin/ComfyUI-nunchaku-unofficial-loader `nodes/models/zimage.py@02e9d2a`, ussoewwin/ComfyUI-QwenImageLoraLoader
-`nodes/lora/zimageturbo_v4.py@d03dbb3`, `zimageturbo_v3.py@0fbcd55` and the scripts in its `js`, which put a count of
-their own before the widgets.
+`nodes/lora/zimageturbo_v4.py@d03dbb3`, `zimageturbo_v3.py@0fbcd55`, `_v2.py@33ba82e`,
+`_v1.py@1b77745` and the scripts in its `js`, which put a count of their own before the widgets.
 """
 
 from __future__ import annotations
@@ -50,13 +50,17 @@ REPLACEMENTS = {
         (0, 1),
         DEFAULTS,
     ),
-    "NunchakuZImageTurboLoraStackV3": Replacement(
-        SWITCHES,
-        (COUNT, "lora_count", "cpu_offload", *PLAIN),
-        ("model", "lora_count", *PLAIN),
-        defaults=DEFAULTS,
-    ),
+    **{
+        f"NunchakuZImageTurboLoraStackV{version}": Replacement(
+            SWITCHES,
+            (COUNT, "lora_count", "cpu_offload", *PLAIN),
+            ("model", "lora_count", *PLAIN),
+            defaults=DEFAULTS,
+        )
+        for version in (2, 3)
+    },
 }
+V1 = "NunchakuZImageTurboLoraStackV1"  # its slots are objects, which ComfyUI's replacement cannot take apart
 
 
 def register() -> bool:
@@ -88,7 +92,7 @@ def register() -> bool:
 def complete(request: dict) -> dict:
     """A request to `/prompt` with what ComfyUI's replacement asks of the nodes that it replaces: `_meta`, every input.
 
-    Without them it fails. Nodes of installed packs are left alone.
+    Without them it fails. A stack V1 becomes ours here. Nodes of installed packs are left alone.
     """
     installed = importlib.import_module("nodes").NODE_CLASS_MAPPINGS  # ComfyUI's module, not ours of that name
     prompt = request.get("prompt")
@@ -98,4 +102,21 @@ def complete(request: dict) -> dict:
             node.setdefault("_meta", {"title": old})
             for name, value in REPLACEMENTS[old].defaults:
                 node["inputs"].setdefault(name, value)
+        elif old == V1 and V1 not in installed and isinstance(node.get("inputs"), dict):
+            switched = from_v1(node["inputs"])
+            node.update({"class_type": SWITCHES, "inputs": switched} if switched else {})
     return request
+
+
+def from_v1(inputs: dict) -> dict | None:
+    """The inputs of our stack for those of a stack V1, {"lora_N": {enabled, lora_name, lora_strength}}; None if they
+    do not fit ten slots."""
+    found = [value for name, value in inputs.items() if name.startswith("lora_") and isinstance(value, dict)]
+    if len(found) > len(SLOTS):
+        return None
+    ours = {name: inputs[name] for name in ("model", "clip") if name in inputs} | {"lora_count": max(1, len(found))}
+    for i, slot in enumerate(found, 1):
+        given = {**EMPTY, **{name: slot[name] for name in EMPTY if name in slot}}
+        given["enabled"] = bool(given["enabled"] and inputs.get("stack_enabled", True))
+        ours |= {f"{name}_{i}": value for name, value in given.items()}
+    return ours

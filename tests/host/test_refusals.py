@@ -76,7 +76,6 @@ def test_nodes_that_need_the_models_weights(nodes, request, name, inputs, what):
 
 
 def test_training_a_lora(nodes, model, clip):
-    """ComfyUI 0.18 asks nothing of the model before its optimizer finds no weights: there the words are torch's."""
     node = nodes["TrainLoraNode"]
     given = {"model": model, "latents": [{"samples": torch.zeros(1, 16, 8, 8)}], "positive": [[[encode(clip), {}]]]}
     for spec in node.define_schema().inputs:
@@ -88,8 +87,7 @@ def test_training_a_lora(nodes, model, clip):
     given = {k: v if isinstance(v, list) and k != "model" else [v] for k, v in given.items() if k in names}
     given |= {"latents": [{"samples": torch.zeros(1, 16, 8, 8)}], "existing_lora": ["[None]"], "steps": [1]}
     given |= {"training_dtype": ["none"], "model": [model]}
-    copies = "force_deepcopy" in inspect.signature(type(model).__mro__[-2].clone).parameters
-    with pytest.raises(ValueError, match=LOADED.format("trained") if copies else "empty parameter list"):
+    with pytest.raises(ValueError, match=LOADED.format("trained")):
         node.execute(**given)
 
 

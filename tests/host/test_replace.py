@@ -40,9 +40,10 @@ def test_loaders(server, class_type, inputs, meta):
     assert (picture(server, workflow) == picture(server, api())).all()
 
 
-@pytest.mark.parametrize("version", ["V4", "V3"])
+@pytest.mark.parametrize("version", ["V4", "V3", "V2", "V1"])
 def test_lora_stacks(server, version):
-    """An API prompt holds the slots that were shown, not all ten; V4 has switches and a CLIP, V3 has neither."""
+    """An API prompt holds the slots that were shown, not all ten; V4 has switches and a CLIP, V3 and V2 have
+    neither, V1 has objects."""
     ours, theirs = api(), old(api(), "NunchakuZImageDiTLoader")
     ours["20"] = {"class_type": "ZImageLoraLoader", "inputs": {"model": ["1", 0], "lora_name": LORA, "strength": 0.5}}
     slots = {"lora_name_1": LORA, "lora_strength_1": 0.5, "lora_name_2": "None", "lora_strength_2": 1.0}
@@ -50,6 +51,12 @@ def test_lora_stacks(server, version):
     if version == "V4":
         stack |= {"clip": ["2", 0], "toggle_all": True, "enabled_1": True, "enabled_2": True, "lora_count": 3}
         stack |= {"enabled_3": False, "lora_name_3": LORA, "lora_strength_3": 5.0}
+        theirs["4"]["inputs"]["clip"] = ["20", 1]
+    elif version == "V1":
+        slots = [(True, LORA, 0.5), (False, LORA, 5.0), (True, "None", 1.0)]
+        stack = {"model": ["1", 0], "clip": ["2", 0], "stack_enabled": True}
+        names = ("enabled", "lora_name", "lora_strength")
+        stack |= {f"lora_{i}": dict(zip(names, slot)) for i, slot in enumerate(slots, 1)}
         theirs["4"]["inputs"]["clip"] = ["20", 1]
     else:
         stack |= {"cpu_offload": "disable", "toggle_all": True}
