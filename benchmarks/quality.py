@@ -3,6 +3,7 @@
     python benchmarks/quality.py layers [--width 3840] [--out 3840] [--rank 128] [--seeds 2] [--inputs outliers white]
     python benchmarks/quality.py demo-layers --source BF16.safetensors [--ranks 32 128]
     python benchmarks/quality.py demo --source BF16.safetensors [--ranks 16 32 64 128] [--captions 24] [--plot FILE.png]
+    python benchmarks/quality.py demo-formats --source BF16.safetensors [--captions 20]
 
 `layers` quantizes random layers for white inputs and for inputs as transformers have them (correlated, with outlier
 channels and loud tokens), `demo-layers` the demo's own linears for what they get while it draws, and both measure the
@@ -14,6 +15,8 @@ with SVD and round-to-nearest, then up to 100 rounds of SVD of what rounding lef
 `demo` quantizes the demo's BF16 transformer, plain, calibrated on captions of its own kind, and calibrated on the
 prompts that come with `zimage quantize`, which are of other kinds, and compares with BF16 for the same noise: error of
 the predicted flow, PSNR of the last latents, PSNR and SSIM of the picture, and whether it shows what was asked.
+`demo-formats` stores the demo in 8 bits, as quanto and as ComfyUI's scaled FP8 files do, and compares alike; the median
+over the pictures is what counts there.
 All on the CPU in fp32; w4a8 rounds to fp8 where `backends.triton` does and computes in fp32, too.
 Each prints a table for people and ends with a line of JSON.
 """
@@ -264,6 +267,53 @@ def measure_demo(source: Path, ranks: list[int], captions: int, calibration: int
     return rows
 
 
+def eight_bit_linears(tensors: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    """A BF16 transformer's tensors with the blocks' linears in quanto's INT8 or in FP8 with a scale for each row."""
+    found = dict(tensors)
+    for name in [n for n, t in tensors.items() if t.ndim == 2 and (".attention." in n or ".feed_forward." in n)]:
+        weight = found.pop(name)
+        if form == "INT8":
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            codes = (weight / scale).round().clamp(-128, 127).to(torch.int8)
+            found |= {f"{name}._data": codes, f"{name}._scale": scale}
+        else:
+            scale = weight.float().abs().amax(1, keepdim=True) / 448
+            found |= {name: (weight.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    return found
+
+
+def measure_formats(source: Path, captions: int) -> list[dict]:
+    """PSNR of the pictures of the demo stored in 8 bits to BF16's, its median and its least, for each form."""
+    sys.path.insert(0, str(ROOT / "demo_training"))
+    import scenes
+    from safetensors.torch import load_file, save_file
+
+    from zimage_core.compare import psnr
+    from zimage_core.demo import demo_files
+    from zimage_core.formats.safetensors import read_header
+
+    others = {name: path for name, path in demo_files().items() if name != "model"}
+    asked = [caption for caption, _ in scenes.held_out_captions(captions)]
+    right, rows = draw(source, others, asked), []
+    with tempfile.TemporaryDirectory() as folder:
+        for form in ("INT8", "FP8"):
+            path = Path(folder) / f"{form}.safetensors"
+            save_file(eight_bit_linears(load_file(source), form), path, read_header(source).metadata)
+            found = draw(path, others, asked, steps=right["steps"])
+            decibels = sorted(psnr(a, b) for a, b in zip(right["pictures"], found["pictures"], strict=True))
+            median = sum(decibels[(captions - 1) // 2 : captions // 2 + 1]) / (2 - captions % 2)
+            rows.append(
+                {
+                    "form": form,
+                    "pictures": captions,
+                    "flow error": found["flow error"],
+                    "median PSNR": median,
+                    "least": decibels[0],
+                }
+            )
+    return rows
+
+
 def fp8(values: Tensor) -> Tensor:
     """Values (rows, columns) rounded to e4m3 with a scale for each row, as `backends.triton` does."""
     scale = values.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
@@ -390,8 +440,13 @@ def main() -> None:
     demo.add_argument("--calibration", type=int, default=16, help="prompts to calibrate with, other ones")
     demo.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     demo.add_argument("--plot", type=Path)
+    formats = commands.add_parser("demo-formats")
+    formats.add_argument("--source", type=Path, required=True, help="the demo's BF16 transformer")
+    formats.add_argument("--captions", type=int, default=20)
     arguments = parser.parse_args()
-    if arguments.what == "layers":
+    if arguments.what == "demo-formats":
+        rows = measure_formats(arguments.source, arguments.captions)
+    elif arguments.what == "layers":
         given = (arguments.width, arguments.out, arguments.rank, arguments.seeds, arguments.inputs)
         rows = measure_layers(*given)
     elif arguments.what == "demo-layers":
