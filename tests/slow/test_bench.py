@@ -188,3 +188,12 @@ def test_encoder_measures_every_form(script, capsys):
     assert 1 > int8["mean"] > fp8["mean"] > nvfp4["mean"] > 0.99
     assert int8["weights"] < 0.01 < fp8["weights"] < 0.03 < nvfp4["weights"] < 0.1
     assert all(row["worst"] <= row["mean"] for row in rows)
+
+
+def test_eight_bit_files_stay_close_to_bf16(script, capsys):
+    """The aims are for the median of 20 pictures (benchmarks/README.md); five are as many as a test has time for."""
+    source = BENCHMARKS.parent / "demo_training" / "z-image-demo-bf16.safetensors"
+    script("quality", "demo-formats", f"--source={source}", "--captions=5")
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    medians = {row["form"]: row["median PSNR"] for row in rows}
+    assert medians["INT8"] >= 50 and medians["FP8"] >= 40
