@@ -20,7 +20,7 @@ def main() -> int:
     import pytest
 
     examples, *options = sys.argv[1:] or ["2000"]
-    os.environ["FUZZ_EXAMPLES"] = examples
+    os.environ |= {"FUZZ_EXAMPLES": examples, "FUZZ_RANDOM": "1"}
     os.chdir(ROOT)
     started = time.perf_counter()
     code = pytest.main(["-q", "tests/unit/test_properties.py", *options])

@@ -1,7 +1,7 @@
 """Whatever is in a file, a config, a name, a picture or on the command line: one ValueError, or what it should be.
 
-Mutations of genuine files, found by hypothesis and the same in every run. FUZZ_EXAMPLES is how many of each kind;
-`benchmarks/fuzz.py` runs more of the same.
+Mutations of genuine files, found by hypothesis and the same in every run. FUZZ_EXAMPLES is how many of each kind:
+`tests/slow` has 2,000, `benchmarks/fuzz.py` as many as asked for, which are others in each run (FUZZ_RANDOM).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from zimage_core import cli, files, load_pipeline, pictures
+from zimage_core import cli, files, load_pipeline, metadata, pictures
 from zimage_core.cli.inspect import inspect_file
 from zimage_core.formats import names
 from zimage_core.formats.encoder import config_from_json, load_text_encoder
@@ -30,16 +31,19 @@ from zimage_core.formats.safetensors import read_header
 from zimage_core.formats.vae import config_from_diffusers, load_vae
 from zimage_core.lora.read import PeftConfig, load_lora
 from zimage_core.models.tokenizer import load_tokenizer
+from zimage_core.quantize.writer import StreamedFile
+from zimage_core.whole import check_name, write
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 many = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize="FUZZ_EXAMPLES" not in os.environ,
+    derandomize="FUZZ_RANDOM" not in os.environ,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-few = settings(many, max_examples=max(EXAMPLES // 5, 3))
+third = settings(many, max_examples=max(EXAMPLES // 3, 3))  # of what is tried on three parts, with a picture each
+commands = settings(many, max_examples=max(EXAMPLES // 5, 50))
 
 numbers = st.one_of(
     st.integers(),
@@ -170,7 +174,7 @@ def drawn(parts: dict) -> bytes:
 
 
 @pytest.mark.parametrize("part", ["model", "text_encoder", "vae"])
-@few
+@third
 @given(index=st.integers(0, 10**6), place=st.integers(0, 10**9), value=st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_a_number_that_is_none(tiny_files, picture, tmp_path_factory, part, index, place, value):
     """Anywhere in a file: refused, or, where it is not used, the same picture."""
@@ -277,6 +281,68 @@ def test_pictures(tmp_path_factory, kind, place, data, cut):
     shutil.rmtree(path.parent)
 
 
+HEADER, NOTES = {"b.x": ("BF16", (4, 8)), "c.x": ("BF16", (4, 8))}, {"n": ("F32", (3,))}
+
+
+def quantized(path: Path, stop: bool = False) -> bytes:
+    """A resumable file of two sections, written to its end or stopped after the first."""
+    with suppress(KeyboardInterrupt), StreamedFile(path, HEADER, {"made": "here"}, NOTES) as out:
+        if out.finished:
+            out.read("n")
+        else:
+            out.write("n", torch.arange(3.0))
+        for name, section in (("b.x", "b"), ("c.x", "c")):
+            if section not in out.finished:
+                out.write(name, torch.full((4, 8), float(ord(section))).to(torch.bfloat16))
+                out.finish(section)
+            if stop:
+                raise KeyboardInterrupt
+    return path.read_bytes() if path.exists() else b""
+
+
+@many
+@given(which=st.sampled_from(["part", "done"]), place=st.floats(0, 1), data=st.binary(max_size=4), cut=st.booleans())
+def test_leftovers_of_a_quantizer(tmp_path_factory, which, place, data, cut):
+    """Other bytes anywhere in what an interrupted run left: the file of an undisturbed run, or a sentence."""
+    folder = tmp_path_factory.mktemp("leftovers")
+    whole = quantized(folder / "whole")
+    quantized(folder / "q", stop=True)
+    path = folder / f".q.zimage-{which}"
+    raw = path.read_bytes()
+    start = int(place * len(raw))
+    path.write_bytes(raw[:start] if cut else raw[:start] + data + raw[start + len(data) :])
+    try:
+        with warnings.catch_warnings(record=True):
+            assert quantized(folder / "q") == whole
+    except ValueError as error:
+        assert "move it away" in str(error)
+    shutil.rmtree(folder)
+
+
+@many
+@given(name=st.text(max_size=30) | st.sampled_from(["..", "a/b", "C:", "NUL", "x" * 300, "a.", "\x00"]))
+def test_names_of_files(tmp_path_factory, name):
+    """A name is refused, or makes one file in its folder."""
+    folder = tmp_path_factory.mktemp("names")
+    with suppress(ValueError):
+        check_name(name)
+        write(folder / name, b"x")
+        assert os.listdir(folder) == [name]
+    shutil.rmtree(folder)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@many
+@given(prompt=texts, negative=texts, seed=st.integers(0, 2**64 - 1), model=texts)
+def test_what_a_picture_says(prompt, negative, seed, model):
+    """Whatever the prompt is, it is read back, and no chunk is one that ComfyUI takes for a graph."""
+    facts = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": 8, "model": model}
+    with Image.open(io.BytesIO(metadata.png(Image.new("RGB", (1, 1)), facts))) as picture:
+        assert metadata.read(picture) == facts and not {"prompt", "workflow"} & picture.text.keys()
+
+
 OPTIONS = [
     *("--steps", "--width", "--height", "--seed", "--batch", "--guidance", "--strength", "--lora", "--image"),
     *("--vram-budget", "--device", "--dtype", "--backend", "--precision", "--model", "--vae", "--tokenizer"),
@@ -299,7 +365,7 @@ WRONG = [
 ]
 
 
-@few
+@commands
 @given(option=st.sampled_from(OPTIONS), value=st.sampled_from(WRONG))
 def test_command_lines(tiny_files, tmp_path_factory, capsys, option, value):
     """A wrong value of any option ends with exit code 2 and one line, and writes no picture."""
