@@ -8,9 +8,10 @@
     python benchmarks/step.py --sizes 1024 --forms         also FP4, FP8, INT8 and GGUF forms of the same sizes
     python benchmarks/step.py --tiny                       a small model on the CPU, to see that it runs
 
-The peers are diffusers' ZImageTransformer2DModel where it is installed and ComfyUI's NextDiT, both with random weights
-of the same sizes. Their step is one call of their forward, which embeds and refines the caption every time; ours does
-that once for all steps, in `prepare`, and it is not timed. The table is for people; the last line is JSON.
+The peers are diffusers' ZImageTransformer2DModel where it is installed and ComfyUI's NextDiT, as it is, compiled, and,
+with comfy-kitchen, in ComfyUI's FP8, INT8 and 4-bit forms; all with random weights of the same sizes. Their step is one
+call of their forward, which embeds and refines the caption every time; ours does that once for all steps, in `prepare`,
+and it is not timed. The table is for people; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from zimage_core import bench
 from zimage_core.bench import CAPTION_TOKENS, Call, Step
@@ -46,6 +48,14 @@ from zimage_core.sampler import draw_noise
 TINY = ZImageConfig(384, 1, 1, 6, cap_feat_dim=64, axes_dims=(16, 24, 24))
 TINY_RANK = 16
 COMFYUI = "ComfyUI NextDiT"
+COMFYUI_FORMS: dict[str, tuple[str, dict[str, object]]] = {
+    "fp8": ("float8_e4m3fn", {"scale": "recalculate"}),
+    "int8": ("int8_tensorwise", {"per_channel": True}),
+    "int8 ConvRot": ("int8_tensorwise", {"per_channel": True, "convrot": True}),
+    "convrot_w4a4": ("convrot_w4a4", {}),
+    "asym_w4a8_int8": ("asym_w4a8_int8", {}),
+}
+"""Name -> a kind of comfy.quant_ops.QUANT_ALGOS, and how its layout quantizes weights."""
 CONTROLNETS = {"2.1": (15, 33, "hints"), "2.0": (15, 33, "layers"), "lite": (3, 33, "hints"), "v1": (6, 16, "alone")}
 """Layers, channels and refiner of the published ones."""
 
@@ -70,8 +80,10 @@ def diffusers_side(config: ZImageConfig, device: torch.device, dtype: torch.dtyp
     return at
 
 
-def comfyui_side(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Step:
-    """Steps of ComfyUI's model, with the settings that its detection gives a Z-Image file."""
+def comfyui_side(
+    config: ZImageConfig, device: torch.device, dtype: torch.dtype, form: str | None = None, compiled: bool = False
+) -> Step:
+    """Steps of ComfyUI's model, with the settings that its detection gives a Z-Image file; form: of COMFYUI_FORMS."""
     argv, sys.argv = sys.argv, sys.argv[:1]
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     try:
@@ -101,9 +113,13 @@ def comfyui_side(config: ZImageConfig, device: torch.device, dtype: torch.dtype)
         pad_tokens_multiple=32,
         device="meta",
         dtype=dtype,
-        operations=comfy.ops.disable_weight_init,
+        operations=comfy.ops.mixed_precision_ops({}, dtype) if form else comfy.ops.disable_weight_init,
     )
     model = bench.randomize(model, device, dtype)
+    if form:  # its linears have no weights yet
+        quantize_as_comfyui(model, form, device, dtype)
+    if compiled:
+        model = torch.compile(model)
 
     def at(size: int, batch: int) -> Call:
         latents = torch.randn(batch, 16, size // 8, size // 8, device=device, dtype=dtype)
@@ -112,6 +128,24 @@ def comfyui_side(config: ZImageConfig, device: torch.device, dtype: torch.dtype)
         return lambda: model(latents, t, captions, CAPTION_TOKENS)
 
     return at
+
+
+def quantize_as_comfyui(model: nn.Module, form: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every linear of ComfyUI's model random weights, those of the blocks in a form of COMFYUI_FORMS."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    kind, options = COMFYUI_FORMS[form]
+    for name, module in model.named_modules():
+        if not hasattr(module, "in_features"):
+            continue
+        n, k = module.out_features, module.in_features
+        weight = torch.randn(n, k, device=device, dtype=dtype) * k**-0.5
+        if ".attention." in name or ".feed_forward." in name:
+            module.quant_format, module.layout_type = kind, QUANT_ALGOS[kind]["comfy_tensor_layout"]
+            group = next(size for size in (256, 64, 16) if k % size == 0)
+            rotated = {"convrot_groupsize": group} if kind != "float8_e4m3fn" else {}
+            weight = QuantizedTensor.from_float(weight, module.layout_type, **options, **rotated)
+        module.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def with_controlnet(
@@ -211,6 +245,10 @@ def peers(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> dic
     found = {}
     if "COMFYUI_PATH" in os.environ:
         found[COMFYUI] = partial(comfyui_side, config, device, dtype)
+        if device.type == "cuda":
+            found[f"{COMFYUI} compiled"] = partial(comfyui_side, config, device, dtype, compiled=True)
+        if importlib.util.find_spec("comfy_kitchen"):
+            found |= {f"ComfyUI {form}": partial(comfyui_side, config, device, dtype, form) for form in COMFYUI_FORMS}
     if importlib.util.find_spec("diffusers"):
         found["diffusers"] = partial(diffusers_side, config, device, dtype)
     return found
