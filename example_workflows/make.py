@@ -1,4 +1,5 @@
-"""Writes the example workflows with their API forms and pictures, and the subgraph blueprints.
+"""Writes the example workflows with their API forms and pictures, the subgraph blueprints, and the help pages in other
+languages than English.
 
     python example_workflows/make.py COMFYUI [NAME ...]   # a checkout of ComfyUI, whose Python this is; all or some
 
@@ -225,6 +226,39 @@ def picture_of(server: Server, graph: Graph, infos: dict, path: Path) -> None:
     picture.resize([round(scale * edge) for edge in picture.size], Image.Resampling.LANCZOS).save(path, quality=88)
 
 
+def help_page(node: str, language: str) -> str:
+    """A node's help page in another language, of the texts in `locales`: nodeDefs.json, and help.json for the notes."""
+    folder = HERE.parent / "locales" / language
+    texts = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))[node]
+    notes = json.loads((folder / "help.json").read_text(encoding="utf-8"))
+    titles, title = notes[""], texts["display_name"]
+    lines = [
+        f"# {title}",
+        "",
+        texts["description"],
+        "",
+        f"![{title}](images/{node}.png)",
+        "",
+        f"## {titles['inputs']}",
+        "",
+    ]
+    lines += [f"- **{name}** ({text['name']}): {text['tooltip']}" for name, text in texts["inputs"].items()]
+    lines += ["", f"## {titles['outputs']}", ""]
+    lines += [f"- **{text['name']}**: {text['tooltip']}" for text in texts["outputs"].values()]
+    if node in notes:
+        lines += ["", f"## {titles['notes']}", "", *(f"- {line}" for line in notes[node])]
+    return "\n".join(lines) + "\n"
+
+
+def help_pages() -> None:
+    """Write the help pages in all languages but English, which has its own."""
+    for folder in sorted((HERE.parent / "locales").iterdir()):
+        for node in json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8")):
+            page = HERE.parent / "nodes" / "web" / "docs" / node / f"{folder.name}.md"
+            page.parent.mkdir(exist_ok=True)
+            page.write_text(help_page(node, folder.name), encoding="utf-8")
+
+
 def stand_ins() -> dict[str, Path]:
     """The demo's files under the names of Turbo's, so that the editor does not miss those."""
     demo = HERE.parent / "zimage_core" / "demo"
@@ -266,6 +300,7 @@ def write(path: Path, made: dict) -> None:
 
 
 def main(comfyui: str, *only: str) -> None:
+    help_pages()
     base = Path(tempfile.mkdtemp())
     server = Server(Path(comfyui).resolve(), base, "--cpu", models=stand_ins())
     try:

@@ -588,6 +588,20 @@ def test_graphs_read_from_left_to_right_and_nothing_overlaps(path):
 
 
 @pytest.mark.parametrize("language", ["zh", "ja"])
+@pytest.mark.parametrize("node", IDS)
+def test_help_pages_in_other_languages(node, language):
+    """What `make.py` writes now: every input, and as many notes as the English page has."""
+    docs, folder = ROOT / "nodes" / "web" / "docs", ROOT / "example_workflows"
+    sys.path[:0] = [str(folder), str(ROOT / "tests" / "host")]
+    make = load_by_path(folder / "make.py", "zimage_make")
+    page = (docs / node / f"{language}.md").read_text(encoding="utf-8")
+    assert page == make.help_page(node, language)
+    english = (docs / f"{node}.md").read_text(encoding="utf-8").partition("## Good to know")[2]
+    notes = json.loads((ROOT / "locales" / language / "help.json").read_text(encoding="utf-8")).get(node, [])
+    assert len(notes) == english.count("\n- ")
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
 def test_locales_name_and_explain_every_node_and_input(pack, language):
     """All of them and no others, so that a node or input that is new, renamed or gone is translated with it."""
     texts = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
