@@ -157,3 +157,13 @@ def test_small_forms_are_kept_and_mean_what_they_say(lite, form, tmp_path):
             assert torch.allclose(one, two, atol=1e-5)
     with pytest.raises(ValueError, match="expected a BF16 ControlNet, found"):
         quantize_controlnet(write(stored), tmp_path / "four.safetensors", rank=16)
+
+
+def test_inspect_says_what_runs_here_of_whole_files_only(lite, capsys):
+    named, write = lite
+    assert main(["inspect", str(write(named))]) == 0
+    assert "runs here: " in capsys.readouterr().out
+    del named["control_layers.0.attention.to_q.weight"]
+    assert main(["inspect", str(write(named))]) == 2
+    said = capsys.readouterr()
+    assert "runs here" not in said.out and "expected tensor" in said.err

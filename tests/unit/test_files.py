@@ -317,6 +317,31 @@ def test_parts_and_whole_checkpoints(dense, tmp_path):
         load_vae(path)
 
 
+def test_a_checkpoint_of_another_model_gets_no_advice_for_its_parts(tmp_path):
+    """It is not "a VAE, put it into models/vae", and --model does not take it."""
+    one = torch.ones(1)
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": one,
+        "model.diffusion_model.label_emb.0.0.weight": one.clone(),
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": one.clone(),
+        "first_stage_model.encoder.conv_in.weight": torch.zeros(8, 3, 3, 3),
+        "first_stage_model.decoder.conv_in.weight": torch.zeros(8, 4, 3, 3),
+    }
+    path = tmp_path / "sdxl.safetensors"
+    save_file(tensors, path)
+    found = identify(path)
+    assert found.role == "other" and found.what.startswith("a whole checkpoint of another model (SDXL) (diffusion")
+    for role in ("model", "text encoder", "vae", "lora", "controlnet"):
+        with pytest.raises(ValueError, match=r"found a whole checkpoint of another model \(SDXL\)") as caught:
+            found.require(role)
+        assert "put it into" not in str(caught.value) and "--model" not in str(caught.value)
+    for load in (load_vae, load_text_encoder):
+        with pytest.raises(
+            ValueError, match=r"sdxl\.safetensors: expected .* found a whole checkpoint of another model"
+        ):
+            load(path)
+
+
 def test_names_left_by_wrappers_are_read(dense, tmp_path):
     for wrap in (
         lambda k: f"_orig_mod.{k}",

@@ -95,9 +95,12 @@ def lora_facts(path: Path) -> dict[str, Any]:
 
 def control_facts(path: Path, form: str) -> dict[str, Any]:
     """Variant, rank and sizes of a ControlNet, and what would run it here."""
-    from ..formats.controlnet import control_info
+    from ..formats.controlnet import build_controlnet, control_info, match_controlnet
+    from ..formats.safetensors import open_tensors
 
-    control = control_info(path)
+    with open_tensors(path) as files:
+        control = control_info(files)
+        match_controlnet(files, control, build_controlnet(control))
     return {
         "format": f"ControlNet {control.variant}, {form}",
         "rank": control.rank or None,

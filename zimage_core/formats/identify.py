@@ -225,8 +225,9 @@ def _kind(tensors: Tensors, form: Form) -> tuple[str, str]:
     if all(_first(pattern, tensors) for pattern in PARTS):
         inner = {re.sub(PARTS[0], "", key): entry for key, entry in tensors.items() if re.match(PARTS[0], key)}
         role, what = _kind(inner, form)
-        whole = "Z-Image checkpoint" if role == "model" else f"checkpoint of {what.removeprefix('another model ')}"
-        return "checkpoint", f"a whole {whole} (diffusion model, text encoder and VAE in one file)"
+        whole = "Z-Image checkpoint" if role == "model" else f"checkpoint of {what}"
+        found = f"a whole {whole} (diffusion model, text encoder and VAE in one file)"
+        return "checkpoint" if role == "model" else "other", found
     if is_lora(tensors):
         return "lora", "a LoRA"
     for role, what, patterns in KINDS:
