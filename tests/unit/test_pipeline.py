@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy
 import pytest
@@ -246,6 +249,15 @@ def test_outputs_of_other_types_are_the_same_picture(draw, tiny_files):
     kept = {"image": image, "mask": mask, "feather": 0, **options, "num_images_per_prompt": 1}
     masked = draw("a cat", **kept, output_type="np").images
     assert numpy.array_equal((masked * 255).round(), pixels(draw("a cat", **kept)))
+
+
+def test_the_readme_lists_what_the_call_takes():
+    """Every parameter, and no other; with the ones of diffusers that are not there."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    listed, _, absent = text.partition("The call takes, under")[2].partition("\n\n")[0].partition("Nothing else:")
+    named = {name.partition("(")[0] for name in re.findall(r"`([a-z_]+)[`(]", listed)} - {"pil", "np", "pt", "latent"}
+    takes = set(inspect.signature(pipeline.Pipeline.__call__).parameters) - {"self"}
+    assert named == takes and not takes & set(re.findall(r"`([a-z_]+)`", absent))
 
 
 def test_latents_and_sigmas_instead_of_seed_and_steps(draw, caplog):
