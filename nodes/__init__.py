@@ -2,6 +2,7 @@
 
 from .conditioning import ZImagePromptEncode
 from .controlnet import ZImageControlNetApply, ZImageControlNetLoader
+from .guidance import ZImageNAG, ZImageVariety
 from .host import needs, replace
 from .loaders import ZImageINT4ModelLoader, ZImageTextEncoderLoader, ZImageVAELoader
 from .lora import ZImageLoraLoader, ZImageLoraStack, ZImageLoraSwitches
@@ -25,6 +26,8 @@ NODES = {
     "ZImageControlNetApply": ZImageControlNetApply,
     "ZImageLoraSwitches": ZImageLoraSwitches,
     "ZImageSize": ZImageSize,
+    "ZImageNAG": ZImageNAG,
+    "ZImageVariety": ZImageVariety,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -42,6 +45,8 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "ZImageControlNetApply": "Apply Z-Image ControlNet",
     "ZImageLoraSwitches": "Z-Image LoRA Switches",
     "ZImageSize": "Z-Image Size",
+    "ZImageNAG": "Z-Image NAG",
+    "ZImageVariety": "Z-Image Variety",
 }
 
 NODE_CLASS_MAPPINGS = needs.provided(NODES, NODE_DISPLAY_NAME_MAPPINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..zimage_core.models.tokenizer import MAX_TOKENS
 from . import host
 
 
@@ -33,8 +34,21 @@ class ZImagePromptEncode:
                         "tooltip": "What to show, in words. Weights such as (red:1.2) mean nothing to Z-Image.",
                     },
                 ),
-            }
+            },
+            "optional": {
+                "max_tokens": (
+                    "INT",
+                    {
+                        "default": MAX_TOKENS,
+                        "min": 16,
+                        "max": 1536,
+                        "advanced": True,
+                        "tooltip": "Where a prompt is cut; 512 is what Z-Image was trained with. CLIP Text Encode cuts "
+                        "nothing.",
+                    },
+                ),
+            },
         }
 
-    def encode(self, clip, prompt):
-        return (host.clip.encode_prompt(clip, prompt),)
+    def encode(self, clip, prompt, max_tokens=MAX_TOKENS):
+        return (host.clip.encode_prompt(clip, prompt, max_tokens),)

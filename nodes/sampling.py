@@ -52,6 +52,22 @@ GUIDANCE: dict[str, tuple] = {
 }
 
 
+SAMPLING: dict[str, tuple] = {
+    "sampler_name": (
+        SAMPLERS,
+        {
+            "default": "euler",
+            "advanced": True,
+            "tooltip": "ComfyUI's own: euler is what Turbo was made for, res_multistep what ComfyUI's template has.",
+        },
+    ),
+    "scheduler": (
+        SCHEDULERS,
+        {"default": "simple", "advanced": True, "tooltip": "How the steps are spaced; simple is Turbo's own."},
+    ),
+}
+
+
 class ZImageSampler:
     """MODEL and CONDITIONING -> LATENT."""
 
@@ -110,7 +126,7 @@ class ZImageSampler:
                     },
                 ),
             },
-            "optional": IMAGE_TO_IMAGE | GUIDANCE,
+            "optional": IMAGE_TO_IMAGE | GUIDANCE | SAMPLING,
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
@@ -128,10 +144,12 @@ class ZImageSampler:
         negative=None,
         cfg=1.0,
         preset="as set",
+        sampler_name="euler",
+        scheduler="simple",
         unique_id=None,
     ):
         if preset in PRESETS:
             steps, guidance = PRESETS[preset]
             cfg = guidance + 1
-        size = (width, height, batch_size)
-        return (host.sampling.sample(model, positive, negative, cfg, seed, steps, size, latent, denoise, unique_id),)
+        size, how = (width, height, batch_size), (sampler_name, scheduler)
+        return (host.sampling.sample(model, positive, negative, cfg, seed, steps, size, latent, denoise, *how, unique_id),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from .patcher import Adapted, StreamingPatcher, describe_need
 NO_WEIGHTS = (
     "this text encoder cannot be {} here: use a file of Qwen3-4B that Load CLIP reads, such as qwen_3_4b.safetensors"
 )
+TOKENS_BEHIND = 5  # of the chat template, after the prompt
 LAYER = -2  # the one whose output Z-Image reads
 ENCODER_PREFIX = "qwen3_4b.transformer.model."  # of weight names in ComfyUI's own Z-Image encoder
 
@@ -170,12 +172,35 @@ class CoreEncoder(Adapted):
         return [], []
 
 
-def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
-    """CONDITIONING of a prompt. The encoder leaves the device afterwards, to make it free for sampling."""
+def length_of(tokens: dict) -> int:
+    """The longest row of a CLIP's tokens."""
+    return max((len(row) for rows in tokens.values() for row in rows), default=0)
+
+
+def words_cut(clip: comfy.sd.CLIP, prompt: str, limit: int) -> str:
+    """The first words of a prompt that are cut off at a limit of tokens."""
+    words = prompt.split()
+
+    def end(count: int) -> int:
+        return length_of(clip.tokenize(" ".join(words[:count]))) - TOKENS_BEHIND
+
+    kept = bisect.bisect_right(range(1, len(words) + 1), limit, key=end)
+    return " ".join(words[kept : kept + 6])
+
+
+def encode_prompt(clip: comfy.sd.CLIP, prompt: str, limit: int = MAX_TOKENS) -> list:
+    """CONDITIONING of a prompt, cut at a limit of tokens; the node says what is cut, and that a long one is long.
+
+    The encoder leaves the device afterwards, to make it free for sampling.
+    """
     tokens = clip.tokenize(prompt)
-    length = max((len(row) for rows in tokens.values() for row in rows), default=0)
-    if length > MAX_TOKENS:
+    length, text = length_of(tokens), ""
+    if length > limit:
+        tokens = {name: [row[:limit] for row in rows] for name, rows in tokens.items()}
+        text = f"{length} tokens, the first {limit} are used: cut from {words_cut(clip, prompt, limit)!r} on"
+    elif length > MAX_TOKENS:
         text = f"{length} tokens: Z-Image was trained on prompts of up to {MAX_TOKENS}"
+    if text:
         messages.say(text, messages.executing_node())
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     release(clip.patcher)

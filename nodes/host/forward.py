@@ -23,10 +23,11 @@ from ...zimage_core.models.ops import finite
 from ...zimage_core.models.transformer import Conditioning, Hooks, ZImageTransformer
 from ...zimage_core.sampler import predict_flow
 from .controlnet import with_controls
+from .guidance import ATTENTION_PATCH, NAG, join, parted, patched
 from .lora import stock_state
 from .patcher import Adapted
 
-HONOURED_PATCHES = ("double_block", "noise_refiner")
+HONOURED_PATCHES = ("double_block", "noise_refiner", ATTENTION_PATCH)
 KEPT_PROMPTS = 4  # conditionings kept between steps: positive, negative, areas
 KEPT_CAPTIONS = 16  # captions kept between steps: repeated for a batch, joined for one forward
 
@@ -63,18 +64,21 @@ class Caption(comfy.conds.CONDRegular):
     ComfyUI repeats and joins conditionings anew at each step; here the results are cached.
     """
 
-    def __init__(self, cond: Tensor, kept: Kept):
+    def __init__(self, cond: Tensor, kept: Kept, joins: bool = False):
         super().__init__(cond)
-        self.kept = kept
+        self.kept, self.joins = kept, joins  # whether captions of other lengths go into one forward with it
 
     @classmethod
-    def of(cls, features: Tensor, device: torch.device | None, dtype: torch.dtype) -> Caption:
+    def of(cls, features: Tensor, device: torch.device | None, dtype: torch.dtype, joins: bool = False) -> Caption:
         """A Caption with its own copy of the features, made outside inference mode so that writes are counted."""
         with torch.inference_mode(False):
-            return cls(finite(features, dtype).to(device, dtype, copy=True), Kept(KEPT_CAPTIONS))
+            return cls(finite(features, dtype).to(device, dtype, copy=True), Kept(KEPT_CAPTIONS), joins)
 
     def _copy_with(self, cond: Tensor) -> Caption:
-        return Caption(cond, self.kept)
+        return Caption(cond, self.kept, self.joins)
+
+    def can_concat(self, other) -> bool:
+        return self.joins or super().can_concat(other)
 
     def process_cond(self, batch_size: int, **kwargs) -> Caption:
         repeat = functools.partial(comfy.utils.repeat_to_batch_size, self.cond, batch_size)
@@ -82,7 +86,7 @@ class Caption(comfy.conds.CONDRegular):
 
     def concat(self, others) -> Tensor:
         tensors = (self.cond, *(other.cond for other in others))
-        return self._keep(tensors, "joined", functools.partial(torch.cat, tensors))
+        return self._keep(tensors, "joined", functools.partial(join if self.joins else torch.cat, tensors))
 
     def _keep(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         with torch.inference_mode(False):
@@ -152,11 +156,25 @@ class DiffusionModel(Adapted):
 
     def prepare(self, context: Tensor, height: int, width: int, hooks: Hooks, options: dict) -> Conditioning:
         """The core's `Conditioning`, cached for all steps of a prompt unless a node changes what is computed."""
-        make = functools.partial(self.transformer.prepare, list(context), height, width, hooks)
+        nag, *negative = options.get(NAG, (None,))
+
+        def make() -> Conditioning:
+            captions = parted(context) if patches(options, ATTENTION_PATCH) else list(context)
+            cond = self.transformer.prepare(captions, height, width, hooks)
+            if not negative:
+                return cond
+            against = self.transformer.prepare(list(finite(negative[0], self.dtype)), height, width, hooks)
+            return self.transformer.guided(cond, against, nag)
+
         if custom(options):
             return make()
-        key = (height, width, hooks.rope, self.transformer.adapter_version)
-        return self.prepared.get((context,), key, make)
+        key = (height, width, hooks.rope, self.transformer.adapter_version, nag)
+        return self.prepared.get((context, *negative), key, make)
+
+
+def patches(options: dict, name: str) -> list[Callable]:
+    """What nodes have set of one kind of patch."""
+    return options.get("patches", {}).get(name, [])
 
 
 def custom(options: dict) -> bool:
@@ -179,6 +197,8 @@ class PatchedRunner:
         if stage == "layers":
             total = len(self.module.transformer.layers)
             self.options.update(total_blocks=total, block_type="double", block_index=index)
+            if found := patches(self.options, ATTENTION_PATCH):
+                args = (*args[:-1], patched(args[-1], found, self.options, self.cond.image_tokens, index))
         out = self.module.run_block(stage, index, block, x, *args)
         if stage == "noise_refiner":
             for patch in self.patches.get("noise_refiner", ()):
@@ -215,6 +235,8 @@ class PatchedRunner:
 def attend(options: dict, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention as ComfyUI is set to compute it, or as a node overrides it; a `Hooks.attention`."""
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    if mask is not None:  # some of ComfyUI's functions only add masks
+        mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
     function = comfy.ldm.modules.attention.optimized_attention_masked
     return function(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
 

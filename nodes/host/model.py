@@ -26,12 +26,14 @@ from ...zimage_core.lora.apply import check
 from ...zimage_core.lora.read import Lora, inspect, load_lora
 from ...zimage_core.memory.stages import libraries, sampling_bytes
 from ...zimage_core.models.controlnet import ControlNet
+from ...zimage_core.models.guidance import Nag
 from ...zimage_core.models.tokenizer import MAX_TOKENS
 from ...zimage_core.models.transformer import ZImageTransformer
 from ...zimage_core.sizes import GIB, readable, round_up
 from . import messages
 from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
-from .forward import Caption, DiffusionModel
+from .forward import Caption, DiffusionModel, patches
+from .guidance import ATTENTION_PATCH, nag_of
 from .patcher import DTYPES, StreamingPatcher, describe_need
 
 NO_WEIGHTS = (
@@ -140,6 +142,7 @@ class ZImageModel(comfy.model_base.Lumina2):
         self.loaded_for = 0.0  # of the run that blocks were last placed for
         self.beside: tuple[ControlNet, ...] = ()  # ControlNets of the run, and the bytes of the budget that are theirs
         self.shared = 0.0
+        self.nag: tuple[Nag, int] | None = None  # of the run
         self.too_much = math.inf  # from here on every block is streamed: a run as large was out of memory
 
     def extra_conds(self, **kwargs) -> dict:
@@ -158,7 +161,9 @@ class ZImageModel(comfy.model_base.Lumina2):
                     f"the conditioning is {context.shape[-1]} wide, this model wants {wanted}: encode the prompt with "
                     f"{'Qwen3-4B' if wanted == 2560 else f'the text encoder {DEMO!r}'}"
                 )
-            out["c_crossattn"] = Caption.of(context, kwargs.get("device"), self.get_dtype_inference())
+            options = getattr(self.current_patcher, "model_options", {}).get("transformer_options", {})
+            joins = bool(patches(options, ATTENTION_PATCH))
+            out["c_crossattn"] = Caption.of(context, kwargs.get("device"), self.get_dtype_inference(), joins)
         return out
 
     def extra_conds_shapes(self, **kwargs) -> dict:
@@ -170,16 +175,22 @@ class ZImageModel(comfy.model_base.Lumina2):
         self.expected = self.activations(input_shape, max(captions, default=MAX_TOKENS))
         return self.expected
 
-    def activations(self, input_shape: Sequence[int], caption: int = MAX_TOKENS) -> float:
+    def activations(
+        self, input_shape: Sequence[int], caption: int = MAX_TOKENS, nag: tuple[Nag, int] | None = None
+    ) -> float:
         """Bytes of activations for latents of a shape (B, 16, H/8, W/8), as planned.
 
         Each picture is assumed to have a caption of its own, of `caption` tokens, or MAX_TOKENS where that is more.
+        nag: as `guidance.nag_of` has it; left out, that of the run.
         """
         caption = max(caption, MAX_TOKENS)
         transformer = self.diffusion_model.transformer
         batch, patch = input_shape[0], transformer.config.patch_size
         height, width = round_up(input_shape[-2], patch), round_up(input_shape[-1], patch)
-        need = sampling_bytes(transformer, 8 * height, 8 * width, batch, [caption] * batch, controls=self.beside)
+        nag, tokens = nag or self.nag or (None, 0)
+        guided = {"nag": nag, "negative": [tokens], "guided": False} if nag else {}
+        size = (8 * height, 8 * width, batch)
+        need = sampling_bytes(transformer, *size, [caption] * batch, controls=self.beside, **guided)
         need += libraries(comfy.model_management.get_torch_device())
         memory = comfy.model_management
         if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):
@@ -233,7 +244,7 @@ class ZImagePatcher(StreamingPatcher):
 
     def need(self, width: int, height: int, pictures: int = 1) -> float:
         """Bytes of activations for pictures of a size, in pixels."""
-        return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8])
+        return self.model.activations([pictures, LATENT_CHANNELS, height // 8, width // 8], nag=nag_of(self))
 
     def allowance(self, need: float) -> tuple[float, str]:
         if need >= self.model.too_much:

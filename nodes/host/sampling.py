@@ -17,14 +17,16 @@ from . import messages
 from .files import LATENT_CHANNELS
 from .model import ZImagePatcher, describe_plan
 
+SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 
-def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float) -> Tensor:
-    """(steps + 1,) sigmas: the core's, or ComfyUI's "simple" where the model's sampling is patched or another's."""
+def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float, scheduler: str) -> Tensor:
+    """Sigmas of one of ComfyUI's schedulers; instead of "simple" the core's, unless the model's sampling is patched."""
     total = steps if denoise >= 1 else max(steps, int(steps / denoise))
     sampling = model.get_model_object("model_sampling")
-    if "model_sampling" not in model.object_patches and getattr(sampling, "shift", None) == SHIFT:
+    own = "model_sampling" not in model.object_patches and getattr(sampling, "shift", None) == SHIFT
+    if scheduler == "simple" and own:
         return get_sigmas(steps, start=steps / total)
-    return comfy.samplers.calculate_sigmas(sampling, "simple", total)[-(steps + 1) :].cpu()
+    return comfy.samplers.calculate_sigmas(sampling, scheduler, total)[-(steps + 1) :].cpu()
 
 
 def empty_latent(width: int, height: int, batch: int, denoise: float) -> dict:
@@ -56,9 +58,11 @@ def sample(
     size: tuple[int, int, int],
     latent: dict | None,
     denoise: float,
+    sampler: str,
+    scheduler: str,
     node_id: str | None,
 ) -> dict:
-    """LATENT of Euler over `schedule` through ComfyUI's guider, as KSampler (euler, simple) gives it.
+    """LATENT of a sampler over `schedule` through ComfyUI's guider, as KSampler gives it.
 
     Without a latent it starts from noise of `size`: width, height, pictures. The node shows the plan first. ValueError
     for guidance (cfg above 1) without a negative prompt.
@@ -84,16 +88,17 @@ def sample(
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     if negative is None:
         negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]
+    sigmas = schedule(model, steps, denoise, scheduler)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     samples = guider.sample(
         noise,
         samples,
-        comfy.samplers.sampler_object("euler"),
-        schedule(model, steps, denoise),
+        comfy.samplers.sampler_object(sampler),
+        sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )

@@ -167,13 +167,21 @@ def test_a_template_of_a_nodes_own_is_used(clip):
     assert len(bare) < len(plain) and [pair[0] for pair in bare] == clip.tokenizer.tokenizer.encode("a red circle")
 
 
-def test_long_prompts_are_not_cut_and_said_to_be_long(host, clip, monkeypatch):
+def test_long_prompts_are_cut_where_it_is_asked_and_said_to_be_long(host, clip, monkeypatch):
     from comfy_execution.utils import CurrentNodeContext
 
     said = []
     monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.append((text, node_id)))
     with CurrentNodeContext("prompt", "4"):
         short = host.clip.encode_prompt(clip, "a red circle")[0][0]
-        long = host.clip.encode_prompt(clip, "a small green star. " * 170 + "a large red circle")[0][0]
-    assert short.shape[1] < 30 and long.shape[1] > 800
-    assert said == [(f"{long.shape[1]} tokens: Z-Image was trained on prompts of up to 512", "4")]
+        prompt = " ".join(f"a small green star {i}." for i in range(170))
+        long = host.clip.encode_prompt(clip, prompt, 1536)[0][0]
+        cut = host.clip.encode_prompt(clip, prompt)[0][0]
+    assert short.shape[1] < 30 and long.shape[1] > 800 and cut.shape[1] == 512
+    torch.testing.assert_close(cut, long[:, :512])
+    assert said[0] == (f"{long.shape[1]} tokens: Z-Image was trained on prompts of up to 512", "4")
+    about, _, words = said[1][0].partition(": cut from ")
+    assert about == f"{long.shape[1]} tokens, the first 512 are used"
+    kept = prompt[: prompt.index(words.removesuffix(" on").strip("'"))]
+    whole = len(clip.tokenize(kept)["zimage"][0]) - 5  # without the template behind it
+    assert 500 < whole <= 512

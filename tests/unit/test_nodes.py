@@ -36,6 +36,8 @@ IDS = (
     "ZImageControlNetApply",
     "ZImageLoraSwitches",
     "ZImageSize",
+    "ZImageNAG",
+    "ZImageVariety",
 )
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
@@ -107,6 +109,7 @@ def pack(tmp_path_factory):
         "folder_paths": FolderPaths(root),
         "latent_preview": StandIn("latent_preview"),
     }
+    stand_ins["comfy.samplers"].KSampler = type("KSampler", (), {"SAMPLERS": ["euler"], "SCHEDULERS": ["simple"]})
     for name, module in stand_ins.items():
         parent, _, child = name.rpartition(".")
         if parent:
