@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .host.guidance import apply_nag, vary
+from . import host
 
 
 class ZImageNAG:
@@ -62,7 +62,7 @@ class ZImageNAG:
         }
 
     def apply(self, model, negative, scale, tau=2.5, alpha=0.5):
-        return (apply_nag(model, negative, scale, tau, alpha),)
+        return (host.guidance.apply_nag(model, negative, scale, tau, alpha),)
 
 
 class ZImageVariety:
@@ -122,4 +122,4 @@ class ZImageVariety:
         }
 
     def vary(self, conditioning, strength, seed, pictures, share=0.5, until=0.5):
-        return (vary(conditioning, strength, seed, pictures, share, until),)
+        return (host.guidance.vary(conditioning, strength, seed, pictures, share, until),)

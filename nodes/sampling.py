@@ -52,20 +52,16 @@ GUIDANCE: dict[str, tuple] = {
 }
 
 
-SAMPLING: dict[str, tuple] = {
-    "sampler_name": (
-        SAMPLERS,
-        {
-            "default": "euler",
-            "advanced": True,
-            "tooltip": "ComfyUI's own: euler is what Turbo was made for, res_multistep what ComfyUI's template has.",
-        },
-    ),
-    "scheduler": (
-        SCHEDULERS,
-        {"default": "simple", "advanced": True, "tooltip": "How the steps are spaced; simple is Turbo's own."},
-    ),
-}
+
+
+def sampling() -> dict[str, tuple]:
+    """The inputs for ComfyUI's own samplers and schedulers, those that other packs have added among them."""
+    about = "ComfyUI's own: euler is what Turbo was made for, res_multistep what ComfyUI's template has."
+    spaced = "How the steps are spaced; simple is Turbo's own."
+    return {
+        "sampler_name": (host.sampling.SAMPLERS, {"default": "euler", "advanced": True, "tooltip": about}),
+        "scheduler": (host.sampling.SCHEDULERS, {"default": "simple", "advanced": True, "tooltip": spaced}),
+    }
 
 
 class ZImageSampler:
@@ -126,7 +122,7 @@ class ZImageSampler:
                     },
                 ),
             },
-            "optional": IMAGE_TO_IMAGE | GUIDANCE | SAMPLING,
+            "optional": IMAGE_TO_IMAGE | GUIDANCE | sampling(),
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
@@ -152,4 +148,5 @@ class ZImageSampler:
             steps, guidance = PRESETS[preset]
             cfg = guidance + 1
         size, how = (width, height, batch_size), (sampler_name, scheduler)
-        return (host.sampling.sample(model, positive, negative, cfg, seed, steps, size, latent, denoise, *how, unique_id),)
+        sizes = (size, latent, denoise, unique_id, *how)
+        return (host.sampling.sample(model, positive, negative, cfg, seed, steps, *sizes),)

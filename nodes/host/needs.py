@@ -68,7 +68,7 @@ NODES: dict[str, tuple[str, ...]] = {
     "ZImageSampler": (
         *MODEL,
         *of("comfy.sample", "fix_empty_latent_channels prepare_noise"),
-        *of("comfy.samplers", "CFGGuider calculate_sigmas sampler_object"),
+        *of("comfy.samplers", "CFGGuider KSampler.SAMPLERS KSampler.SCHEDULERS calculate_sigmas sampler_object"),
         *of("comfy", "model_management.intermediate_device utils.PROGRESS_BAR_ENABLED"),
         "latent_preview.prepare_callback",
     ),
@@ -81,6 +81,8 @@ NODES: dict[str, tuple[str, ...]] = {
     "ZImageQuantize": (*LISTS, *ENCODER, *RELEASE, *of("comfy", "utils.ProgressBar sd.CLIP")),
     "ZImageCompare": (),
     "ZImageSize": (),
+    "ZImageNAG": (*PATCHER, "comfy.patcher_extension.WrappersMP.OUTER_SAMPLE"),
+    "ZImageVariety": ("comfy.model_patcher.ModelPatcher", "comfy.patcher_extension.WrappersMP.OUTER_SAMPLE"),
 }
 
 OPTIONAL: dict[str, tuple[str, ...]] = {

@@ -19,7 +19,8 @@ from .model import ZImagePatcher, describe_plan
 
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 
-def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float, scheduler: str) -> Tensor:
+
+def schedule(model: comfy.model_patcher.ModelPatcher, steps: int, denoise: float, scheduler: str = "simple") -> Tensor:
     """Sigmas of one of ComfyUI's schedulers; instead of "simple" the core's, unless the model's sampling is patched."""
     total = steps if denoise >= 1 else max(steps, int(steps / denoise))
     sampling = model.get_model_object("model_sampling")
@@ -58,9 +59,9 @@ def sample(
     size: tuple[int, int, int],
     latent: dict | None,
     denoise: float,
-    sampler: str,
-    scheduler: str,
     node_id: str | None,
+    sampler: str = "euler",
+    scheduler: str = "simple",
 ) -> dict:
     """LATENT of a sampler over `schedule` through ComfyUI's guider, as KSampler gives it.
 

@@ -306,7 +306,9 @@ def test_every_stock_node_that_patches_a_model(host, ours, stock):
             if not str(error).startswith("Z-Image cannot honour"):
                 wrong.append(f"{name}: {error}")
             continue
-        if relative(found, expected) > 1e-4:
+        if name == "NAGuidance":  # ComfyUI's own Z-Image ignores it; what it does to ours is in test_guidance.py
+            assert relative(found, expected) > 1e-2
+        elif relative(found, expected) > 1e-4:
             wrong.append(f"{name}: differs by {relative(found, expected)}")
     assert wrong == []
     assert {"HyperTile", "PerturbedAttentionGuidance"} <= set(refused) and len(refused) < 12

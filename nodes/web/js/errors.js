@@ -17,6 +17,8 @@ const NODES = new Set([
   "ZImageControlNetLoader",
   "ZImageControlNetApply",
   "ZImageSize",
+  "ZImageNAG",
+  "ZImageVariety",
 ])
 const OURS = /zimage_core|nodes[\\/]host[\\/]/ // a stock sampler that ran our model
 
