@@ -6,8 +6,8 @@
 
 Facts are read from the pixels as demo_training/measure.py does it. To be run again after a change of the demo.
 
-nag: captions that leave the colour open; the negative prompt names the thing in the colour that it had without NAG, from
-the same seed. How many change it, and how many of the facts that were asked for and right stay so.
+nag: captions that leave the colour open; the negative prompt names the thing in the colour that it had without NAG,
+from the same seed. How many change it, and how many of the facts that were asked for and right stay so.
 variety: complete captions, 16 seeds each; the mean distance of their latents to those without, and facts as above.
 tiles: pictures enlarged and redrawn in tiles; the gradient across the tiles' edges to that within 24 pixels of them.
 cost: seconds of a step with NAG and without. The last line is JSON.

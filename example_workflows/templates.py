@@ -232,8 +232,8 @@ TEMPLATES = {
     ),
     "Z-Image upscale": Graph(
         "Larger, with more detail",
-        "## Twice as large\n\nA picture is generated, enlarged four times by an upscale model, halved, and generated anew "
-        "in part: **denoise** 0.3 in 5 steps keeps what is there and sharpens it. Put the file into its folder:\n\n"
+        "## Twice as large\n\nA picture is generated, enlarged four times by an upscale model, halved, and generated "
+        "anew in part: **denoise** 0.3 in 5 steps keeps what is there and sharpens it. Put the file into its folder:\n\n"
         + files(ESRGAN)
         + FOR_REAL,
         {

@@ -52,8 +52,6 @@ GUIDANCE: dict[str, tuple] = {
 }
 
 
-
-
 def sampling() -> dict[str, tuple]:
     """The inputs for ComfyUI's own samplers and schedulers, those that other packs have added among them."""
     about = "ComfyUI's own: euler is what Turbo was made for, res_multistep what ComfyUI's template has."
