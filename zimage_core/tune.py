@@ -128,6 +128,7 @@ def known(device: torch.device, dtype: torch.dtype, fp4: bool = False, *, anew: 
             path = cache_folder() / f"ways-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
             record = None if anew else read(path, key)
             if record is None:
+                logger.info("trying and timing the ways to run linears on this GPU, once; about fifteen seconds")
                 try:
                     record = {"key": key, **measure(device, dtype, usable(device, dtype, fp4), fp4)}
                 except (Untried, torch.cuda.OutOfMemoryError) as error:

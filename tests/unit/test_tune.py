@@ -15,7 +15,7 @@ import time
 import pytest
 import torch
 
-from zimage_core import trial, tune
+from zimage_core import cli, trial, tune
 from zimage_core.linear import backends
 from zimage_core.linear.svdq import SVDQLinear, smoothing
 from zimage_core.models import attention, ops
@@ -384,3 +384,24 @@ def test_a_picture_with_attention_in_eight_bits(kitchen, tiny_files, monkeypatch
         assert pipeline.transformer.attention is attention.KINDS[name] is pipeline._on_meta.transformer.attention
     a, b = (torch.tensor(list(pictures[name].tobytes())).float() for name in ("sdpa", "int8"))
     assert 0 < (a - b).abs().mean() < 8
+
+
+def test_the_command_wants_a_gpu(capsys):
+    assert cli.main(["tune", "--device", "cpu"]) == 2
+    assert (
+        "device cpu: expected a GPU of NVIDIA or AMD; elsewhere plain torch is all that runs" in capsys.readouterr().err
+    )
+
+
+def test_what_was_found_is_said(as_gpu):
+    found = record(kitchen_w4a4="wrong here", triton_w4a8=(1, 2))
+    found["ways"] |= {
+        "triton fused": {"error": 0.003},
+        "kitchen attention": {"error": 0.02, "sdpa_ms": 1, "int8_ms": 2},
+    }
+    assert tune.describe(found) == {
+        "kitchen w4a4": "wrong here",
+        "triton w4a8": "1.00 ms for 4 rows, 2.00 ms for 40, error 0.010",
+        "triton fused": "runs, error 0.003",
+        "kitchen attention": "2.00 ms, torch's 1.00 ms, error 0.020",
+    }
