@@ -7,7 +7,7 @@ from .host import messages
 from .host.files import DEMO, check_encoder, check_model, check_vae, choices
 
 BACKENDS = {"auto": "auto", "nunchaku": "nunchaku", "comfy-kitchen": "kitchen", "triton": "triton", "torch": "torch"}
-PRECISIONS = ("auto", "w4a16", "w4a8", "w4a4")
+PRECISIONS = ("auto", "w4a16", "w4a8", "w4a4", "w8a8")
 CATEGORY = "Z-Image INT4/loaders"
 
 
@@ -64,7 +64,8 @@ class ZImageINT4ModelLoader:
                     {
                         "default": "auto",
                         "tooltip": "Bits of weights and activations. w4a16 is closest to the file, w4a8 and w4a4 can "
-                        "be faster; auto never takes one with a larger error than w4a4.",
+                        "be faster; auto never takes one with a larger error than w4a4. w8a8: FP8 and INT8 files "
+                        "in 8 bits, faster on GPUs that can.",
                     },
                 ),
             },

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,6 +330,65 @@ def test_merging_and_saving_are_refused(ours):
     merge = ModelMergeSimple()
     with pytest.raises(ValueError, match="cannot be merged"):
         getattr(merge, merge.FUNCTION)(ours, ours, 0.5)
+
+
+# ---- other stored forms ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "limit"), [("fp8", 0.25), ("int8", 0.03), ("gguf", 0.03), ("kitchen", 0)])
+def test_other_forms_generate_through_ksampler_and_take_loras(host, form, limit):
+    """The demo's BF16 file in 8 bits, its INT4 file in comfy-kitchen's layout; limits are twice what was seen."""
+    import folder_paths
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder_paths.get_folder_paths("diffusion_models")[0])
+    source = host.files.demo_paths("dense")[host.files.DEMO]
+    name = f"{form}.{'gguf' if form == 'gguf' else 'safetensors'}"
+    if form == "kitchen":
+        source = host.files.demo_paths("model")[host.files.DEMO]
+        convert = importlib.import_module("zimage_pack.zimage_core.quantize.convert").convert
+        convert(source, folder / name, "kitchen")
+    elif form == "gguf":
+        write_gguf(load_file(source), folder / name)
+    else:
+        save_file(eight_bit(load_file(source), form), folder / name)
+    (folder / "source.safetensors").unlink(missing_ok=True)
+    (folder / "source.safetensors").symlink_to(source)
+    found, expected = (host.model.load_model(one, "torch", "auto") for one in (name, "source.safetensors"))
+    width = found.model.diffusion_model.transformer.config.cap_feat_dim
+    asked = [[torch.randn(1, 20, width, generator=torch.Generator().manual_seed(0)), {"pooled_output": None}]]
+    plain = ksample(found, asked)
+    assert relative(plain, ksample(expected, asked)) <= limit
+    lora = Path(folder_paths.get_folder_paths("loras")[0]) / f"{form}.safetensors"
+    lora.write_bytes(next(iter(host.files.demo_paths("lora").values())).read_bytes())
+    framed = stock_loader(found, lora.name, 1.0)
+    assert relative(ksample(framed, asked), plain) > 0.05
+
+
+def eight_bit(tensors, form):
+    """The blocks' linears in ComfyUI's scaled FP8, or in quanto's INT8."""
+    for key in [k for k, t in tensors.items() if t.ndim == 2 and (".attention." in k or ".feed_forward." in k)]:
+        weight = tensors.pop(key).float()
+        scale = weight.abs().amax(1, keepdim=True) / (448 if form == "fp8" else 127)
+        if form == "fp8":
+            tensors |= {key: (weight / scale).to(torch.float8_e4m3fn), f"{key}_scale": scale}
+        else:
+            tensors |= {f"{key}._data": (weight / scale).round().to(torch.int8), f"{key}._scale": scale}
+    return tensors
+
+
+def write_gguf(tensors, path):
+    """Every matrix of the blocks in Q8_0, as ComfyUI-GGUF's converter leaves the names."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "lumina2")
+    for key, tensor in tensors.items():
+        small = tensor.ndim == 2 and tensor.shape[1] % 32 == 0 and (".attention." in key or ".feed_forward." in key)
+        kind = gguf.GGMLQuantizationType.Q8_0 if small else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(key, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # ---- our sampler node -----------------------------------------------------------------------------------------

@@ -62,7 +62,9 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--output", metavar="NODE", help="whose picture counts (default: the only one that shows any)")
     add_budget(p)
     add_runtime(p)
-    p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4 (default auto)")
+    p.add_argument(
+        "--precision", default="auto", help="auto, w4a16, w4a8, w4a4, or w8a8 of FP8 and INT8 files (default auto)"
+    )
     p.add_argument("--json", action="store_true", help="end with a line of counts")
     return p
 

@@ -114,7 +114,9 @@ def add_parser(commands: Commands) -> Parser:
     add_budget(p)
     p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
     add_runtime(p)
-    p.add_argument("--precision", default="auto", help="auto, w4a16, w4a8 or w4a4 (default auto)")
+    p.add_argument(
+        "--precision", default="auto", help="auto, w4a16, w4a8, w4a4, or w8a8 of FP8 and INT8 files (default auto)"
+    )
     p.set_defaults(restored=[], refuse=p.error)
     return p
 

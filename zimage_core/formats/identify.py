@@ -41,7 +41,7 @@ FORMATS = (
     ("awq", "SVDQuant with AWQ W4A16", r"\.(wzeros|weight_zero)$"),
     ("svdq-fp4", "SVDQuant NVFP4", r"\.(wtscale|wcscales)$"),
     ("svdq-int4", "SVDQuant INT4", r"\.qweight$"),
-    ("sdnq", "SDNQ", r"\.(zero_point|svd_up)$"),
+    ("sdnq", "SDNQ", r"\.(zero_point|svd_up)$|\.(to_(q|k|v|out\.0)|w[123])\.scale$"),
     ("comfy-svdq", "ComfyUI SVDQuant W4A4", r"\.(weight_)?(proj_down|smooth_factor)$"),
     ("comfy-w4a8", "ComfyUI 4-bit W4A8", r"\.weight_s_(rel|channel)$"),
     ("nvfp4", "NVFP4", r"\.weight_scale_2$"),
