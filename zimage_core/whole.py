@@ -31,13 +31,15 @@ def beside(path: Path, ending: str) -> Path:
 def lock(path: Path) -> FileLock:
     """A lock on writing a path, against this process and others, until it is released; its empty file stays.
 
-    ValueError where another run has it.
+    ValueError where another run has it. On a network file system without locks there is none.
     """
     name = beside(path, "lock")
     refuse_link(name)
     held = FileLock(name, timeout=0)
     try:
         held.acquire()
+    except NotImplementedError:
+        pass
     except Timeout:
         raise ValueError(f"{path}: another run is writing it; wait until it is done, or choose another name") from None
     return held

@@ -17,7 +17,7 @@ import torch
 from dense_files import CONFIG, diffusers_names, digest
 from safetensors.torch import load_file, save_file
 
-from zimage_core import __version__
+from zimage_core import __version__, whole
 from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.identify import likely_variant
 from zimage_core.formats.load import load_transformer
@@ -380,6 +380,15 @@ def test_a_lock_outlives_its_holder(tmp_path):
     with StreamedFile(tmp_path / "q", HEADER, {}, NOTES) as out:
         out.write("c.x", VALUES["b.x"])
     assert (tmp_path / ".q.zimage-lock").stat().st_ino == before and not (tmp_path / ".q.zimage-lock").read_bytes()
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
+
+    monkeypatch.setattr(whole.FileLock, "acquire", refuse)
+    begin(tmp_path / "q")
+    assert left(tmp_path) == LEFTOVERS
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders are synced by the system")
