@@ -233,9 +233,8 @@ TEMPLATES = {
     "Z-Image upscale": Graph(
         "Larger, with more detail",
         "## Twice as large\n\nA picture is generated, enlarged four times by an upscale model, halved, and generated "
-        "anew in part: **denoise** 0.3 in 5 steps keeps what is there and sharpens it. Put the file into its folder:\n\n"
-        + files(ESRGAN)
-        + FOR_REAL,
+        "anew in part: **denoise** 0.3 in 5 steps keeps what is there and sharpens it. "
+        "Put the file into its folder:\n\n" + files(ESRGAN) + FOR_REAL,
         {
             "Models": models()[:2],
             "Prompt": [prompt(4, 1, "a large striped red heart on a white background")],

@@ -6,7 +6,7 @@ import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import comfy.latent_formats
 import comfy.model_base
@@ -187,8 +187,8 @@ class ZImageModel(comfy.model_base.Lumina2):
         transformer = self.diffusion_model.transformer
         batch, patch = input_shape[0], transformer.config.patch_size
         height, width = round_up(input_shape[-2], patch), round_up(input_shape[-1], patch)
-        nag, tokens = nag or self.nag or (None, 0)
-        guided = {"nag": nag, "negative": [tokens], "guided": False} if nag else {}
+        against, tokens = nag or self.nag or (None, 0)
+        guided: dict[str, Any] = {"nag": against, "negative": [tokens], "guided": False} if against else {}
         size = (8 * height, 8 * width, batch)
         need = sampling_bytes(transformer, *size, [caption] * batch, controls=self.beside, **guided)
         need += libraries(comfy.model_management.get_torch_device())
