@@ -73,7 +73,7 @@ try {
   page.on('response', r => r.status() >= 400 && log.push(`http ${r.status()}: ${r.url()}`))
   for (const [key, value] of [['Comfy.TutorialCompleted', true], ['Comfy.Workflow.ShowMissingModelsWarning', false],
     ['Comfy.Minimap.Visible', false], ['Comfy.RightSidePanel.IsOpen', false], ['LiteGraph.Canvas.MinFontSizeForLOD', 0],
-    ['Comfy.VueNodes.Enabled', !!process.env.NODES_2]])
+    ['Comfy.VueNodes.Enabled', !!process.env.NODES_2], ['Comfy.Locale', process.env.EDITOR_LOCALE ?? 'en']])
     await page.request.post(`${url}/api/settings/${key}`, { data: JSON.stringify(value), headers: { 'content-type': 'application/json' } })
   await page.addInitScript(() => localStorage.setItem('Comfy.Settings.TutorialCompleted', 'true'))
   await page.goto(url, { waitUntil: 'domcontentloaded', timeout: 180000 })

@@ -117,15 +117,14 @@ def controls(host, control_tensors):
     folder = __import__("pathlib").Path(root).parent / "model_patches"
     folder.mkdir(exist_ok=True)
     folder_paths.folder_names_and_paths["model_patches"] = ([str(folder)], {".safetensors"})
-    given = {"n_layers": base.n_layers, "axes_dims": base.axes_dims, "control_layers_places": [0]}
-    for name, channels, refiner in (("masked", 33, "hints"), ("plain", 16, "alone"), ("old", 33, "layers")):
-        weights = control_tensors(config.ControlNetConfig(base, (0,), channels, refiner))
-        metadata = given | {"n_refiner_layers": base.n_refiner_layers}
+    given = {"n_layers": base.n_layers, "axes_dims": base.axes_dims, "n_refiner_layers": base.n_refiner_layers}
+    kinds = {"masked": ((0,), 33, "hints"), "plain": ((0,), 16, "alone"), "old": ((0,), 33, "layers")}
+    kinds["long"] = (tuple(range(base.n_layers)), 16, "alone")
+    for name, (places, channels, refiner) in kinds.items():
+        weights = control_tensors(config.ControlNetConfig(base, places, channels, refiner))
+        metadata = given | {"control_layers_places": list(places)}
         save_file(weights, folder / f"{name}.safetensors", {"config": json.dumps(metadata)})
-    return {
-        name: host.controlnet.load_control(f"{name}.safetensors", "torch", "w4a16")
-        for name in ("masked", "plain", "old")
-    }
+    return {name: host.controlnet.load_control(f"{name}.safetensors", "torch", "w4a16") for name in kinds}
 
 
 def host_module(host, name: str):
@@ -198,6 +197,25 @@ def test_streamed_blocks(host, ours, controls, small_gpu):  # noqa: F811
         patcher.module.leave()
         patcher._place(torch.device("cpu"), 0)
         assert relative(ksample(applied(host, ours, patcher, image()), conditioning()), expected) < 1e-5
+
+
+@torch.inference_mode()
+def test_the_budget_is_shared_with_the_controlnet(host, ours, controls, memory):  # noqa: F811
+    """By the sizes of their weights: the model keeps to its part, so fewer of its blocks stay; the latents are the same.
+
+    A ControlNet of two blocks cannot stream less than both.
+    """
+    memory.unload_all_models()
+    guided, patcher = applied(host, ours, controls["long"], image()), controls["long"]
+    expected = ksample(guided, conditioning())
+    need, sizes = ours.model.activations([1, 16, 8, 12]), ours.model_size() + patcher.model_size()
+    memory.unload_all_models()
+    guided.budget = round(need + 0.75 * sizes)
+    assert relative(ksample(guided, conditioning()), expected) < 1e-5
+    assert patcher.share == pytest.approx(0.75 * patcher.model_size(), rel=1e-3)
+    assert guided.loaded_size() + patcher.share + need <= guided.budget and guided.module.streamer.resident < 4
+    memory.unload_all_models()
+    patcher.share = float("inf")
 
 
 def test_what_does_not_fit_gets_a_sentence(host, ours, controls):  # noqa: F811
