@@ -201,7 +201,7 @@ def test_streamed_blocks(host, ours, controls, small_gpu):  # noqa: F811
 
 @torch.inference_mode()
 def test_the_budget_is_shared_with_the_controlnet(host, ours, controls, memory):  # noqa: F811
-    """By the sizes of their weights: the model keeps to its part, so fewer of its blocks stay; the latents are the same.
+    """By the sizes of their weights: the model keeps to its part, fewer of its blocks stay, the latents are the same.
 
     A ControlNet of two blocks cannot stream less than both.
     """
@@ -212,7 +212,7 @@ def test_the_budget_is_shared_with_the_controlnet(host, ours, controls, memory):
     memory.unload_all_models()
     guided.budget = round(need + 0.75 * sizes)
     assert relative(ksample(guided, conditioning()), expected) < 1e-5
-    assert patcher.share == pytest.approx(0.75 * patcher.model_size(), rel=1e-3)
+    assert 0.5 * patcher.model_size() < patcher.share < 0.75 * patcher.model_size()  # less its activations
     assert guided.loaded_size() + patcher.share + need <= guided.budget and guided.module.streamer.resident < 4
     memory.unload_all_models()
     patcher.share = float("inf")
