@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .offload import BlockStreamer
 
 BACKENDS = ("triton", "reference")  # whose kernels may be captured
-SHAPES = 4  # kept at a time: prompt and negative prompt, of two sizes
+SHAPES = 8  # kept at a time: captions of two lengths, prompt and negative prompt, of two sizes
 LAUNCH_BOUND = 1.1  # a step is launch-bound if the GPU takes less than this times the host's time
 FREE_BYTES = 2**31  # that the GPU must have left: a graph keeps its activations
 
@@ -143,12 +143,13 @@ class Graphs:
         """Drop all graphs; their memory is free once torch's cache is emptied."""
         while self._steps:
             self._drop_oldest()
-        self._pool = None
 
     def _drop_oldest(self) -> None:
         _, step = self._steps.popitem(last=False)
         if step.graph:
             torch.cuda.synchronize(step.graph.latents.device)  # it may be running
+        if not any(step.graph for step in self._steps.values()):
+            self._pool = None  # torch refuses a capture into a pool whose last graph is gone
 
     def _run(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         step = self._step(latents, t, cond)
