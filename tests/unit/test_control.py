@@ -227,7 +227,7 @@ def test_the_command_line(tiny_files, net_files, tmp_path, capsys):
     found = made("--width", "48", "--height", "32", "--control", part, "--control-image", photo)
     control = Control(noise(), net_files["masked"], 0.8, 0.0, 0.5)
     assert numpy.array_equal(found, pixels(library("a cat", **size, control=control)))
-    settings = json.loads(Image.open(out).text["settings"])
+    settings = json.loads(Image.open(out).text["zimage"])
     assert settings["controls"] == [["masked.safetensors", 0.8, 0.0, 0.5]]
 
     found = made("--image", photo, "--mask", mask, "--control", str(net_files["masked"]), "--feather", "3")
@@ -236,7 +236,7 @@ def test_the_command_line(tiny_files, net_files, tmp_path, capsys):
     )
     assert numpy.array_equal(found, pixels(expected))
     assert made("--image", photo, "--pad", "16,0,0,16").shape[1:3] == (48, 64)
-    assert json.loads(Image.open(out).text["settings"])["strength"] == 1.0
+    assert json.loads(Image.open(out).text["zimage"])["strength"] == 1.0
 
     if importlib.util.find_spec("cv2"):
         found = made("--width", "48", "--height", "32", "--canny", "--control", part, "--control-image", photo)

@@ -788,7 +788,7 @@ def test_command_line(tiny_files, files, tmp_path, capsys):
         assert cli.main(["generate", "a cat", *options, *loras]) == 0
         with Image.open(tmp_path / "x.png") as image:
             pictures.add(image.tobytes())
-            settings = json.loads(image.text["settings"])
+            settings = json.loads(image.text["zimage"])
     assert len(pictures) == 2
     assert settings["loras"] == [["style.safetensors", -0.5], ["encoder.safetensors", 1.0]]
     assert notation.lora(r"C:\a.safetensors") == (r"C:\a.safetensors", 1.0)
