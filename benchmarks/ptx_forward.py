@@ -85,14 +85,16 @@ def check_linears(n: int, k: int, rank: int, device: torch.device, dtype: torch.
         y = backend.linear(x[:rows], backend.prepare(weights, "w4a16"), "w4a16")
         yield f"w4a16 {shape}, {rows} rows", error(y, x[:rows].float() @ exact.T), one + two
     prepared = backend.prepare(weights, "w4a8")
+    # A driver that translates sm_89's PTX for Hopper converts to fp8 by way of fp16, cut off: 2**-7 of a step more.
+    rounding = 0.509 if backend.capability(device) == 89 else 0.501
     codes = backend.requantize(prepared, eight)
     residual = reference.dequantize_codes(weights.qweight, weights.wscales.float())
     largest = residual.abs().amax(1, keepdim=True)
-    yield f"requantize {shape}", steps_off(codes, residual / largest * backend.LIMITS[eight]), 0.501
+    yield f"requantize {shape}", steps_off(codes, residual / largest * backend.LIMITS[eight]), rounding
     codes, _ = backend.quantize_rows(x, weights.smooth_factor, eight)
     smoothed = x.float() / weights.smooth_factor.float()
     largest = smoothed.abs().amax(1, keepdim=True)
-    yield f"quantize_rows {shape}", steps_off(codes, smoothed / largest * backend.LIMITS[eight]), 0.501
+    yield f"quantize_rows {shape}", steps_off(codes, smoothed / largest * backend.LIMITS[eight]), rounding
     w4a4 = error(reference.linear(x[:8], weights.tensors(), "w4a4"), x[:8].float() @ exact.T)
     y = backend.linear(x[:40], prepared, "w4a8")
     yield f"w4a8 {shape}", error(y, x[:40].float() @ exact.T), 0.4 * w4a4  # the limit of the unit tests
