@@ -1,9 +1,11 @@
-"""Make the bundled demo model on a GPU: `python demo_training/train.py vae|latents|model|export --work DIR`, in order.
+"""Make the bundled demo model on a GPU: `python demo_training/train.py STAGE --work DIR`, one stage after the other.
 
 `vae` trains the autoencoder, `latents` learns the tokenizer and stores encoded scenes with tokenized captions, `model`
 trains the text encoder and the transformer together by flow matching (x_t = (1 - sigma) x + sigma noise; the output is
-x - noise, as diffusers' model gives it), `export` writes the files. `vae` and `model` take --minutes, which the
-learning rate follows, save to DIR and go on from there; --stop-after ends a part earlier. bf16 autocast throughout.
+x - noise, as diffusers' model gives it), `distill` teaches them to give at once what they give with guidance (Meng et
+al., "On Distillation of Guided Diffusion Models", 2023), `export` writes the files. `vae`, `model` and `distill` take
+--minutes, which the learning rate follows, save to DIR and go on from there; --stop-after ends a part earlier; `model
+--begin` starts from the exported files. bf16 autocast throughout.
 Matrices learn by Muon, the rest by AdamW; what is exported is the moving average of the weights. See README.md beside
 this file for the settings used and the measured figures.
 """
@@ -422,10 +424,43 @@ def compile_blocks() -> None:
     Block.forward, Layer.forward = forward, torch.compile(Layer.forward, **options)
 
 
+def load_exported(both: nn.ModuleDict, model_file: Path, folder: Path) -> None:
+    """Fill both models from the files that `export` wrote."""
+    from safetensors.torch import load_file
+
+    from zimage_core.formats.load import load_transformer
+
+    both["model"].load_state_dict(load_transformer(model_file, dtype=torch.float32).state_dict())
+    encoder = load_file(folder / "text_encoder" / "model.safetensors")
+    both["encoder"].load_state_dict({key: encoder[f"model.{key}"] for key in both["encoder"].state_dict()})
+
+
+class Teacher:
+    """The trained average, whose output with guidance (in diffusers' form, 0 is none) `distill` learns."""
+
+    def __init__(self, work: Path, guidance: float, device: str):
+        self.guidance, self.both = guidance, build_models().to(device).requires_grad_(False)
+        self.average = torch.load(work / "model.pt", map_location=device)["average"]
+        torch._foreach_copy_(list(self.both.parameters()), self.average)
+        empty = torch.tensor(load_tokenizer(work / "tokenizer")(""), device=device)
+        self.empty, self.length = F.pad(empty, (0, LENGTHS[0] - len(empty))), torch.tensor(len(empty), device=device)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor, ids: Tensor, lengths: Tensor, size: tuple[int, int]) -> Tensor:
+        """Its output (B, 16, h, w) for the captions, moved away from that for empty ones."""
+        empty = conditioning(self.both, self.empty.expand(len(ids), -1), self.length.expand(len(ids)), size)
+        told = self.both["model"](x, t, conditioning(self.both, ids, lengths, size)).float()
+        return told + self.guidance * (told - self.both["model"](x, t, empty).float())
+
+
 def train_model(
-    work: Path, minutes: float, stop_after: float | None, lr: float, tokens: int, device: str, compiled: bool
-) -> None:
-    """Joint training of encoder and transformer; the rate is even for 45 % of the time, then falls linearly."""
+    work: Path, minutes: float, stop_after: float | None, lr: float, tokens: int, device: str, compiled: bool,
+    teacher: Teacher | None, begin: tuple[Path, Path] | None,
+) -> None:  # fmt: skip
+    """Joint training of encoder and transformer; the rate is even for 45 % of the time, then falls linearly.
+
+    With a teacher they begin as it and learn its outputs, not the scenes. `begin` names exported files to begin from.
+    """
     data, both = Data(work, device), build_models().to(device)
     print(f"latents: shift {data.shift:.4f} scale {data.scale:.4f}", flush=True)
     if compiled:
@@ -442,8 +477,12 @@ def train_model(
         Muon(matrices, lr, 0.95, 0.01), torch.optim.AdamW(rest, lr, (0.9, 0.98), weight_decay=0.0, fused=True)
     ]  # fmt: skip
     params = list(both.parameters())
+    if teacher:
+        torch._foreach_copy_([p.data for p in params], teacher.average)
+    elif begin:
+        load_exported(both, *begin)
     average = [p.detach().clone() for p in params]
-    step, path, elapsed, log, torn = 0, work / "model.pt", 0.0, [], []
+    step, path, elapsed, log, torn = 0, work / ("distilled.pt" if teacher else "model.pt"), 0.0, [], []
     if path.exists():
         state = torch.load(path, map_location=device)
         both.load_state_dict(state["model"])
@@ -464,19 +503,20 @@ def train_model(
         set_rate(optimizers, rate)
         size, ids, lengths, clean, noise, sigma = data.batch(rng, done, tokens)
         mix = sigma[:, None, None, None]
+        x = (1 - mix) * clean + mix * noise
         with torch.autocast(device, torch.bfloat16):
-            cond = conditioning(both, ids, lengths, size)
-            out = both["model"]((1 - mix) * clean + mix * noise, 1 - sigma, cond).float()
-        loss = F.mse_loss(out, clean - noise)
+            target = teacher(x, 1 - sigma, ids, lengths, size) if teacher else clean - noise
+            out = both["model"](x, 1 - sigma, conditioning(both, ids, lengths, size)).float()
+        loss = F.mse_loss(out, target)
         loss.backward()
         nn.utils.clip_grad_norm_(rest, 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        if step % 10 == 0:  # the average reaches over some 2000 steps
+        if step % 10 == 0:  # the average reaches over some 2000 steps, or 500
             with torch.no_grad():
-                torch._foreach_lerp_(average, params, max(0.005, 1 / (step / 10 + 1)))
+                torch._foreach_lerp_(average, params, max(0.02 if teacher else 0.005, 1 / (step / 10 + 1)))
         torn.append(loss.detach())
         if step % 100 == 0:
             if len(data.sizes) < len(SIZES):
@@ -485,12 +525,12 @@ def train_model(
             torn.clear()
             if step % 500 == 0:
                 recent = np.mean([loss for _, _, loss in log[-5:]])
-                print(f"model {step} loss {recent:.4f} rate {rate:.2e} {clock.seconds:.0f} s", flush=True)
+                print(f"{path.stem} {step} loss {recent:.4f} rate {rate:.2e} {clock.seconds:.0f} s", flush=True)
             if time.time() - saved > 120:
                 checkpoint()
                 saved = time.time()
     checkpoint()
-    print(f"model: {step} steps, {clock.seconds:.0f} s")
+    print(f"{path.stem}: {step} steps, {clock.seconds:.0f} s")
 
 
 # --- stage 4: files -----------------------------------------------------------------------------------------------
@@ -520,7 +560,7 @@ def export(work: Path, model_file: Path, folder: Path) -> None:
     """Write the averaged weights: the bf16 transformer to `model_file`, VAE, encoder and tokenizer into `folder`."""
     from safetensors.torch import save_file
 
-    state = torch.load(work / "model.pt", map_location="cpu")
+    state = torch.load(work / "distilled.pt", map_location="cpu")
     names = [name for name, _ in build_models().named_parameters()]
     average = dict(zip(names, state["average"]))
     model_file.parent.mkdir(parents=True, exist_ok=True)
@@ -576,27 +616,31 @@ def plot_losses(work: Path, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps, seconds, losses = zip(*torch.load(work / "model.pt", map_location="cpu")["log"])
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
-    axes.plot(np.array(seconds) / 60, losses, linewidth=0.4, color="C0", alpha=0.5)
-    smooth = np.convolve(losses, np.ones(5) / 5, "valid")
-    axes.plot(np.array(seconds[4:]) / 60, smooth, color="C0")
-    axes.set(xlabel=f"minutes ({steps[-1]} steps)", ylabel="flow matching loss", ylim=(0, np.percentile(losses, 98)))
+    for name, label in (("model", "flow matching"), ("distilled", "distance to the teacher")):
+        steps, seconds, losses = zip(*torch.load(work / f"{name}.pt", map_location="cpu")["log"])
+        axes.plot(np.array(seconds) / 60, losses, linewidth=0.4, color="C0", alpha=0.5)
+        smooth = np.convolve(losses, np.ones(5) / 5, "valid")
+        axes.plot(np.array(seconds[4:]) / 60, smooth, label=f"{label} ({steps[-1]} steps)")
+    axes.set(xlabel="minutes", ylabel="loss", ylim=(0, None))
+    axes.legend()
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "latents", "model", "export", "plot"))
+    parser.add_argument("stage", choices=("vae", "latents", "model", "distill", "export", "plot"))
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and latents")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--minutes", type=float, default=20, help="vae, model: of training in all")
-    parser.add_argument("--stop-after", type=float, help="vae, model: minutes of this part of it")
+    parser.add_argument("--minutes", type=float, default=20, help="vae, model, distill: of training in all")
+    parser.add_argument("--stop-after", type=float, help="likewise: minutes of this part of it")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=49152, help="model: of a step")
     parser.add_argument("--shards", type=int, default=80, help="vae: of 256 scenes at each size")
     parser.add_argument("--decoder-only", action="store_true", help="vae: go on with a latent space that is in use")
     parser.add_argument("--share", type=float, default=1.0, help="latents: of the scenes in SIZES")
+    parser.add_argument("--begin", action="store_true", help="model: begin from --model-file and --folder")
+    parser.add_argument("--guidance", type=float, default=1.0, help="distill: in diffusers' form, 0 is none")
     parser.add_argument("--compile", action="store_true", help="model: torch.compile the blocks, a minute")
     parser.add_argument("--model-file", type=Path, default=ROOT / "demo_training" / "z-image-demo-bf16.safetensors")
     parser.add_argument("--folder", type=Path, default=ROOT / "zimage_core" / "demo", help="for VAE and encoder")
@@ -607,9 +651,10 @@ def main() -> None:
         train_vae(args.work, *given)
     elif args.stage == "latents":
         store_latents(args.work, args.device, args.share)
-    elif args.stage == "model":
+    elif args.stage in ("model", "distill"):
         given = (args.minutes, args.stop_after, args.lr, args.tokens, args.device, args.compile)
-        train_model(args.work, *given)
+        teacher = Teacher(args.work, args.guidance, args.device) if args.stage == "distill" else None
+        train_model(args.work, *given, teacher, (args.model_file, args.folder) if args.begin else None)
     elif args.stage == "export":
         export(args.work, args.model_file, args.folder)
     else:

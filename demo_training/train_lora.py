@@ -1,9 +1,11 @@
 """Make the demo model's two LoRAs: `python demo_training/train_lora.py frame|grey --out FILE.safetensors`.
 
 `frame` is a LoRA that paints a pink frame round every picture, `grey` a LoKr that takes the colours away: styles that
-no caption asks for, so that their strength can be read from the pixels (`measure`). Only the adapter learns, by flow
-matching beside the INT4 weights that it will be used with; text encoder and VAE are the bundled ones. The files are
-written as ai-toolkit writes them (q, k, v and w1, w3 apart), in bf16.
+no caption asks for, so that their strength can be read from the pixels (`measure`). Only the adapter learns, beside the
+INT4 weights that it will be used with; text encoder and VAE are the bundled ones. Plain flow matching would undo the
+base's distillation, as it does with Turbo: shapes fade. So what is learnt is the base's own output for the plain scene,
+plus the difference that the style makes. The files are written as ai-toolkit writes them (q, k, v and w1, w3 apart), in
+bf16.
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ def file_tensors(tensors: dict[str, list[torch.Tensor]], style: str) -> dict[str
 
 @torch.no_grad()
 def captions_and_latents(pipeline, style: str, side: int, count: int, device: str):
-    """Caption features and scaled latents (count, 16, side/8, side/8) of restyled scenes, made once."""
+    """Caption features and scaled latents (2, count, 16, side/8, side/8) of scenes, plain and restyled, made once."""
     rng = random.Random(f"{SEED} {side}")
     encoder = load_text_encoder(pipeline.files.text_encoder, dtype=torch.float32)
     vae = load_vae(pipeline.files.vae, device=device)
@@ -113,17 +115,21 @@ def captions_and_latents(pipeline, style: str, side: int, count: int, device: st
     feats = encode_prompts(encoder, load_tokenizer(pipeline.files.tokenizer), captions)
     latents = []
     for start in range(0, count, 16):
-        pictures = [restyle(scenes.draw(scene, side, side, rng), style) for scene in chosen[start : start + 16]]
-        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents.append(vae.encode(images.to(device)))
-    return feats, torch.cat(latents)
+        plain = [scenes.draw(scene, side, side, rng) for scene in chosen[start : start + 16]]
+        pictures = [plain, [restyle(picture, style) for picture in plain]]
+        images = torch.from_numpy(np.array(pictures)).permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+        latents.append(torch.stack([vae.encode(part.to(device)) for part in images]))
+    return feats, torch.cat(latents, dim=1)
 
 
 def train(pipeline, style: str, steps: int, batch: int, scenes_kept: int, lr: float, device: str):
     """The learnt tensors by module name."""
-    model = load_transformer(
-        pipeline.files.model, device=device, dtype=torch.float32, backend="reference", precision="w4a16"
-    ).requires_grad_(False)
+    model, base = (
+        load_transformer(
+            pipeline.files.model, device=device, dtype=torch.float32, backend="reference", precision="w4a16"
+        ).requires_grad_(False)
+        for _ in range(2)
+    )
     kept = {side: captions_and_latents(pipeline, style, side, scenes_kept, device) for side in SIDES}
     tensors = attach(model, style, device)
     optimizer = torch.optim.AdamW([t for pair in tensors.values() for t in pair], lr, (0.9, 0.98), weight_decay=0.0)
@@ -134,14 +140,16 @@ def train(pipeline, style: str, steps: int, batch: int, scenes_kept: int, lr: fl
         side = SIDES[step % len(SIDES)]
         feats, latents = kept[side]
         chosen = torch.randint(len(feats), (batch,), generator=generator)
-        clean = latents[chosen.to(device)]
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+        plain, styled = latents[:, chosen.to(device)]
+        noise = torch.randn(plain.shape, generator=generator).to(device)
         s = (torch.rand(batch, generator=generator) * 1.06).clamp(max=1.0).to(device)  # as train.py draws them
         sigma = (3 * s / (1 + 2 * s))[:, None, None, None]
         cond = model.prepare([feats[i] for i in chosen], side, side)
         with torch.autocast(device, torch.bfloat16):
-            out = model((1 - sigma) * clean + sigma * noise, 1 - sigma.flatten(), cond)
-        loss = F.mse_loss(out.float(), clean - noise)
+            out = model((1 - sigma) * styled + sigma * noise, 1 - sigma.flatten(), cond)
+            with torch.no_grad():
+                plain_out = base((1 - sigma) * plain + sigma * noise, 1 - sigma.flatten(), cond)
+        loss = F.mse_loss(out.float(), plain_out.float() + styled - plain)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

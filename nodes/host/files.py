@@ -6,7 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...zimage_core.demo import demo_files, demo_loras
+from ...zimage_core.demo import demo_controlnet, demo_files, demo_loras
 from ...zimage_core.formats.controlnet import control_info
 from ...zimage_core.formats.encoder import open_encoder
 from ...zimage_core.formats.identify import identify, model_info, open_part
@@ -14,7 +14,6 @@ from ...zimage_core.formats.safetensors import read_header
 from ...zimage_core.lora.read import inspect
 
 DEMO = "bundled demo"
-DEMO_CONTROLNET = demo_files()["model"].with_name("controlnet.safetensors")
 DEMO_BF16 = Path(__file__).parents[2] / "demo_training" / "z-image-demo-bf16.safetensors"
 EXTENSIONS = (".safetensors", ".sft")
 LATENT_CHANNELS = 16
@@ -41,7 +40,7 @@ def demo_paths(kind: str) -> dict[str, Path]:
     if kind == "lora":
         return {f"{DEMO}: {name}": path for name, path in demo_loras().items() if path.is_file()}
     if kind == "controlnet":
-        return {f"{DEMO}: outlines": DEMO_CONTROLNET} if DEMO_CONTROLNET.is_file() else {}
+        return {f"{DEMO}: outlines": demo_controlnet()}
     if kind == "dense":
         return {DEMO: DEMO_BF16} if DEMO_BF16.is_file() else {}
     return {DEMO: demo_files()[kind]}

@@ -77,3 +77,8 @@ def demo_files() -> dict[str, Path]:
 def demo_loras() -> dict[str, Path]:
     """Paths of the bundled LoRAs: `frame` (a LoRA: a pink frame) and `grey` (a LoKr: no colours)."""
     return {name: FOLDER / "loras" / f"{name}.safetensors" for name in ("frame", "grey")}
+
+
+def demo_controlnet() -> Path:
+    """Path of the bundled ControlNet, which follows outlines and repaints what a mask marks."""
+    return FOLDER / "controlnet.safetensors"
