@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = sorted((ROOT / "example_workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 QUICK = [path for path in GRAPHS if path.stem != "Z-Image text to image"]  # all others are of 128 x 128
-LACKING = ["Depth to image (Z-Image INT4)"]  # of models of others, which are not here
+LACKING = ["Depth to image (Z-Image INT4)", "Image upscale (Z-Image INT4)"]  # other models, which are not here or large
 if not (ROOT / "zimage_core" / "demo" / "controlnet.safetensors").is_file():
     LACKING += [f"{name} (Z-Image INT4)" for name in ("Canny to image", "ControlNet", "Pose to image")]
 SMALL = {"width": 128, "height": 128}
