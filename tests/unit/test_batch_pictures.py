@@ -69,6 +69,10 @@ def test_a_batch_is_what_generate_makes_of_each_row(options, control, tmp_path, 
             "control": f"{control}:0.7:0-0.8",
             "control_image": "start.png",
         },
+        {
+            **{"id": "steered", "prompt": "a cat", "seed": 2, "sampler": "heun", "schedule": "beta", "shift": 2.0},
+            **{"nag_scale": 2.0, "negative_prompt": "a dog", "variety": 20.0},
+        },
         {"id": "several", "prompt": "a long prompt of a cat", "seed": 7, "count": 2},
     ]
     file = tmp_path / "rows.jsonl"
@@ -77,8 +81,8 @@ def test_a_batch_is_what_generate_makes_of_each_row(options, control, tmp_path, 
     assert cli.main(["batch", str(file), f"--out={out}", *options, "--json"]) == 0
     captured = capsys.readouterr()
     facts = json.loads(captured.out.splitlines()[-1])
-    assert (facts["rows"], facts["generated"], facts["there"], facts["failed"]) == (9, 9, 0, 0)
-    assert "9 pictures, 0 of them are there, 9 to generate; reference w4a16 bfloat16 on cpu" in captured.err
+    assert (facts["rows"], facts["generated"], facts["there"], facts["failed"]) == (10, 10, 0, 0)
+    assert "10 pictures, 0 of them are there, 10 to generate; reference w4a16 bfloat16 on cpu" in captured.err
     single = {
         "plain": ["a cat", "--seed=3"],
         "guided": ["a dog", "--seed=4", "--guidance=1.5", "--negative-prompt=é 中"],
@@ -87,6 +91,8 @@ def test_a_batch_is_what_generate_makes_of_each_row(options, control, tmp_path, 
         "masked": ["a cat", "--seed=9", f"--image={start}", f"--mask={mask}", "--feather=4"],
         "padded": ["a cat", "--seed=9", f"--image={start}", "--pad=0,0,32,0", "--width=96", "--height=64"],
         "guided-by": ["a cat", "--seed=9", f"--control={control}:0.7:0-0.8", f"--control-image={start}"],
+        "steered": ["a cat", "--seed=2", "--sampler=heun", "--schedule=beta", "--shift=2", "--nag-scale=2"]
+        + ["--negative-prompt=a dog", "--variety=20"],
         "several-1": ["a long prompt of a cat", "--seed=7"],
         "several-2": ["a long prompt of a cat", "--seed=8"],
     }

@@ -25,6 +25,7 @@ from zimage_core.memory.placement import module_bytes, weights
 from zimage_core.memory.stages import CUBLAS, MetaModels, decoding_bytes, encoding_bytes, sampling_bytes
 from zimage_core.models import ops
 from zimage_core.models.config import ZImageConfig
+from zimage_core.models.guidance import Nag
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.models.vae import VAE, VAEConfig
@@ -99,6 +100,19 @@ def test_activations_of_the_transformer(
     expected = tokens * eval(per_token, sizes) + eval(fixed, sizes)
     found = sampling_bytes(model, size, size, pictures, [60])
     assert found == pytest.approx(expected, rel=0.02)
+
+
+def test_what_steers_a_picture_counts_and_tiles_take_less():
+    """NAG has a second caption and a second attention beside the first, variety each picture's own caption."""
+    model = meta_transformer(CONFIG, "dense")
+    one = sampling_bytes(model, 1024, 1024, 1, [60])
+    nag = sampling_bytes(model, 1024, 1024, 1, [60], negative=[60], guided=False, nag=Nag(1.0))
+    assert one < nag < 2 * one
+    assert nag < sampling_bytes(model, 1024, 1024, 1, [60], negative=[500], guided=False, nag=Nag(1.0))
+    assert sampling_bytes(model, 512, 512, 4, [60], varied=True) > sampling_bytes(model, 512, 512, 4, [60])
+    large = sampling_bytes(model, 2048, 2048, 1, [60], tile=128)
+    latents = 4 * 16 * 256**2  # in fp32; a few of them lie beside a tile's step
+    assert one < large < one + 10 * latents < sampling_bytes(model, 2048, 2048, 1, [60])
 
 
 def test_prompts_pictures_and_guidance_count():

@@ -16,6 +16,8 @@ MAX_STEPS = 100
 ID = re.compile(r"[\w][\w.\- ()+,@=]*(/[\w][\w.\- ()+,@=]*)*")
 MAX_ID = 200
 Cells = Mapping[str, object]
+STEERING = ("sampler", "schedule", "shift", "nag_scale", "nag_tau", "nag_alpha", "variety")
+"""Columns that the pipeline's call takes as they are, and checks."""
 
 
 class Columns(Protocol):
@@ -33,7 +35,7 @@ class PictureColumns:
 
     names = frozenset(
         ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "seed", "lora")
-        + ("image", "strength", "mask", "feather", "pad", "control", "control_image", "canny")
+        + ("image", "strength", "mask", "feather", "pad", "control", "control_image", "canny", *STEERING)
     )
 
     def __init__(self, folder: str | Path = ".", size: int = 1024):
@@ -53,7 +55,11 @@ class PictureColumns:
         if found["guidance"] < 0:
             raise ValueError(f"guidance: expected 0 or more, found {found['guidance']}")
         negative = text("negative_prompt", cells.get("negative_prompt", ""))
-        if found["guidance"]:
+        for name in STEERING:
+            if name in cells:
+                read = text if name in ("sampler", "schedule") else number
+                found[name] = read(name, cells[name])
+        if found["guidance"] or found.get("nag_scale"):
             found["negative_prompt"] = negative
         loras = [
             [self._file("lora", name), number("lora", strength)]

@@ -17,6 +17,7 @@ from ..lora.read import Lora, load_lora
 from ..memory.plan import reserve
 from ..pictures import canny, pad
 from ..pipeline import load_pipeline
+from .columns import STEERING
 from .rows import Row, fingerprint
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ class PictureGenerator:
             feather=settings.get("feather", 0),
             control=controls(settings),
             loras=self._read_loras(settings),
+            **{name: settings[name] for name in STEERING if name in settings},
         )
 
     def close(self) -> None:
