@@ -678,7 +678,7 @@ def test_bad_sources_and_destinations(tmp_path, original, source):
         ((tmp_path / "fp8.safetensors", out), "found float8_e4m3fn, small already"),
         ((source, source), "is the source itself"),
         ((source, tmp_path / "absent" / "out.safetensors"), "no such folder; make it first"),
-        ((source, tmp_path), rf"^{tmp_path}: expected a file to write, found a folder; name a .safetensors file in it"),
+        ((source, tmp_path), rf"^{tmp_path}: expected a file to write, found a folder; name a file in it"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             quantize_encoder(*arguments)
