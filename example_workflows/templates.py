@@ -223,7 +223,7 @@ TEMPLATES = {
         "*Set Latent Noise Mask* between *VAE Encode* and the sampler." + FOR_REAL,
         {
             "Models": models(),
-            OUTLINE: shape(8, 1120, 0x3C1478, 0xF0C828, 120, 68, 68),
+            OUTLINE: shape(8, 1120, 0x8228AA, 0xFFDC28, 120, 68, 68),
             "Prompt": [prompt(4, 1, "a large yellow star on a purple background")],
             "Encode": [N(11, "VAEEncode", (2, 1120), {"pixels": (10, 0), "vae": (3, 0)})],
             "Generate": [sampler(5, 3, 4, latent=(11, 0), denoise=0.7)],
@@ -249,6 +249,81 @@ TEMPLATES = {
             ],
             "Generate anew": [sampler(12, 7, 4, latent=(11, 0), denoise=0.3, steps=5)],
             "Picture": [decoded(13, 8, 12, 1600), saved(14, 9, 13, "z-image-upscale", 1600)],
+        },
+    ),
+    "Z-Image ControlNet": Graph(
+        "ControlNet",
+        "## ControlNet\n\nThe picture follows **outlines**, which *Canny* finds in another picture. For a depth map or "
+        "a pose put its preprocessor in the place of *Canny*. The control picture is stretched to the latent.\n\n"
+        "**strength** 0.6 to 1 is usual; **start** and **end** say for which part of the way it acts."
+        + FOR_REAL
+        + " A "
+        "ControlNet (Fun Union) belongs into `models/model_patches`.",
+        {
+            "Models": models(N(4, "ZImageControlNetLoader", (0, 1070), {"control_name": f"{DEMO}: outlines"})),
+            OUTLINE: [
+                *shape(5, 1460, 0x000000, 0xFFFFFF, 80, 130, 70),
+                N(8, "Canny", (2, 1460), {"image": (7, 0), "low_threshold": 0.3, "high_threshold": 0.6}),
+                N(9, "PreviewImage", (3, 1460), {"images": (8, 0)}, "Outlines"),
+            ],
+            "Control": [
+                N(
+                    11,
+                    "ZImageControlNetApply",
+                    (3, 0),
+                    {"model": (1, 0), "control": (4, 0), "vae": (3, 0), "image": (8, 0), "strength": 1.0},
+                )
+            ],
+            "Prompt": [prompt(10, 3, "a green square on the right, on a white background")],
+            "Generate": [sampler(12, 4, 10, model=(11, 0))],
+            "Picture": [decoded(13, 5, 12), saved(14, 6, 13, "z-image-controlnet")],
+        },
+    ),
+    "Z-Image inpaint": Graph(
+        "Repaint a part",
+        "## Repaint a part\n\nOnly what the **mask** marks is generated anew. For your own, *Load Image* has a mask "
+        "editor.\n\n*Apply Z-Image ControlNet* gives the ControlNet the picture and the mask; *Set Latent Noise Mask* "
+        "keeps the rest while sampling, and *ImageCompositeMasked* puts it back exactly. Without a ControlNet the last "
+        "two do it alone." + FOR_REAL + " The ControlNet has to be one of version 2.0 or later.",
+        {
+            "Models": models(N(4, "ZImageControlNetLoader", (0, 1070), {"control_name": f"{DEMO}: outlines"})),
+            OUTLINE: shape(5, 1460, 0x1E50E1, 0xDC1E28, 110, 73, 73, lower=200),
+            "Mask": [
+                N(8, "SolidMask", (0, 1900), {"value": 0.0, "width": 256, "height": 256}, "Keep"),
+                N(9, "SolidMask", (0, 2060), {"value": 1.0, "width": 160, "height": 160}, "Repaint"),
+                N(
+                    10,
+                    "MaskComposite",
+                    (1, 1900),
+                    {"destination": (8, 0), "source": (9, 0), "x": 48, "y": 48, "operation": "add"},
+                ),
+            ],
+            "Encode": [
+                N(12, "VAEEncode", (2, 1720), {"pixels": (7, 0), "vae": (3, 0)}),
+                N(13, "SetLatentNoiseMask", (3, 2010), {"samples": (12, 0), "mask": (10, 0)}),
+            ],
+            "Control": [
+                N(
+                    11,
+                    "ZImageControlNetApply",
+                    (3, 0),
+                    {
+                        "model": (1, 0),
+                        "control": (4, 0),
+                        "vae": (3, 0),
+                        "inpaint_image": (7, 0),
+                        "mask": (10, 0),
+                        "strength": 1.0,
+                    },
+                )
+            ],
+            "Prompt": [prompt(14, 3, "a large yellow star on a blue background")],
+            "Generate": [sampler(15, 4, 14, model=(11, 0), latent=(13, 0))],
+            "Picture": [
+                decoded(16, 5, 15),
+                N(17, "ImageCompositeMasked", (6, 1460), {"destination": (7, 0), "source": (16, 0), "mask": (10, 0)}),
+                saved(18, 7, 17, "z-image-inpaint", 800),
+            ],
         },
     ),
     "Z-Image KSampler": Graph(

@@ -105,7 +105,15 @@ def test_graph_opens_with_every_node_and_value(seen, path):
     assert {(int(n["id"]), n["type"]) for n in report["nodes"]} == {(n["id"], n["type"]) for n in graph["nodes"]}
     for node in report["nodes"]:
         assert node["known"] and not node["badCombos"], node
-        assert set(node["unlinked"]) <= {"latent", "mask", "inpaint_image", "image", "image_c", "image_d"}, node
+        assert set(node["unlinked"]) <= {
+            "latent",
+            "negative",
+            "mask",
+            "inpaint_image",
+            "image",
+            "image_c",
+            "image_d",
+        }, node
 
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda p: p.stem)
