@@ -30,6 +30,8 @@ IDS = {
     "ZImageQuantize",
     "ZImageCompare",
     "ZImageSize",
+    "ZImageNAG",
+    "ZImageVariety",
 }
 GRAPHS = sorted((ROOT / "example_workflows").glob("*.json"))
 WORKFLOWS = [api_path(path) for path in GRAPHS]
@@ -184,7 +186,8 @@ def test_bundled_lora_draws_its_frame(server):
 
 
 def test_inpainting_changes_only_the_mask(server, real_names):
-    workflow = api("zimage_image_to_image", n5__denoise=0.9)
+    prompt = "a large green circle on a white background"  # unlike the picture, wherever it is repainted
+    workflow = api("zimage_image_to_image", n5__denoise=0.9, n4__prompt=prompt)
     mask = {"value": 0.0, "width": 128, "height": 128}
     part = {"value": 1.0, "width": 64, "height": 128}
     workflow |= {
