@@ -6,7 +6,7 @@
 
 Facts are read from the pixels as demo_training/measure.py does it. To be run again after a change of the demo.
 
-nag: captions that leave the colour open; the negative prompt names the thing in the colour that it had without NAG,
+nag: captions that leave the colour open; the negative prompt is the caption with the colour that it had without NAG,
 from the same seed. How many change it, and how many of the facts that were asked for and right stay so.
 variety: complete captions, 16 seeds each; the mean distance of their latents to those without, and facts as above.
 tiles: pictures enlarged and redrawn in tiles; the gradient across the tiles' edges to that within 24 pixels of them.
@@ -38,7 +38,7 @@ from zimage_core.tiles import Tiles  # noqa: E402
 from zimage_core.variety import Variety  # noqa: E402
 
 BATCH = 16
-NAG = {"nag_scale": 2.0}
+NAG = {"nag_scale": 1.2}
 VARIETY = Variety(3.0, 1.0, 0.5)
 GROUNDS = ("white", "black", "blue", "yellow", "gray")
 
@@ -77,6 +77,12 @@ def kept(before: list[dict], after: list[dict], asked: list[dict]) -> float:
     return mean(a.get(name) == fact for b, a, name, fact in pairs if b.get(name) == fact)
 
 
+def coloured(caption: str, colour: str) -> str:
+    """A caption that leaves its colour open, with one."""
+    start = "a large " if caption.startswith("a large ") else "a "
+    return f"{start}{colour} {caption.removeprefix(start)}"
+
+
 def measure_nag(pipeline, count: int, size: int) -> dict[str, float]:
     asked = captions(count, complete=False)
     texts, facts = [caption for caption, _ in asked], [wanted for _, wanted in asked]
@@ -89,7 +95,7 @@ def measure_nag(pipeline, count: int, size: int) -> dict[str, float]:
         return found
 
     plain = draw()
-    negative = [f"a {seen.get('colour', '')} {seen.get('shape', 'shape')}" for seen in plain]
+    negative = [coloured(text, str(seen.get("colour", ""))) for text, seen in zip(texts, plain)]
     pipeline.encode([*texts, *negative])
     guided = draw(negative_prompt=negative, **NAG)
     changed = mean(after.get("colour") != before.get("colour") for before, after in zip(plain, guided))
