@@ -110,7 +110,8 @@ def build(groups: dict[str, list[N]], infos: dict, outside: list[tuple[str, int,
             "mode": 0,
         }
         entry |= {"inputs": [], "outputs": [], "properties": properties, "widgets_values": values}
-        entry["outputs"] = [{"name": name, "type": kind, "links": []} for name, kind in zip(names, info["output"])]
+        if not info["output_node"]:  # those of nodes that save are new in 0.33
+            entry["outputs"] = [{"name": name, "type": kind, "links": []} for name, kind in zip(names, info["output"])]
         if node.title:
             entry["title"] = node.title
         for name, definition in inputs_of(info).items():
