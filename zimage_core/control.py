@@ -77,9 +77,10 @@ def make_edit(
     return Edit(fit(image, width, height), found, soften(found, feather))
 
 
-def check_controls(controls: Iterable[Control], masked: bool) -> tuple[Control, ...]:
+def check_controls(controls: Control | Sequence[Control] | None, masked: bool) -> tuple[Control, ...]:
     """The controls that do something. ValueError unless each has a picture, or a mask and the channels for it."""
-    kept = tuple(control for control in controls if control.strength)
+    given = (controls,) if isinstance(controls, Control) else controls or ()
+    kept = tuple(control for control in given if control.strength)
     for control in kept:
         info = control_info(control.model)
         if control.image is None and not (masked and info.config.channels == MASKED_CHANNELS):

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from . import sampler
+from .captions import Caption
 from .control import Control, Edit
 from .linear.backends import Backend
-from .lora.read import Lora, load_lora
+from .lora.read import Lora, Loras, load_lora
 from .memory import plan as planning
 from .models.config import SHIFT, ZImageConfig
 from .models.guidance import Nag
 from .models.tokenizer import MAX_TOKENS
 from .models.transformer import PIXELS_PER_CELL
 from .recorder import Recorder, StageRecord
-from .residents import Loras
 from .tiles import Tiles
 from .variety import Variety, seed_of
 
@@ -34,11 +34,9 @@ if TYPE_CHECKING:
 PIXELS_MULTIPLE = 16
 MAX_SIDE, MAX_PIXELS = 2**14, 2**31
 """Of one picture's edge, and of all pictures of a call, whose noise is then 2 GiB."""
-MIN_TILE, MIN_TOKENS = 128, 16
+MIN_TILE, MIN_TOKENS, MAX_GUIDANCE = 128, 16, 100
 OUTPUTS = ("pil", "np", "pt", "latent")
 OnStep: TypeAlias = "Callable[[int, int, Tensor], bool | None]"
-Caption: TypeAlias = "str | Tensor"
-"""A prompt, or its features (L, C)."""
 LoraChoice = Iterable[tuple[str | Path | Lora, float]]
 
 
@@ -76,7 +74,8 @@ class Pictures(list[Any]):
 class Job:
     """What one call asks for, and what is known of it so far.
 
-    negative: with guidance or nag, one for all prompts or one for each. each: pictures of every prompt. sampler: one of
+    noise (B, 16, H/8, W/8) and seeds: as `sampler.starting_noise` gives them. images: pictures to start from. negative:
+    with guidance or nag, one for all prompts or one for each. each: pictures of every prompt. sampler: one of
     `sampler.SAMPLERS`; shift: that of the sigmas. tile: pixels of an edge, None for whole pictures. limit: tokens of a
     prompt. output: one of OUTPUTS. on_step, on_step_end: as `sampler.denoise` takes them. feats: cap_feats (L, C) on
     the host of the prompts that are known; tokens: token ids of the others.
@@ -88,6 +87,9 @@ class Job:
     width: int
     loras: Loras
     record: Recorder
+    noise: Tensor = field(default_factory=lambda: torch.empty(0))
+    seeds: list[int] | None = None
+    images: Sequence[Image.Image] = ()
     negative: Sequence[Caption] = ()
     guidance: float = 0.0
     nag: Nag | None = None
@@ -114,6 +116,16 @@ class Job:
     @property
     def pictures(self) -> int:
         return len(self.positive) * self.each
+
+    @property
+    def pixels(self) -> int:
+        """Of all pictures."""
+        return self.pictures * self.height * self.width
+
+    @property
+    def controlnets(self) -> list[Path]:
+        """The file of each control's ControlNet."""
+        return [Path(control.model) for control in self.controls]
 
     def request(self) -> planning.Request:
         """The call's sizes, for a plan."""
@@ -145,11 +157,11 @@ class Job:
         """cap_feats of captions: one for all pictures, or one for each."""
         return self._for_each([self.feats[one] if isinstance(one, str) else one for one in captions])
 
-    def varied(self, variety: Variety, noise: Tensor) -> list[Tensor]:
+    def varied(self, variety: Variety) -> list[Tensor]:
         """Perturbed cap_feats of the prompts, one for each picture, whose noise they follow."""
         found = self.features(self.positive)
         found = found * self.pictures if len(found) == 1 else found
-        return [variety.vary(feats, seed_of(one)) for feats, one in zip(found, noise)]
+        return [variety.vary(feats, seed_of(one)) for feats, one in zip(found, self.noise)]
 
     @property
     def tiles(self) -> Tiles:
@@ -175,47 +187,6 @@ def load_loras(loras: LoraChoice) -> Loras:
             raise ValueError(f"loras: expected pairs of a file or Lora and its strength, found {pair!r}")
         found.append((lora if isinstance(lora, Lora) else load_lora(lora), number))
     return tuple(found)
-
-
-def read_captions(name: str, texts: Any, embeds: Any) -> list[Caption]:
-    """Prompts, or the features that are given instead, as a list.
-
-    ValueError, under their name, unless they are text that is Unicode, or finite tensors (L, C), and not both.
-    """
-    if embeds is not None:
-        many = isinstance(embeds, Sequence) or isinstance(embeds, Tensor) and embeds.ndim == 3
-        given = list(embeds) if many else [embeds]
-        if texts is not None:
-            raise ValueError(f"{name}: expected text or features (embeds), found both; leave one out")
-        for feats in given:
-            if not isinstance(feats, Tensor) or feats.ndim != 2 or not len(feats) or not feats.isfinite().all():
-                found = tuple(feats.shape) if isinstance(feats, Tensor) else type(feats).__name__
-                raise ValueError(f"{name} embeds: expected finite tensors (tokens, width), found {found}")
-        return [feats.detach().cpu() for feats in given]
-    prompts = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else [texts]
-    for text in prompts:
-        if not isinstance(text, str):
-            raise ValueError(f"{name}: expected text, found {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{name}: expected UTF-8 text, found other bytes; save or type it as UTF-8") from None
-    return prompts
-
-
-def read_negative(positive: int, guided: bool, texts: Any, embeds: Any) -> list[Caption]:
-    """With guidance of either kind the negative prompts, one for all or one for each positive one; without, none.
-
-    ValueError as `read_captions`, and for another number; a warning where they have no effect.
-    """
-    found = read_captions("negative prompt", "" if texts is None and embeds is None else texts, embeds)
-    if len(found) not in (1, positive):
-        raise ValueError(f"negative prompts: expected 1, or {positive} as there are prompts, found {len(found)}")
-    if not guided and any(isinstance(one, Tensor) or one for one in found):
-        logger.warning(
-            "negative prompt: has no effect without guidance; give a guidance above 0, 1 say, or a NAG scale"
-        )
-    return found if guided else []
 
 
 def choose_noise(
@@ -252,6 +223,13 @@ def choose_sigmas(
     if sigmas is not None:
         return sampler.read_sigmas(sigmas, shift)
     return sampler.get_sigmas(steps, strength if image else 1.0, shift, schedule)
+
+
+def check_guidance(scale: float) -> float:
+    """The guidance of a call. ValueError unless a number from 0 to 100."""
+    if not 0 <= number("guidance", scale) <= MAX_GUIDANCE:
+        raise ValueError(f"guidance: expected 0 to {MAX_GUIDANCE}, found {scale}; 0 is what the model was made for")
+    return scale
 
 
 def read_variety(asked: float | Variety) -> Variety | None:
@@ -318,11 +296,6 @@ def number(name: str, found: object) -> float:
     if not isinstance(found, int | float) or not math.isfinite(found):
         raise ValueError(f"{name}: expected a number, found {found!r}")
     return found
-
-
-def encoder_loras(loras: Loras) -> Loras:
-    """Those that change the text encoder."""
-    return tuple((found, strength) for found, strength in loras if found.text_encoder)
 
 
 def own_size(images: Sequence[Image.Image], latents: Any, side: int) -> tuple[int, int]:

@@ -1,8 +1,7 @@
-"""From a prompt to pictures: which files are read, when each model is on the device, and the order of the stages.
+"""From a prompt to pictures: what a call is given is checked, then the stages run in order.
 
 prompt -> token ids -> cap_feats -> (encoder leaves) -> Conditioning -> latents -> (B, H, W, 3) -> pictures.
-The models are on the device one after the other, within a budget that the plan shares out before work starts; only
-with no limit at all do they wait there for the next picture.
+Which model is on the device when is left to `residents`.
 
 Source of the interface: huggingface/diffusers `pipelines/z_image@v0.42.1`.
 """
@@ -12,23 +11,20 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import sampler
+from .captions import Captions, read_captions, read_negative
 from .control import Control, Given, check_controls, control_contexts, make_edit
 from .demo import advice
-from .device import choose_device, choose_dtype, host_memory
-from .failures import check_finite, out_of_memory
-from .files import ModelFiles, find_files
-from .formats.encoder import check_width
-from .formats.safetensors import stamp
+from .device import choose_device, choose_dtype
+from .failures import check_finite
+from .files import find_files
 from .job import (
     PIXELS_MULTIPLE,
     Job,
@@ -36,33 +32,31 @@ from .job import (
     OnStep,
     Pictures,
     check_count,
+    check_guidance,
     check_limit,
     check_output,
     check_sampler,
     check_tile,
     choose_noise,
     choose_sigmas,
-    encoder_loras,
     load_loras,
     number,
     own_size,
     picture_size,
-    read_captions,
-    read_negative,
     read_variety,
 )
 from .linear.backends import Backend
-from .lora.apply import apply
+from .lora.read import Loras
 from .memory import plan as planning
-from .memory.stages import MetaModels, libraries
 from .models.guidance import Nag
-from .models.tokenizer import MAX_TOKENS, Tokenizer, load_tokenizer
-from .models.transformer import PIXELS_PER_CELL, Conditioning, ZImageTransformer
+from .models.tokenizer import MAX_TOKENS
+from .models.transformer import ZImageTransformer
 from .models.vae import decode_image
 from .pictures import FEATHER, checked_picture, checked_pictures, composite, fit, to_tensor
 from .recorder import OnStage, Recorder, StageRecord
-from .residents import Loras, ResidentEncoder, ResidentTransformer, ResidentVAE
+from .residents import Residents
 from .sizes import DEMO_SIZE, REAL_SIZE
+from .sources import Sources
 from .tune import select_attention
 from .variety import Variety
 
@@ -70,15 +64,12 @@ if TYPE_CHECKING:
     import numpy
     from PIL import Image
 
-CACHED_PROMPTS = 32
-MAX_GUIDANCE = 100
 MAX_UPSCALE, LARGEST_WHOLE, TILE = 8, 2048, 1024
 """Of `upscale`: the factor; pixels of an edge up to which a picture is sampled whole, and of its tiles beyond."""
 TIMESTEPS = 1000  # of diffusers' schedule, sigma 1
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 OnStepEnd = Callable[["Pipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 """diffusers' callback: pipeline, number of the step, timestep, tensors -> those that it changes."""
 
@@ -110,7 +101,8 @@ def load_pipeline(
     budget = planning.parse_budget(vram_budget)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    return Pipeline(files, device, dtype, backend, precision, budget, once, select_attention(attention, device, dtype))
+    attention = select_attention(attention, device, dtype)
+    return Pipeline(Sources(files, device, dtype, backend, precision, attention), budget, once)
 
 
 class Pipeline:
@@ -120,38 +112,14 @@ class Pipeline:
     set when it began, and each returns its own pictures, seeds and stages.
     """
 
-    def __init__(
-        self,
-        files: ModelFiles,
-        device: torch.device,
-        dtype: torch.dtype,
-        backend: str,
-        precision: str,
-        vram_budget: int | str | None = "auto",
-        once: bool = False,
-        attention: str = "sdpa",
-    ):
-        self.files = files
-        self.device = device
-        self.dtype = dtype
-        self.backend = backend
-        self.precision = precision
-        self.attention = attention  # "sdpa" or "int8"
-        self.vram_budget = vram_budget  # bytes, "auto" or None
-        self.once = once
+    def __init__(self, sources: Sources, vram_budget: int | str | None = "auto", once: bool = False):
+        self.sources = sources
+        self.files, self.device, self.dtype = sources.files, sources.device, sources.dtype
         self.last: Pictures | None = None  # of the call that ended last
         self._loras: Loras = ()
         self._lock = threading.RLock()  # a callback may call the pipeline
-        paths = (files.model, files.text_encoder, files.vae)
-        self._on_meta = MetaModels(paths, device, dtype, self._vae_dtype, backend, precision, attention)
-        self._encoder: ResidentEncoder | None = None
-        self._transformer: ResidentTransformer | None = None
-        self._vae: ResidentVAE | None = None
-        self._captions: OrderedDict[str, Tensor] = OrderedDict()  # prompt -> cap_feats (L, C) on the host
-        self._captions_made_by: tuple[Loras, int] = ((), MAX_TOKENS)  # the text encoder's LoRAs, the limit of tokens
-        self._remembered = 0  # prompts of the last `encode`
-        self._stamps: dict[Path, tuple[object, ...]] = {}  # of the files that were planned with
-        self._too_much: dict[str, int] = {}  # model -> pixels from which memory ran out with blocks of it resident
+        self._captions = Captions(self.files.tokenizer)
+        self._residents = Residents(sources, vram_budget, once)
 
     @property
     def stages(self) -> list[StageRecord]:
@@ -166,11 +134,16 @@ class Pipeline:
     @property
     def transformer(self) -> ZImageTransformer | None:
         """The transformer, once it has been read."""
-        return self._transformer.model if self._transformer else None
+        return self._residents.transformer.model if self._residents.transformer else None
 
-    @functools.cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.files.tokenizer)
+    @property
+    def vram_budget(self) -> int | str | None:
+        """Bytes of the device, "auto" or None; may be set between calls."""
+        return self._residents.budget
+
+    @vram_budget.setter
+    def vram_budget(self, budget: int | str | None) -> None:
+        self._residents.budget = budget
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -230,56 +203,48 @@ class Pipeline:
         ValueError for sizes, counts and ranges that cannot be generated.
         """
         positive = read_captions("prompt", prompt, prompt_embeds)
-        if not 0 <= number("guidance", guidance_scale) <= MAX_GUIDANCE:
-            raise ValueError(
-                f"guidance: expected 0 to {MAX_GUIDANCE}, found {guidance_scale}; 0 is what the model was made for"
-            )
+        guidance = check_guidance(guidance_scale)
         nag = Nag(nag_scale, nag_tau, nag_alpha) if nag_scale else None
-        guided = guidance_scale > 0 or nag is not None
+        guided = guidance > 0 or nag is not None
         negative = read_negative(len(positive), guided, negative_prompt, negative_prompt_embeds)
         images, mask = checked_pictures("image", image), checked_picture("mask", mask)
-        height, width = picture_size(
-            height, width, own_size(images, latents, DEMO_SIZE if self.files.demo_like else REAL_SIZE)
-        )
+        own = own_size(images, latents, DEMO_SIZE if self.files.demo_like else REAL_SIZE)
+        height, width = picture_size(height, width, own)
         count = check_count(len(positive), num_images_per_prompt, height, width, images)
         noise, seeds = choose_noise(generator, latents, count, height, width)
         edit = None if mask is None else make_edit(images, mask, width, height, feather)
         shift = self.files.shift if shift is None else shift
-        controls = (control,) if isinstance(control, Control) else tuple(control or ())
-        chosen = None if loras is None else load_loras(loras)
-        asked: dict[str, Any] = {
-            "guidance": guidance_scale,
-            "nag": nag,
-            "variety": read_variety(variety),
-            "sampler": check_sampler(sampler),
-            "sigmas": choose_sigmas(
+        job = Job(
+            positive,
+            num_images_per_prompt,
+            height,
+            width,
+            loras=self._loras if loras is None else load_loras(loras),
+            record=Recorder(self.device, on_stage),
+            noise=noise,
+            seeds=seeds,
+            images=images,
+            negative=negative,
+            guidance=guidance,
+            nag=nag,
+            variety=read_variety(variety),
+            sampler=check_sampler(sampler),
+            sigmas=choose_sigmas(
                 num_inference_steps, sigmas, strength, bool(images), edit is not None, shift, schedule
             ),
-            "shift": shift,
-            "tile": check_tile(tile),
-            "limit": check_limit(max_sequence_length),
-            "controls": check_controls(controls, masked=edit is not None),
-            "output": check_output(output_type),
-            "on_step": on_step,
-            "on_step_end": callback_on_step_end and functools.partial(self._step_end, callback_on_step_end),
-        }
+            shift=shift,
+            tile=check_tile(tile),
+            limit=check_limit(max_sequence_length),
+            controls=check_controls(control, masked=edit is not None),
+            edit=edit,
+            output=check_output(output_type),
+            on_step=on_step,
+            on_step_end=callback_on_step_end and functools.partial(self._step_end, callback_on_step_end),
+        )
         if self.files.demo_like:
             for sentence in advice([one for one in positive if isinstance(one, str)], height, width):
                 logger.warning(sentence)
-
-        with self._lock:
-            used = self._loras if chosen is None else chosen
-            record = Recorder(self.device, on_stage)
-            job = Job(positive, num_images_per_prompt, height, width, used, record, negative, edit=edit, **asked)
-            self._begin(job)
-            given = self._encode_pictures(job, images, noise)
-            found, backend = self._attempt(job, "transformer", job.pictures * height * width, self._sample, given)
-            if self.once:
-                self._transformer = None
-                self._empty_cache()
-            pictures = found.cpu() if output_type == "latent" else self._decode(job, found)
-            self.last = Pictures(pictures, seeds, job.record.stages, job.plan, backend)
-            return self.last
+        return self._generate(job)
 
     def _step_end(self, callback: OnStepEnd, i: int, sigma: Tensor, latents: Tensor) -> Tensor:
         """The latents after step i, as diffusers' callback leaves them."""
@@ -302,9 +267,9 @@ class Pipeline:
         """
         texts = list(dict.fromkeys(prompts))
         with self._lock:
-            self._remembered = len(texts)
+            self._captions.wanted = len(texts)
             record = Recorder(self.device, on_stage)
-            self._begin(Job(texts, 1, PIXELS_MULTIPLE, PIXELS_MULTIPLE, self._loras, record))
+            self._encode(Job(texts, 1, PIXELS_MULTIPLE, PIXELS_MULTIPLE, self._loras, record))
 
     def upscale(
         self, pictures: Sequence[Image.Image], prompt: str | Sequence[str], factor: float = 2.0, **options: Any
@@ -338,139 +303,52 @@ class Pipeline:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.vram_budget / total), self.device)
 
-    @property
-    def _keeps_encoder(self) -> bool:
-        return self.vram_budget is None and not self.once
-
-    @property
-    def _vae_dtype(self) -> torch.dtype:
-        """fp32 on the CPU and wherever the rest is not bf16, never fp16."""
-        half = self.device.type != "cpu" and self.dtype is torch.bfloat16
-        return torch.bfloat16 if half else torch.float32
-
-    def _begin(self, job: Job) -> None:
-        """Plan a job, and encode those of its texts that are not remembered."""
-        self._prepare(job)
-        self._attempt(job, "text encoder", 0, self._encode)
+    def _generate(self, job: Job) -> Pictures:
+        """The stages in their order."""
+        with self._lock:
+            self._encode(job)
+            given = self._encode_pictures(job)
+            found, backend = self._residents.attempt(job, "transformer", job.pixels, self._sample, given)
+            self._residents.drop_transformer()
+            pictures = found.cpu() if job.output == "latent" else self._decode(job, found)
+            self.last = Pictures(pictures, job.seeds, job.record.stages, job.plan, backend)
+            return self.last
 
     def _prepare(self, job: Job) -> None:
-        """Plan a job, after finding its texts among those that are remembered or their tokens."""
-        if (made_by := (encoder_loras(job.loras), job.limit)) != self._captions_made_by:
-            self._captions.clear()
-            self._captions_made_by = made_by
-        for text in job.texts:
-            if text in self._captions:
-                job.feats[text] = self._captions[text]
-            elif text not in job.tokens:
-                job.tokens[text] = self._tokenizer(text, job.limit)
-        self._plan(job)
-
-    def _plan(self, job: Job) -> None:
-        """Plan what a job takes of the device; ValueError where the budget cannot hold it, or a LoRA does not fit."""
-        transformer, encoder = self._on_meta.transformer, self._on_meta.text_encoder if job.tokens else None
-        for model in filter(None, (transformer, encoder)):
-            apply(model, job.loras)
-        if encoder is not None:
-            files = self.files
-            check_width(encoder.config.hidden_size, transformer.config.cap_feat_dim, files.text_encoder, files.model)
-        job.check_embeds(transformer.config.cap_feat_dim)
-        budget, pixels = self._budget(), job.pictures * job.height * job.width
-        stays = ("transformer", "VAE") if budget is None and not self.once else ()
-        limits = planning.Limits(
-            budget=budget,
-            host=host_memory(),
-            on_host=self.device.type == "cpu",
-            libraries=libraries(self.device),
-            streamed=[name for name, least in self._too_much.items() if pixels >= least],
-            stays=(*stays, "text encoder") if self._keeps_encoder else stays,
-            resident=self._held(),
-        )
-        job.plan = planning.plan_pictures(
-            job.request(),
-            limits,
-            transformer=transformer,
-            encoder=encoder,
-            vae=self._on_meta.vae,
-            controls=[self._on_meta.controlnet(control.model) for control in job.controls],
-        )
-        for path in (self.files.model, self.files.text_encoder, self.files.vae, *(Path(c.model) for c in job.controls)):
-            self._stamps.setdefault(path, stamp(path))
-        logger.info(job.plan.table())
-
-    def _check_unchanged(self, *paths: str | Path) -> None:
-        """ValueError where a file that is to be read is another one than was planned with."""
-        for path in map(Path, paths):
-            if stamp(path) != self._stamps[path]:
-                raise ValueError(f"{path}: changed since its header was read; wait until it is whole, and load it anew")
-
-    def _attempt(self, job: Job, name: str, pixels: int, work: Callable[..., T], *options: object) -> T:
-        """Run work(job, *options); after an out-of-memory error retry once with every block of a model streamed.
-
-        From then on that model is streamed for as many pixels.
-        """
-        try:
-            return work(job, *options)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or not job.plan.stage(name).resident:
-                raise
-        # Outside the handler: only now are the failed attempt's tensors free.
-        logger.warning("out of memory in the %s; trying again with every block of it streamed", name)
-        self._too_much[name] = pixels
-        self._leave()
-        self._plan(job)
-        return work(job, *options)
+        """Plan a job, whose texts are tokenized unless their features are known."""
+        self._captions.find(job)
+        self._residents.plan(job)
 
     def _encode(self, job: Job) -> None:
-        """Fill in the features of the texts that are not remembered."""
+        """Plan a job, and have the features of its texts."""
+        self._prepare(job)
         if job.tokens:
-            self._check_unchanged(self.files.text_encoder)  # on a CPU it stays mapped
-            stage = self._make_room(job, "text encoder")
-            if self._encoder is None:
-                with job.record("load text encoder"):
-                    self._encoder = ResidentEncoder(self.files.text_encoder, stage, self.device, self.dtype)
-            with job.record("encode prompt"):
-                self._encoder.place(stage, job.loras)
-                job.feats.update(zip(job.tokens, self._encoder.encode(job.tokens.values(), self._tokenizer.where)))
-                if not self._keeps_encoder:  # it leaves the device before sampling
-                    self._encoder = None
-                    self._empty_cache()
-        for text in job.texts:
-            self._captions[text] = job.feats[text]
-            self._captions.move_to_end(text)
-        while len(self._captions) > max(CACHED_PROMPTS, self._remembered):
-            self._captions.popitem(last=False)
+            where = self._captions.tokenizer.where
+            self._residents.attempt(job, "text encoder", 0, self._residents.encode, where)
+        self._captions.keep(job)
 
-    def _encode_pictures(self, job: Job, images: Sequence[Image.Image], noise: Tensor) -> Given:
+    def _encode_pictures(self, job: Job) -> Given:
         """The latents that sampling begins with, from the pictures that a call was given."""
-        if not images and not job.controls:
-            return Given(noise)
-        vae = self._load_vae(job)
+        if not job.images and not job.controls:
+            return Given(job.noise)
+        vae = self._residents.bring_vae(job)
 
         def encode(picture: Tensor) -> Tensor:
-            latents = vae.model.encode(picture.to(self.device), job.plan.tiling).float().cpu()
+            latents = vae.encode(picture.to(self.device), job.plan.tiling).float().cpu()
             check_finite(latents, f"VAE ({self.files.vae}), encoding", "its file is damaged, download it again")
             return latents
 
         with job.record("encode image"):
-            clean = [encode(to_tensor(fit(image, job.width, job.height))) for image in images]
+            clean = [encode(to_tensor(fit(image, job.width, job.height))) for image in job.images]
             contexts = control_contexts(job.controls, job.edit, job.width, job.height, encode)
-        return Given(noise, torch.cat(clean) if clean else None, contexts)
+        return Given(job.noise, torch.cat(clean) if clean else None, contexts)
 
     def _sample(self, job: Job, given: Given) -> tuple[Tensor, Backend | None]:
         """Latents (B, 16, H/8, W/8) on the device after all steps, and the backend that ran them."""
-        stage = self._make_room(job, "transformer")
-        self._check_unchanged(*(control.model for control in job.controls))
-        if self._transformer is None:
-            self._check_unchanged(self.files.model)
-            with job.record("load transformer"):
-                self._transformer = ResidentTransformer(
-                    self.files.model, stage, self.device, self.dtype, self.backend, self.precision, self.attention
-                )
-        model = self._transformer
-        model.place(stage, job.loras, [Path(control.model) for control in job.controls])
+        model = self._residents.bring_transformer(job)
         with job.record("sample", len(job.sigmas) - 1):
-            steps = model.steps(graphs=self.vram_budget is None)  # graphs keep memory, and are lost with the model
-            steps, followed = self._followed(job, given, model, steps)
+            # graphs keep memory, and are lost with the model
+            steps, followed = model.followed(job, given, graphs=self.vram_budget is None)
             latents = sampler.denoise(
                 steps,
                 given.start(job.sigmas[0]).to(self.device),
@@ -487,41 +365,13 @@ class Pipeline:
         check_finite(latents, f"transformer ({self.files.model}), denoising", remedy)
         return latents, model.model.backend
 
-    def _followed(
-        self, job: Job, given: Given, model: ResidentTransformer, steps: sampler.Model
-    ) -> tuple[sampler.Model, dict[str, Any]]:
-        """The conditionings that `sampler.denoise` follows, by its arguments' names, and the model that it calls."""
-        tiles, controls = job.tiles, list(zip(job.controls, given.contexts))
-        size = PIXELS_PER_CELL * tiles.height, PIXELS_PER_CELL * tiles.width
-        cond = model.prepare(job.features(job.positive), *size)
-        negative = model.prepare(job.features(job.negative), *size) if job.negative else None
-        early = model.prepare(job.varied(job.variety, given.noise), *size) if job.variety else None
-
-        if job.nag and negative:
-            cond = model.model.guided(cond, negative, job.nag)
-            early = early and model.model.guided(early, negative, job.nag)
-        cond = model.controlled(cond, [(control, tiles.part(context, 0, 0)) for control, context in controls])
-        numbers = {id(control): i for i, control in enumerate(cond.controls)}
-
-        def place(found: Conditioning, top: int, left: int) -> Conditioning:
-            working = [controls[numbers[id(one)]] for one in found.controls]
-            own = [(control, tiles.part(context, top, left)) for control, context in working]
-            return model.controlled(found, own) if own else found
-
-        followed: dict[str, Any] = {"cond": cond}
-        if negative and job.guidance:
-            followed["negative"] = replace(negative, controls=cond.controls)
-        if early and job.variety:
-            followed["early"] = replace(early, controls=cond.controls), job.variety.until
-        return (tiles.model(steps, place) if job.tile else steps), followed
-
     def _decode(self, job: Job, latents: Tensor) -> list[Image.Image] | numpy.ndarray | Tensor:
         """Pictures of scaled latents (B, 16, H/8, W/8), with what a mask keeps as it was, in the job's output type."""
         from PIL import Image
 
-        vae = self._load_vae(job)
+        vae = self._residents.bring_vae(job)
         with job.record("decode"):
-            pixels = decode_image(vae.model, latents, job.plan.tiling)
+            pixels = decode_image(vae, latents, job.plan.tiling)
             if job.output == "pil" or job.edit:
                 pixels = pixels.mul_(255).round_().to("cpu", torch.uint8)
             pixels = pixels.cpu()
@@ -533,51 +383,3 @@ class Pipeline:
                 return pictures
             pixels = torch.cat([to_tensor(picture) for picture in pictures]).add_(1).div_(2).permute(0, 2, 3, 1)
         return pixels.numpy() if job.output == "np" else pixels.permute(0, 3, 1, 2)
-
-    def _load_vae(self, job: Job) -> ResidentVAE:
-        """The VAE, on the device."""
-        self._make_room(job, "VAE")
-        if self._vae is None:
-            self._check_unchanged(self.files.vae)
-            with job.record("load VAE"):
-                self._vae = ResidentVAE(self.files.vae, self.device, self._vae_dtype)
-        self._vae.place()
-        return self._vae
-
-    def _make_room(self, job: Job, name: str) -> planning.Stage:
-        """Send to the host what may not be on the device during a stage; returns its plan."""
-        if job.plan.usable is not None:
-            self._leave(name)
-        return job.plan.stage(name)
-
-    def _leave(self, name: str | None = None) -> None:
-        """Send every model to the host but the named one."""
-        if name != "text encoder":
-            self._encoder = None
-        if self._transformer is not None and name != "transformer":
-            self._transformer.leave()
-        if self._vae is not None and name != "VAE":
-            self._vae.leave()
-        self._empty_cache()
-
-    def _empty_cache(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _held(self) -> dict[str, int]:
-        """Bytes of the models that are on the device now."""
-        models = {"text encoder": self._encoder, "transformer": self._transformer, "VAE": self._vae}
-        return {name: model.on_device for name, model in models.items() if model is not None and model.on_device}
-
-    def _budget(self) -> int | None:
-        """Bytes of the device that may be used; None for all of a CPU's."""
-        if not isinstance(self.vram_budget, str):
-            return self.vram_budget
-        if self.device.type != "cuda":
-            return None
-        free, total = torch.cuda.mem_get_info(self.device)
-        ours = torch.cuda.memory_reserved(self.device)
-        others = torch.cuda.memory_allocated(self.device) - sum(self._held().values())
-        if hasattr(torch.cuda, "get_per_process_memory_fraction"):  # torch 2.6 and later
-            total = int(total * torch.cuda.get_per_process_memory_fraction(self.device))
-        return min(free + ours, total) - max(others, 0)

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from zimage_core import device, files, job, load_pipeline, pipeline, recorder, sampler
+from zimage_core import captions, device, files, job, load_pipeline, pipeline, recorder, sampler
 from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.load import load_transformer
 from zimage_core.formats.vae import load_vae
@@ -91,14 +91,14 @@ def test_a_stage_has_its_own_device_peak(monkeypatch):
 
 
 def test_the_prompt_memory_is_bounded(draw, monkeypatch):
-    monkeypatch.setattr(pipeline, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr(captions, "KEPT", 2)
     draw(["one", "two", "three"], **SIZE)
     assert "encode prompt" not in names(draw(["two", "three"], **SIZE))
     assert "encode prompt" in names(draw("one", **SIZE))
 
 
 def test_many_prompts_are_encoded_with_one_reading_of_the_encoder(draw):
-    prompts, seen = [f"cat {i}" for i in range(pipeline.CACHED_PROMPTS + 3)], []
+    prompts, seen = [f"cat {i}" for i in range(captions.KEPT + 3)], []
     draw.encode(prompts, on_stage=lambda name, steps: seen.append(name))
     assert seen == ["load text encoder", "encode prompt"]
     for prompt in (prompts[0], prompts[-1]):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_core import bench, cli, load_pipeline, residents, sampler
+from zimage_core import bench, cli, load_pipeline, residents, sampler, sources
+from zimage_core.files import find_files
 from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.load import load_transformer
 from zimage_core.formats.stored import StoredLinear
@@ -20,9 +21,10 @@ from zimage_core.linear.adapters import Linear
 from zimage_core.linear.backends import Backend
 from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
 from zimage_core.memory import plan
+from zimage_core.memory.meta import META
 from zimage_core.memory.offload import BlockStreamer
 from zimage_core.memory.placement import module_bytes, weights
-from zimage_core.memory.stages import CUBLAS, MetaModels, decoding_bytes, encoding_bytes, sampling_bytes
+from zimage_core.memory.stages import CUBLAS, decoding_bytes, encoding_bytes, sampling_bytes
 from zimage_core.models import ops
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.guidance import Nag
@@ -31,6 +33,7 @@ from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.models.vae import VAE, VAEConfig
 from zimage_core.sampler import denoise
 from zimage_core.sizes import GIB
+from zimage_core.sources import MetaModels, Sources
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < "2.5", reason="torch 2.4 cannot count the memory of w4a8, which it cannot run"
@@ -199,8 +202,7 @@ def test_planned_weights_are_those_of_the_model(tiny_files):
     for dtype, precision in ((BF16, "w4a16"), (FP32, "w4a4")):
         options = {"dtype": dtype, "backend": "reference", "precision": precision}
         model = load_transformer(tiny_files["model"], **options)
-        files = tuple(tiny_files[name] for name in ("model", "text_encoder", "vae"))
-        planned = MetaModels(files, torch.device("cpu"), vae_dtype=FP32, **options)
+        planned = MetaModels(Sources(find_files(**tiny_files), torch.device("cpu"), **options))
         assert weights(planned.transformer.blocks, planned.transformer) == weights(model.blocks, model)
         encoder = load_text_encoder(tiny_files["text_encoder"], dtype=dtype)
         assert weights(planned.text_encoder.layers, planned.text_encoder.layers) == weights(
@@ -467,7 +469,7 @@ def together(monkeypatch):
         plain = getattr(owner, attribute)
 
         def watched(*args, **options):
-            if when(*args):
+            if when(*args, **options):
                 note(name, comes(*args))
             return plain(*args, **options)
 
@@ -476,19 +478,24 @@ def together(monkeypatch):
     def of_transformer(streamer, *_):
         return streamer._model is not None
 
+    def with_weights(*_, device, **options):
+        return device != META
+
     watch(BlockStreamer, "place", "transformer", when=of_transformer)
     watch(BlockStreamer, "leave", "transformer", comes=lambda *_: False, when=of_transformer)
-    watch(residents, "load_vae", "VAE")
+    watch(sources, "load_vae", "VAE", when=with_weights)
     watch(VAE, "to", "VAE", comes=lambda vae, place: place != "cpu")  # a torch.device where it comes
-    load = residents.load_text_encoder
+    load = sources.load_text_encoder
 
     def load_encoder(*args, **options):
-        note("text encoder", True)
         encoder = load(*args, **options)
+        if not with_weights(*args, **options):
+            return encoder
+        note("text encoder", True)
         weakref.finalize(encoder, note, "text encoder", False)
         return encoder
 
-    monkeypatch.setattr(residents, "load_text_encoder", load_encoder)
+    monkeypatch.setattr(sources, "load_text_encoder", load_encoder)
     return seen
 
 
@@ -497,7 +504,7 @@ def test_no_two_models_are_on_the_device(small, request, monkeypatch, budget):
     """Under a budget, and without one on a GPU, whatever is free there."""
     limit(small)
     if budget == "auto":
-        monkeypatch.setattr(type(small), "_budget", lambda self: 2**40)
+        monkeypatch.setattr(residents, "usable", lambda *_: 2**40)
     if not isinstance(budget, str) or budget == "auto":
         small.vram_budget = budget
     together = request.getfixturevalue("together")  # watches from here on
@@ -524,6 +531,8 @@ def test_the_command_line_has_one_model_at_a_time_without_a_budget_too(tiny_file
         plain = getattr(owner, name)
 
         def load(*args, **options):
+            if options["device"] == META:
+                return plain(*args, **options)
             seen.append((name, len(alive)))
             model = plain(*args, **options)
             alive.add(model)
@@ -532,7 +541,7 @@ def test_the_command_line_has_one_model_at_a_time_without_a_budget_too(tiny_file
         monkeypatch.setattr(owner, name, load)
 
     for name in ("load_text_encoder", "load_transformer", "load_vae"):
-        watch(residents, name)
+        watch(sources, name)
     options = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
     size = ["--width=48", "--height=64", "--steps=1", "--seed=1", f"--out={tmp_path / 'cat.png'}"]
     assert cli.main(["generate", "a cat", "--device=cpu", "--json", *options, *size]) == 0
@@ -593,13 +602,15 @@ def test_out_of_memory_while_sampling_streams_everything_once_and_is_remembered(
 def test_out_of_memory_on_the_way_to_the_device_is_survived_too(tiny_files, unlimited, monkeypatch, caplog, what):
     (expected,) = unlimited("a cat", **SIZE)
     owner, name = {
-        "load text encoder": (residents, "load_text_encoder"),
+        "load text encoder": (sources, "load_text_encoder"),
         "encode": (residents, "encode_tokens"),
-        "load": (residents, "load_transformer"),
+        "load": (sources, "load_transformer"),
     }.get(what, (BlockStreamer, "place"))
     plain, failed = getattr(owner, name), []
 
     def once(*args, **options):
+        if options.get("device") == META and owner is sources:
+            return plain(*args, **options)
         model = args[0]._model if owner is BlockStreamer else None
         if not failed and (owner is not BlockStreamer or (model is None) == (what == "place text encoder")):
             failed.append(what)

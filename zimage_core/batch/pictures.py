@@ -39,17 +39,16 @@ class PictureGenerator:
         self.automatic = pipeline.vram_budget == "auto"
         self.backend, self.precision = "dense", None
         if (info := model_info(pipeline.files.model)).rank:
-            chosen = tune.select(
-                pipeline.backend, pipeline.precision, device=pipeline.device, dtype=pipeline.dtype, fp4=info.fp4
-            )
+            asked = pipeline.sources
+            chosen = tune.select(asked.backend, asked.precision, device=asked.device, dtype=asked.dtype, fp4=info.fp4)
             self.backend, self.precision = chosen.name, chosen.precision
         self._loras: dict[str, Lora] = {}
 
     def _arithmetic(self) -> dict[str, object]:
         dtype = str(self.pipeline.dtype).removeprefix("torch.")
         found: dict[str, object] = {"backend": self.backend, "precision": self.precision, "dtype": dtype}
-        if self.pipeline.attention != "sdpa":
-            found["attention"] = self.pipeline.attention
+        if (attention := self.pipeline.sources.attention) != "sdpa":
+            found["attention"] = attention
         return found
 
     def facts(self) -> dict[str, object]:

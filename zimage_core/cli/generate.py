@@ -303,7 +303,7 @@ def settings(pipeline: Pipeline, args: argparse.Namespace, pictures: Pictures) -
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "backend": backend.name if backend else "dense",
         "precision": backend.precision if backend else None,
-        "attention": pipeline.attention,
+        "attention": pipeline.sources.attention,
     }
     if args.lora:
         found["loras"] = [[Path(path).name, strength] for path, strength in args.lora]

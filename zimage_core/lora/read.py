@@ -272,6 +272,10 @@ class Lora:
         return self.text_encoder if hasattr(model, "embed_tokens") else self.transformer
 
 
+Loras = tuple[tuple[Lora, float], ...]
+"""LoRAs and their strengths."""
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """What PEFT and diffusers keep beside the tensors: alpha and rank, by pattern of module name."""

@@ -1,26 +1,19 @@
 """What each stage of a picture takes of the device beside a model's weights, by running the stage on the meta device.
 
-Every function takes a model on any device and returns bytes. Before there is one, `MetaModels` has it from its file's
-header by the same loader that reads the weights.
+Every function takes a model on any device and returns bytes.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .. import sampler
-from ..formats.controlnet import load_controlnet
-from ..formats.encoder import load_text_encoder
-from ..formats.load import load_transformer
-from ..formats.vae import load_vae
-from ..models.attention import KINDS
 from ..models.controlnet import ControlNet
 from ..models.guidance import Nag
 from ..models.text_encoder import TextEncoder
@@ -34,48 +27,6 @@ from .placement import slots
 CUBLAS = 2**25  # the workspace that torch gives cuBLAS on Hopper and later; a quarter of it before
 
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class MetaModels:
-    """The models of a pipeline on the meta device, each read when first asked for; errors as the loaders raise them.
-
-    files: of transformer, text encoder and VAE; device: where they are to run.
-    """
-
-    files: tuple[Path, Path, Path]
-    device: torch.device
-    dtype: torch.dtype
-    vae_dtype: torch.dtype
-    backend: str = "auto"
-    precision: str = "auto"
-    attention: str = "sdpa"
-    _controlnets: dict[Path, ControlNet] = field(default_factory=dict)
-
-    @functools.cached_property
-    def transformer(self) -> ZImageTransformer:
-        options = {"backend": self.backend, "precision": self.precision}
-        model = load_transformer(self.files[0], device=META, dtype=self.dtype, compute_device=self.device, **options)
-        model.attention = KINDS[self.attention]
-        return model
-
-    def controlnet(self, path: str | Path) -> ControlNet:
-        """A ControlNet for the transformer; ValueError also for one that was made for another."""
-        path = Path(path)
-        if path not in self._controlnets:
-            options = {"backend": self.backend, "precision": self.precision}
-            net = load_controlnet(path, device=META, dtype=self.dtype, compute_device=self.device, **options)
-            self._controlnets[path] = net
-        self._controlnets[path].check(self.transformer)
-        return self._controlnets[path]
-
-    @functools.cached_property
-    def text_encoder(self) -> TextEncoder:
-        return load_text_encoder(self.files[1], device=META, dtype=self.dtype)
-
-    @functools.cached_property
-    def vae(self) -> VAE:
-        return load_vae(self.files[2], device=META, dtype=self.vae_dtype)
 
 
 def encoding_bytes(encoder: TextEncoder, tokens: int) -> int:

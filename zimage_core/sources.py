@@ -1,0 +1,101 @@
+"""How the models of a pipeline are read, with their weights or from headers alone.
+
+A plan needs every model before its weights are there: `MetaModels` has them on the meta device by the same functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import ModelFiles
+from .formats.controlnet import load_controlnet
+from .formats.encoder import load_text_encoder
+from .formats.load import load_transformer
+from .formats.safetensors import stamp
+from .formats.vae import load_vae
+from .memory.meta import META
+from .models.attention import KINDS
+from .models.controlnet import ControlNet
+from .models.text_encoder import TextEncoder
+from .models.transformer import ZImageTransformer
+from .models.vae import VAE
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a pipeline, and what its models compute with. Each function reads a model to `where`.
+
+    device: where they are to run. attention: "sdpa" or "int8".
+    """
+
+    files: ModelFiles
+    device: torch.device
+    dtype: torch.dtype
+    backend: str = "auto"
+    precision: str = "auto"
+    attention: str = "sdpa"
+    _stamps: dict[Path, tuple[object, ...]] = field(default_factory=dict, compare=False)
+
+    def transformer(self, where: torch.device) -> ZImageTransformer:
+        model = load_transformer(self.files.model, device=where, **self._computes)
+        model.attention = KINDS[self.attention]
+        return model
+
+    def controlnet(self, path: Path, where: torch.device) -> ControlNet:
+        return load_controlnet(path, device=where, **self._computes)
+
+    def text_encoder(self, where: torch.device) -> TextEncoder:
+        return load_text_encoder(self.files.text_encoder, device=where, dtype=self.dtype)
+
+    def vae(self, where: torch.device) -> VAE:
+        """fp32 on the CPU and wherever the rest is not bf16, never fp16."""
+        half = self.device.type != "cpu" and self.dtype is torch.bfloat16
+        return load_vae(self.files.vae, device=where, dtype=torch.bfloat16 if half else torch.float32)
+
+    @property
+    def _computes(self) -> dict[str, Any]:
+        options = {"dtype": self.dtype, "backend": self.backend, "precision": self.precision}
+        return {**options, "compute_device": self.device}
+
+    def remember(self, *paths: Path) -> None:
+        """Note which files these are, unless they are noted already."""
+        for path in paths:
+            self._stamps.setdefault(path, stamp(path))
+
+    def check_unchanged(self, *paths: Path) -> None:
+        """ValueError where a file is not the one that was noted."""
+        for path in paths:
+            if stamp(path) != self._stamps[path]:
+                raise ValueError(f"{path}: changed since its header was read; wait until it is whole, and load it anew")
+
+
+class MetaModels:
+    """The models of a pipeline on the meta device, each read when first asked for; errors as the loaders raise them."""
+
+    def __init__(self, sources: Sources):
+        self._sources = sources
+        self._controlnets: dict[Path, ControlNet] = {}
+
+    @functools.cached_property
+    def transformer(self) -> ZImageTransformer:
+        return self._sources.transformer(META)
+
+    @functools.cached_property
+    def text_encoder(self) -> TextEncoder:
+        return self._sources.text_encoder(META)
+
+    @functools.cached_property
+    def vae(self) -> VAE:
+        return self._sources.vae(META)
+
+    def controlnet(self, path: Path) -> ControlNet:
+        """A ControlNet for the transformer; ValueError also for one that was made for another."""
+        if path not in self._controlnets:
+            self._controlnets[path] = self._sources.controlnet(path, META)
+        self._controlnets[path].check(self.transformer)
+        return self._controlnets[path]
