@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from image import random_files
 
-from zimage_core import batch, bench
+from zimage_core import batch, bench, report
 from zimage_core.batch.pictures import PictureGenerator
 from zimage_core.pipeline import choose_device, choose_dtype
 
@@ -110,7 +110,7 @@ class Bench:
 
     def row(self, way: str, size: int, **found: object) -> None:
         self.rows.append({"way": way, "size": size, **found})
-        print(bench.table(self.rows[-1:], PACE).splitlines()[-1], flush=True)
+        print(report.table(self.rows[-1:], PACE).splitlines()[-1], flush=True)
 
 
 def parts(generator: PictureGenerator, run: Bench, size: int) -> float:
@@ -408,11 +408,11 @@ def main() -> None:
             standin_kills(run)
         if args.demo_kills:
             demo_kills(run)
-    machine = bench.machine(device, choose_dtype(None, device))
+    machine = report.machine(device, choose_dtype(None, device))
     print(f"\n{machine['device']}, torch {machine['torch']}, {machine['date']}")
     if run.rows:
-        print(f"\n{bench.table(run.rows, PACE)}")
-    bench.print_json("batch", machine, rows=run.rows, **run.facts)
+        print(f"\n{report.table(run.rows, PACE)}")
+    report.print_json("batch", machine, rows=run.rows, **run.facts)
 
 
 if __name__ == "__main__":

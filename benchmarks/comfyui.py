@@ -33,7 +33,7 @@ from image import TINY_ENCODER, random_files
 from memory import free
 from safetensors.torch import load_file, save_file
 
-from zimage_core import bench
+from zimage_core import report
 from zimage_core.device import choose_device, choose_dtype
 from zimage_core.formats.identify import model_info
 from zimage_core.models.config import ZImageConfig
@@ -490,12 +490,12 @@ def main() -> int:
                     run.attempt(part, limit_s, options)
         finally:
             run.stop()
-    machine = bench.machine(choose_device(args.device), choose_dtype(None, device))
+    machine = report.machine(choose_device(args.device), choose_dtype(None, device))
     print(f"\n{machine['device']}, torch {machine['torch']}, {machine['date']}")
     print(f"{run.size} x {run.size}, {run.steps} steps")
-    print(f"\n{bench.table([asdict(row) | {'verdict': row.verdict} for row in run.rows], COLUMNS)}")
+    print(f"\n{report.table([asdict(row) | {'verdict': row.verdict} for row in run.rows], COLUMNS)}")
     ok = all(row.ok for row in run.rows)
-    bench.print_json("comfyui", machine, size=run.size, steps=run.steps, ok=ok, rows=[asdict(row) for row in run.rows])
+    report.print_json("comfyui", machine, size=run.size, steps=run.steps, ok=ok, rows=[asdict(row) for row in run.rows])
     return 0 if ok else 1
 
 

@@ -20,7 +20,7 @@ from memory import PROMPT, TIMED, WITHIN, free, limit, write_synthetic
 from PIL import Image
 from safetensors.torch import save_file
 
-from zimage_core import Control, bench, load_pipeline
+from zimage_core import Control, load_pipeline, report
 from zimage_core.device import choose_device, choose_dtype
 from zimage_core.formats.identify import model_info
 from zimage_core.linear.adapters import Linear
@@ -112,9 +112,9 @@ def main() -> int:
         ok = ok and abs(budgeted["predicted"] / budgeted["measured"] - 1) <= WITHIN
         ok = ok and budgeted["reserved"] <= args.budget
     columns = {"budget": "GiB", "streamed": "streamed", "predicted": "predicted|.3f", "measured": "measured|.3f"}
-    print(bench.table(rows, columns | {"reserved": "reserved|.3f", "seconds": "seconds|.3f"}))
+    print(report.table(rows, columns | {"reserved": "reserved|.3f", "seconds": "seconds|.3f"}))
     facts = {"rows": rows, "bytes": net.stat().st_size, "ok": ok}
-    bench.print_json("controlnet", bench.machine(device, choose_dtype(None, device)), **facts)
+    report.print_json("controlnet", report.machine(device, choose_dtype(None, device)), **facts)
     return 0 if ok else 1
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zimage_core import bench
+from zimage_core import bench, report
 from zimage_core.demo import demo_files
 from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.stored import dequantize
@@ -248,11 +248,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=TextEncoderConfig.num_layers, help="of the deep random model")
     parser.add_argument("--full-size", type=Path, metavar="FOLDER")
     args = parser.parse_args()
-    machine = bench.machine(torch.device("cpu"), torch.bfloat16 if args.full_size else torch.float32)
+    machine = report.machine(torch.device("cpu"), torch.bfloat16 if args.full_size else torch.float32)
     if args.full_size:
         rows = measure_full_size(args.full_size, TextEncoderConfig())
-        print(bench.table(rows, FULL_COLUMNS))
-        return bench.print_json("encoder, full size", machine, rows=rows)
+        print(report.table(rows, FULL_COLUMNS))
+        return report.print_json("encoder, full size", machine, rows=rows)
     sys.path.insert(0, str(ROOT / "demo_training"))
     import scenes
 
@@ -269,8 +269,8 @@ def main() -> None:
         own = [row for row in rows if row["model"] == model]
         facts = own[0]
         print(f"\n{model}: {facts['layers']} layers, {facts['width']} wide, {facts['tokens']} tokens, ", end="")
-        print(f"residual stream grows {facts['growth']:.1f}-fold\n\n{bench.table(own, COLUMNS)}")
-    bench.print_json("encoder", machine, rows=rows, target=TARGET)
+        print(f"residual stream grows {facts['growth']:.1f}-fold\n\n{report.table(own, COLUMNS)}")
+    report.print_json("encoder", machine, rows=rows, target=TARGET)
 
 
 if __name__ == "__main__":

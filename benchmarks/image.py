@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from memory import write_synthetic
 
-from zimage_core import bench
+from zimage_core import bench, report
 from zimage_core.device import choose_device, choose_dtype
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.text_encoder import TextEncoderConfig
@@ -99,15 +99,15 @@ def main() -> None:
         pictures = [Path(scratch) / f"{i}.png" for i in range(1 + args.check)]
         runs = [draw(files, picture, Path(scratch) / "triton", options) for picture in pictures]
         same = pixels(pictures[0]) == pixels(pictures[1]) if args.check else None
-    machine = bench.machine(device, choose_dtype(None, device))
+    machine = report.machine(device, choose_dtype(None, device))
     print(f"{machine['device']}, torch {machine['torch']}, {machine['date']}")
     print(f"{size} x {size}, {runs[0]['steps']} steps, {runs[0]['backend']} {runs[0]['precision']}")
     for i, run in enumerate(runs):
         total = {"name": "process, start to end", "seconds": run["process_seconds"]}
-        print(f"\n{'second' if i else 'first'} start\n\n{bench.table([*run['stages'], total], COLUMNS)}")
+        print(f"\n{'second' if i else 'first'} start\n\n{report.table([*run['stages'], total], COLUMNS)}")
     if args.check:
         print(f"\nthe same seed twice: {'bit-identical' if same else 'DIFFERENT PICTURES'}")
-    bench.print_json("image", machine, size=size, runs=runs, identical=same)
+    report.print_json("image", machine, size=size, runs=runs, identical=same)
     sys.exit(same is False)
 
 

@@ -14,7 +14,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from zimage_core import bench
+from zimage_core import bench, report
 from zimage_core.bench import Call
 from zimage_core.device import choose_device, choose_dtype
 from zimage_core.linear import backends, layout
@@ -76,8 +76,8 @@ def main() -> None:
     device = choose_device(args.device)
     dtype, gpu = choose_dtype(None, device), device.type == "cuda"
     rows = args.rows or (4224 if gpu else 512)
-    machine, peak = bench.machine(device, dtype), bench.ceilings(device, dtype, args.repeats)
-    bench.print_machine(machine, peak)
+    machine, peak = report.machine(device, dtype), bench.ceilings(device, dtype, args.repeats)
+    report.print_machine(machine, peak)
     shapes = bench.block_linears(ZImageConfig()) if gpu else SQUARE
     found = {"linears": bench.bench_linears(shapes, rows, args.rank, device, dtype, args.repeats, peak, extras)}
     bench.show_linears(f"{rows} rows, rank {args.rank}", found["linears"])
@@ -85,7 +85,7 @@ def main() -> None:
         demo, rank = bench.block_linears(bench.DEMO), bench.DEMO_RANK
         found["demo"] = bench.bench_linears(demo, DEMO_ROWS, rank, device, dtype, args.repeats, peak, extras)
         bench.show_linears(f"the demo model, {DEMO_ROWS} rows, rank {rank}", found["demo"])
-    bench.print_json("linear", machine, peak=peak, totals=bench.totals(found["linears"]), **found)
+    report.print_json("linear", machine, peak=peak, totals=bench.totals(found["linears"]), **found)
 
 
 if __name__ == "__main__":

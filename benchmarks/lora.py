@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from zimage_core import bench
+from zimage_core import bench, report
 from zimage_core.formats.load import load_transformer
 from zimage_core.linear.backends import select
 from zimage_core.lora import apply as lora
@@ -131,7 +131,7 @@ def main() -> None:
     base = min(seconds["none"], seconds["none again"])
     identical = torch.equal(outputs["none"], outputs["none again"])
     backend = f"{model.backend.name} {model.backend.precision}" if model.backend else "dense"
-    machine = bench.machine(device, dtype)
+    machine = report.machine(device, dtype)
     print(f"{machine['device']}, torch {machine['torch']}, {backend}, {size} x {size}, rank {args.rank}")
     for name, value in seconds.items():
         print(f"  {name:12} {value * 1e3:9.1f} ms {value / base - 1:+8.1%}   buffers {memory[name]:8.0f} MiB")
@@ -139,7 +139,7 @@ def main() -> None:
         print(f"  {name:20} {value * 1e3:8.1f} ms")
     print(f"  without any, afterwards: {'bit-identical' if identical else 'DIFFERENT'}")
     found = {"step_s": seconds, "change_s": changes, "buffers_mib": memory, "identical": identical}
-    bench.print_json("lora", machine, backend=backend, size=size, rank=args.rank, **found)
+    report.print_json("lora", machine, backend=backend, size=size, rank=args.rank, **found)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from zimage_core import bench, load_pipeline
+from zimage_core import load_pipeline, report
 from zimage_core.demo import demo_files
 from zimage_core.device import choose_device, choose_dtype
 from zimage_core.job import Pictures
@@ -320,7 +320,7 @@ def main() -> int:
     ok = all(row.ok for row in rows) and series["ok"] and not warned.messages
     found = {"host_to_device_gb_s": speed, "in_a_row": series, "ok": ok, "rows": [asdict(row) for row in rows]}
     found["resident"] = [{"size": size, "stages": resident["stages"]} for size, resident in residents.items()]
-    bench.print_json("memory", bench.machine(device, choose_dtype(None, device)), **found)
+    report.print_json("memory", report.machine(device, choose_dtype(None, device)), **found)
     return 0 if ok else 1
 
 

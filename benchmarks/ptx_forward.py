@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from zimage_core import bench
+from zimage_core import bench, report
 from zimage_core.linear.backends import Backend, fused, reference
 from zimage_core.linear.backends import triton as backend
 from zimage_core.linear.svdq import SVDQLinear
@@ -163,8 +163,9 @@ def run(sm: int, device: torch.device) -> bool:
         checks += check_linears(n, k, rank, device, dtype)
     checks += [*check_ops(config, device, dtype), *check_block(config, device, dtype)]
     rows = [{"what": what, "error": off, "limit": limit, "good": str(off <= limit)} for what, off, limit in checks]
-    columns = {"what": f"as sm_{sm}, {bench.dtype_name(dtype)}", "error": "error|.5f", "limit": "limit|.5f", "good": ""}
-    print(bench.table(rows, columns))
+    title = f"as sm_{sm}, {report.dtype_name(dtype)}"
+    columns = {"what": title, "error": "error|.5f", "limit": "limit|.5f", "good": ""}
+    print(report.table(rows, columns))
     for name, count in sorted(taken.items()):
         print(f"{name}: {count / 1024:.1f} of {SHARED[sm]} KiB of shared memory")
     return all(off <= limit for _, off, limit in checks)
@@ -180,7 +181,7 @@ def main() -> None:
         sys.exit(not run(cards[0], device))
     command = [sys.executable, __file__, "--device", args.device]
     failed = {sm: subprocess.run([*command, str(sm)], env=os.environ).returncode for sm in cards}
-    bench.print_json("ptx_forward", {"device": str(device)}, passed={f"sm_{sm}": not rc for sm, rc in failed.items()})
+    report.print_json("ptx_forward", {"device": str(device)}, passed={f"sm_{sm}": not rc for sm, rc in failed.items()})
     sys.exit(any(failed.values()))
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import make_synthetic
 import torch
 
-from zimage_core import bench
+from zimage_core import bench, report
 from zimage_core.device import choose_device
 from zimage_core.formats.identify import model_info
 from zimage_core.models.config import ZImageConfig
@@ -115,8 +115,8 @@ def main() -> None:
     device, config = choose_device(args.device), SMALL if args.small else FULL
     if args.layers:
         config = replace(config, n_layers=args.layers, n_refiner_layers=1)
-    facts = bench.machine(device, torch.bfloat16)
-    bench.print_machine(facts, bench.ceilings(device, torch.float32, 3))
+    facts = report.machine(device, torch.bfloat16)
+    report.print_machine(facts, bench.ceilings(device, torch.float32, 3))
 
     tokens = (args.size // 16) ** 2 + CAPTION_TOKENS
     rows = args.prompts // 2 * 8 * tokens
@@ -126,7 +126,7 @@ def main() -> None:
         for name, (n, k) in bench.block_linears(config).items()
     ]
     columns = {"linear": "linear", "n": "N", "k": "K", "inputs_s": "inputs, s|.2f", "branch_s": "a branch, s|.3f"}
-    print(bench.table(linears, columns | {"gptq_s": "GPTQ, s|.2f", "solver_s": "solver, s|.2f"}))
+    print(report.table(linears, columns | {"gptq_s": "GPTQ, s|.2f", "solver_s": "solver, s|.2f"}))
 
     with tempfile.TemporaryDirectory() as folder:  # TMPDIR says where
         source = args.source or Path(folder, "dense.safetensors")
@@ -138,9 +138,9 @@ def main() -> None:
     if not args.source and blocks != full:
         run["projected_s"] = run["seconds"] * full / blocks
     print(f"\n{blocks} blocks, rank {args.rank}, {args.prompts} prompts of {args.size} x {args.size}:")
-    print(bench.table([run], {key: f"{key}|.2f" for key in run if key != "linear_s"}))
-    print(bench.table([run["linear_s"]], {kind: f"{kind}, s|.2f" for kind in run["linear_s"]}))
-    bench.print_json("quantize.py", facts, rank=args.rank, size=args.size, blocks=blocks, linears=linears, run=run)
+    print(report.table([run], {key: f"{key}|.2f" for key in run if key != "linear_s"}))
+    print(report.table([run["linear_s"]], {kind: f"{kind}, s|.2f" for kind in run["linear_s"]}))
+    report.print_json("quantize.py", facts, rank=args.rank, size=args.size, blocks=blocks, linears=linears, run=run)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zimage_core import bench
+from zimage_core import bench, report
 from zimage_core.bench import CAPTION_TOKENS, Call, Step
 from zimage_core.device import choose_device, choose_dtype
 from zimage_core.formats.gguf import QUANTIZED
@@ -291,15 +291,15 @@ def main() -> None:
     if args.forms:
         sides |= forms(config, rank or bench.RANK, device, dtype)
     if args.controlnet:
-        ways: dict[str, Backend | None] = {f"dense {bench.dtype_name(dtype)}": None, **bench.every_way(device, dtype)}
+        ways: dict[str, Backend | None] = {f"dense {report.dtype_name(dtype)}": None, **bench.every_way(device, dtype)}
         for name, way in ways.items():
             build = partial(with_controlnet, args.controlnet, config, rank or bench.RANK, device, dtype, way)
             sides[f"{name} + ControlNet {args.controlnet}"] = build
     sides = {name: build for name, build in sides.items() if any(part in name for part in args.only)}
     sizes = args.sizes or ([64] if args.tiny else [512, 768, 1024, 1280])
     batches = args.batches or [1, 4]
-    machine, peak = bench.machine(device, dtype), bench.ceilings(device, dtype, 1 + args.repeats // 2)
-    bench.print_machine(machine, peak)
+    machine, peak = report.machine(device, dtype), bench.ceilings(device, dtype, 1 + args.repeats // 2)
+    report.print_machine(machine, peak)
     if args.model:
         print("load: " + ", ".join(f"{name} {value:.2f}" for name, value in facts["load"].items()))
     repeats, warm_up = (args.repeats, bench.WARM_UP) if args.repeats else (1, 0)
@@ -307,7 +307,7 @@ def main() -> None:
     steps = bench.bench_steps(sides, sizes, batches, device, repeats, warm_up, together)
     title = f"One step, {facts['weights']} weights, width {config.dim}, {config.n_layers} layers, rank {rank}"
     bench.show_steps(title, steps, dtype, COMFYUI)
-    bench.print_json("step", machine, peak=peak, **facts, steps=steps)
+    report.print_json("step", machine, peak=peak, **facts, steps=steps)
 
 
 if __name__ == "__main__":

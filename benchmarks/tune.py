@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from zimage_core import bench, tune
+from zimage_core import report, tune
 from zimage_core.device import choose_device, choose_dtype
 from zimage_core.sizes import GIB
 
@@ -80,7 +80,7 @@ def main() -> None:
             print(f"a later run: {run['way']}, picture {run['picture']}, {run['seconds']:.1f} s")
         same = later[0]["picture"] == later[1]["picture"]
         print("the same picture" if same else "DIFFERENT PICTURES")
-    bench.print_json("tune", bench.machine(device, dtype), choices=choices, later=later, same=same)
+    report.print_json("tune", report.machine(device, dtype), choices=choices, later=later, same=same)
 
 
 if __name__ == "__main__":

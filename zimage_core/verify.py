@@ -24,13 +24,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .bench import every_way, machine
+from .bench import every_way
 from .formats.identify import model_info
 from .formats.safetensors import open_tensors
 from .linear.backends import Quantized
 from .linear.svdq import SVDQLinear, SVDQWeights
 from .models.transformer import ZImageTransformer
 from .pipeline import Pipeline, load_pipeline
+from .report import machine
 
 PROMPT = "a large red circle in the top left corner on a blue background"
 SEED = 7

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_core import bench, cli
+from zimage_core import bench, cli, report
 from zimage_core.formats.load import load_transformer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -164,7 +164,7 @@ def test_a_side_that_runs_out_of_memory_has_no_time():
     rows = bench.bench_steps({"big": build}, [32], [1], CPU, 1)
     bench.add_ratios(rows, {"ratio": "big"}, ["size"])
     assert rows == [{"what": "big", "size": 32, "batch": 1, "ms": None, "peak_gib": None, "ratio": None}]
-    assert bench.table(rows, bench.STEP_COLUMNS).splitlines()[-1].split("|")[4].strip() == ""
+    assert report.table(rows, bench.STEP_COLUMNS).splitlines()[-1].split("|")[4].strip() == ""
 
 
 def test_host_memory_sees_what_was_held_and_let_go():

@@ -94,9 +94,10 @@ MAY_IMPORT = {
         "tune",
         "whole",
     },
-    "bench": {"", "device", "formats", "linear", "memory", "models", "sampler", "sizes", "trial", "tune"},
+    "report": {"", "linear", "sizes", "tune"},
+    "bench": {"device", "report", "formats", "linear", "memory", "models", "sampler", "sizes", "trial", "tune"},
     "compare": set(),
-    "verify": {"bench", "formats", "linear", "models", "pipeline"},
+    "verify": {"bench", "report", "formats", "linear", "models", "pipeline"},
     "cli": {
         "",
         "batch",
