@@ -338,15 +338,16 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def _ramp(length: int, overlap: int, first: bool, last: bool) -> Tensor:
-    """Weights (length,) of a tile along one axis: rising over `overlap` from a seam and falling towards one."""
+    """Weights (length,) of a tile along one axis: rising over `overlap` from a seam and falling towards one, level at
+    both ends: of a tile's outermost pixels, which its padding changes, even a hundredth would show as a line."""
     distance = torch.arange(length) + 0.5
     rise = torch.full((length,), float(overlap)) if first else distance
     fall = torch.full((length,), float(overlap)) if last else distance.flip(0)
-    return torch.minimum(rise, fall).clamp(max=overlap) / overlap
+    return (torch.minimum(rise, fall).clamp(max=overlap) / overlap).mul(math.pi / 2).sin().square()
 
 
 def tiled(function: Callable, x: Tensor, tile: int, overlap: int, cell_in: int, cell_out: int) -> Tensor:
-    """Apply `function` to overlapping tiles of x (B, C, H, W) and blend the results linearly, in fp32.
+    """Apply `function` to overlapping tiles of x (B, C, H, W) and blend the results, in fp32.
 
     tile, overlap: latent cells; cell_in, cell_out: pixels per cell before and after `function`.
     """
