@@ -1,4 +1,4 @@
-"""The property tests of tests/unit/test_properties.py with many more examples, other ones in each run.
+"""The property tests of tests/unit/test_propert*.py with many more examples, other ones in each run.
 
     python benchmarks/fuzz.py 20000 [-k headers ...]
 
@@ -23,7 +23,8 @@ def main() -> int:
     os.environ |= {"FUZZ_EXAMPLES": examples, "FUZZ_RANDOM": "1"}
     os.chdir(ROOT)
     started = time.perf_counter()
-    code = pytest.main(["-q", "tests/unit/test_properties.py", *options])
+    tests = [f"tests/unit/{name}.py" for name in ("test_properties", "test_property_calls")]
+    code = pytest.main(["-q", *tests, *options])
     print(json.dumps({"examples": int(examples), "passed": code == 0, "seconds": round(time.perf_counter() - started)}))
     return int(code)
 

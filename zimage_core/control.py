@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .failures import integer, number
 from .formats.controlnet import control_info
 from .models.controlnet import MASKED_CHANNELS, control_context, inpainting_picture
 from .models.transformer import PIXELS_PER_CELL
-from .pictures import FEATHER, check_mask, control_picture, fit, mask_tensor, repainted_cells, soften, to_tensor
+from .pictures import (
+    FEATHER,
+    MAX_SIDE,
+    check_mask,
+    checked_picture,
+    control_picture,
+    fit,
+    mask_tensor,
+    repainted_cells,
+    soften,
+    to_tensor,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
+
+MAX_STRENGTH = 100
 
 
 @dataclass(frozen=True)
@@ -37,9 +50,14 @@ class Control:
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise ValueError(f"control strength: expected a finite number, found {self.strength}; 0.6 to 1 are usual")
-        if not 0 <= self.start < self.end <= 1:
+        checked_picture("control", self.image)
+        if not isinstance(self.model, str | Path):
+            raise ValueError(f"control: expected the file of a ControlNet, found {self.model!r:.100}")
+        if abs(number("control strength", self.strength)) > MAX_STRENGTH:
+            raise ValueError(
+                f"control strength: expected up to {MAX_STRENGTH} either way, found {self.strength}; 0.6 to 1 are usual"
+            )
+        if not 0 <= number("control start", self.start) < number("control end", self.end) <= 1:
             raise ValueError(f"control range: expected 0 <= start < end <= 1, found {self.start} to {self.end}")
 
 
@@ -70,8 +88,8 @@ def make_edit(
         count = f", found {len(images)}" if images else ""
         raise ValueError(f"mask: a picture to repaint is needed with it{count}; name it with --image (image=)")
     (image,) = images
-    if feather < 0:
-        raise ValueError(f"feather: expected 0 pixels or more, found {feather}")
+    if not 0 <= integer("feather", feather) <= MAX_SIDE:
+        raise ValueError(f"feather: expected 0 pixels or more, up to {MAX_SIDE}, found {feather}")
     gray = check_mask(mask, image)
     found = mask_tensor(ImageOps.fit(gray, (width, height)))
     return Edit(fit(image, width, height), found, soften(found, feather))
@@ -79,7 +97,10 @@ def make_edit(
 
 def check_controls(controls: Control | Sequence[Control] | None, masked: bool) -> tuple[Control, ...]:
     """The controls that do something. ValueError unless each has a picture, or a mask and the channels for it."""
-    given = (controls,) if isinstance(controls, Control) else controls or ()
+    given = controls if isinstance(controls, list | tuple) else () if controls is None else (controls,)
+    for control in given:
+        if not isinstance(control, Control):
+            raise ValueError(f"control: expected one Control or several, found {control!r:.100}")
     kept = tuple(control for control in given if control.strength)
     for control in kept:
         info = control_info(control.model)

@@ -1,8 +1,9 @@
-"""What can go wrong while computing: memory runs out, and numbers that are none. Without torch."""
+"""What can go wrong while computing: memory runs out, numbers that are none. Without torch."""
 
 from __future__ import annotations
 
 import errno
+import operator
 import re
 from typing import TYPE_CHECKING
 
@@ -29,3 +30,18 @@ def check_finite(found: Tensor, stage: str, remedy: str) -> None:
     """ValueError, naming the stage that made them, where numbers are NaN or infinite; meta tensors have none."""
     if not found.is_meta and not found.isfinite().all():
         raise ValueError(f"{stage}: expected finite numbers, found NaN or infinity; {remedy}")
+
+
+def integer(name: str, found: object) -> int:
+    """An integer. ValueError, under its name, for anything else."""
+    try:
+        return operator.index(found)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, found {found!r:.100}") from None
+
+
+def number(name: str, found: object) -> float:
+    """A finite number. ValueError, under its name, for anything else."""
+    if not isinstance(found, int | float) or not -1e308 <= found <= 1e308:
+        raise ValueError(f"{name}: expected a number, found {found!r:.100}")
+    return found

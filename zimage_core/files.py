@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -39,6 +40,11 @@ def find_files(
     tokenizer is looked for beside the encoder unless named. Raises ValueError for a transformer that cannot be read,
     or a part that is not named or not there.
     """
+    for name, path in {"model": model, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}.items():
+        if path is not None and not isinstance(path, str | Path):
+            raise ValueError(f"{name}: expected the name of a file or folder, found {path!r:.100}")
+        if path is not None and not os.path.exists(path):  # False of names that no system takes, too
+            raise ValueError(f"{path}: the {name.replace('_', ' ')} is not there; check the path")
     if model is None:
         from .demo import demo_files
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 from . import sampler
 from .captions import Caption
 from .control import Control, Edit
+from .failures import integer, number
 from .linear.backends import Backend
 from .lora.read import Lora, Loras, load_lora
 from .memory import plan as planning
@@ -175,17 +174,20 @@ class Job:
 
 def load_loras(loras: LoraChoice) -> Loras:
     """LoRAs and their strengths, read where files are given. ValueError for anything but pairs of the two."""
+    try:
+        pairs = list(loras)
+    except TypeError:
+        pairs = [loras]
     found = []
-    for pair in loras:
+    for pair in pairs:
         try:
-            lora, strength = pair
-            number = float(strength)
-            wrong = isinstance(pair, str)
-        except (TypeError, ValueError):
-            wrong = True
-        if wrong or not isinstance(lora, Lora | str | Path):
-            raise ValueError(f"loras: expected pairs of a file or Lora and its strength, found {pair!r}")
-        found.append((lora if isinstance(lora, Lora) else load_lora(lora), number))
+            lora, strength = pair if isinstance(pair, tuple | list) else ()
+            strength = float(strength)
+        except (TypeError, ValueError, OverflowError):
+            lora = None
+        if not isinstance(lora, Lora | str | Path):
+            raise ValueError(f"loras: expected pairs of a file or Lora and its strength, found {pair!r:.100}")
+        found.append((lora if isinstance(lora, Lora) else load_lora(lora), strength))
     return tuple(found)
 
 
@@ -240,7 +242,7 @@ def read_variety(asked: float | Variety) -> Variety | None:
 
 def check_sampler(name: str) -> str:
     """The name of a sampler. ValueError for another than SAMPLERS."""
-    if name not in sampler.SAMPLERS:
+    if not isinstance(name, str) or name not in sampler.SAMPLERS:
         raise ValueError(f"sampler: expected one of {', '.join(sampler.SAMPLERS)}, found {name!r}")
     return name
 
@@ -263,9 +265,16 @@ def check_limit(tokens: object) -> int:
     return integer("max_sequence_length", tokens)
 
 
+def check_call(name: str, found: T) -> T:
+    """A function that a call was given, or None. ValueError, under its name, for anything else."""
+    if found is not None and not callable(found):
+        raise ValueError(f"{name}: expected a function, found {found!r:.100}")
+    return found
+
+
 def check_output(kind: str) -> str:
     """The type of pictures that a call returns. ValueError for another than OUTPUTS."""
-    if kind not in OUTPUTS:
+    if not isinstance(kind, str) or kind not in OUTPUTS:
         raise ValueError(f"output_type: expected one of {', '.join(OUTPUTS)}, found {kind!r}")
     return kind
 
@@ -281,21 +290,6 @@ def check_count(positive: int, each: int, height: int, width: int, images: Seque
     if len(images) > 1 and len(images) != positive * each:
         raise ValueError(f"image: expected 1, or {positive * each} as there are pictures, found {len(images)}")
     return positive * each
-
-
-def integer(name: str, found: object) -> int:
-    """An integer. ValueError, under its name, for anything else."""
-    try:
-        return operator.index(found)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(f"{name}: expected an integer, found {found!r}") from None
-
-
-def number(name: str, found: object) -> float:
-    """A finite number. ValueError, under its name, for anything else."""
-    if not isinstance(found, int | float) or not math.isfinite(found):
-        raise ValueError(f"{name}: expected a number, found {found!r}")
-    return found
 
 
 def own_size(images: Sequence[Image.Image], latents: Any, side: int) -> tuple[int, int]:

@@ -57,9 +57,18 @@ def png(picture: Image.Image, facts: Mapping[str, Any]) -> bytes:
 
 def read(picture: Image.Image) -> dict[str, Any]:
     """The facts that a picture's file of this package holds. ValueError where there are none."""
-    text = getattr(picture, "text", {}).get(CHUNK) or picture.getexif().get(DESCRIPTION)
+    return parse(text(picture))
+
+
+def text(picture: Image.Image) -> str:
+    """What a picture's file has where this package writes facts."""
+    return str(getattr(picture, "text", {}).get(CHUNK) or picture.getexif().get(DESCRIPTION))
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The facts in a text. ValueError where there are none."""
     try:
-        facts = json.loads(str(text))
+        facts = json.loads(text)
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .failures import integer
 from .formats.safetensors import check_file
 from .models.transformer import PIXELS_PER_CELL
 
@@ -27,7 +28,7 @@ BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Type
 ORIENTATION = 0x0112  # in EXIF data
 MODES = ("L", "LA", "RGB", "RGBA")
 FEATHER = 8  # pixels, by default
-MULTIPLE = 16  # of a side that is generated
+MULTIPLE, MAX_SIDE = 16, 2**14  # of a side that is generated
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +169,10 @@ def pad(image: Image.Image, left: int, top: int, right: int, bottom: int) -> tup
     ValueError for negative borders, none at all, or sides that do not become multiples of 16 pixels.
     """
     borders = {"left": left, "top": top, "right": right, "bottom": bottom}
-    if min(borders.values()) < 0 or not any(borders.values()):
-        raise ValueError(f"pad: expected borders of 0 pixels or more, one at least, found {borders}")
+    if any(not 0 <= integer("pad", border) <= MAX_SIDE for border in borders.values()) or not any(borders.values()):
+        raise ValueError(
+            f"pad: expected borders of 0 pixels or more, one at least, and up to {MAX_SIDE}, found {borders}"
+        )
     width, height = image.width + left + right, image.height + top + bottom
     for name, side in (("width", width), ("height", height)):
         if side % MULTIPLE:

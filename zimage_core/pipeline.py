@@ -23,7 +23,7 @@ from .captions import Captions, read_captions, read_negative
 from .control import Control, Given, check_controls, control_contexts, make_edit
 from .demo import advice
 from .device import choose_device, choose_dtype
-from .failures import check_finite
+from .failures import check_finite, number
 from .files import find_files
 from .job import (
     PIXELS_MULTIPLE,
@@ -31,6 +31,7 @@ from .job import (
     LoraChoice,
     OnStep,
     Pictures,
+    check_call,
     check_count,
     check_guidance,
     check_limit,
@@ -40,7 +41,6 @@ from .job import (
     choose_noise,
     choose_sigmas,
     load_loras,
-    number,
     own_size,
     picture_size,
     read_variety,
@@ -204,7 +204,7 @@ class Pipeline:
         """
         positive = read_captions("prompt", prompt, prompt_embeds)
         guidance = check_guidance(guidance_scale)
-        nag = Nag(nag_scale, nag_tau, nag_alpha) if nag_scale else None
+        nag = Nag(nag_scale, nag_tau, nag_alpha) if number("nag scale", nag_scale) else None
         guided = guidance > 0 or nag is not None
         negative = read_negative(len(positive), guided, negative_prompt, negative_prompt_embeds)
         images, mask = checked_pictures("image", image), checked_picture("mask", mask)
@@ -220,7 +220,7 @@ class Pipeline:
             height,
             width,
             loras=self._loras if loras is None else load_loras(loras),
-            record=Recorder(self.device, on_stage),
+            record=Recorder(self.device, check_call("on_stage", on_stage)),
             noise=noise,
             seeds=seeds,
             images=images,
@@ -238,8 +238,9 @@ class Pipeline:
             controls=check_controls(control, masked=edit is not None),
             edit=edit,
             output=check_output(output_type),
-            on_step=on_step,
-            on_step_end=callback_on_step_end and functools.partial(self._step_end, callback_on_step_end),
+            on_step=check_call("on_step", on_step),
+            on_step_end=check_call("callback_on_step_end", callback_on_step_end)
+            and functools.partial(self._step_end, callback_on_step_end),
         )
         if self.files.demo_like:
             for sentence in advice([one for one in positive if isinstance(one, str)], height, width):

@@ -50,9 +50,9 @@ def get_sigmas(steps: int = 8, start: float = 1.0, shift: float = SHIFT, schedul
         raise ValueError(f"strength: expected above 0 and up to 1, found {start}; 1 keeps nothing of a start image")
     if not 0 < shift <= MAX_SHIFT:
         raise ValueError(f"shift: expected above 0 and up to {MAX_SHIFT}, found {shift}; {SHIFT:g} is Turbo's own")
-    if schedule == "even":
+    if isinstance(schedule, str) and schedule == "even":
         return shift_sigma(torch.linspace(start, 0, steps + 1, dtype=torch.float64), shift).float()
-    if schedule not in SCHEDULES:
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, found {schedule!r}")
     total = max(steps, int(steps / start))
     sigmas = shift_sigma(SCHEDULES[schedule](total, shift).unique().flip(0), shift)

@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -243,7 +244,8 @@ def pick(record: Record, asked: Iterable[Way]) -> Way:
     For few rows only another precision of the same backend, faster by more than ALIKE. ValueError if none is left."""
     ways = [way for way in asked if "many_ms" in record["ways"].get(" ".join(way), {})]
     if not ways:
-        reasons = "; ".join(f"{' '.join(way)}: {record['ways'][' '.join(way)]['refused']}" for way in asked)
+        facts = {way: record["ways"].get(way, {}) for way in map(" ".join, asked)}
+        reasons = "; ".join(f"{way}: {found.get('refused', 'not timed')}" for way, found in facts.items())
         raise ValueError(f"no way to run the linears is left: {reasons}; choose backend and precision auto")
 
     def fastest(ways: Sequence[Way], rows: str) -> Way:
@@ -304,11 +306,31 @@ def driver() -> str:
 
 def read(path: Path, key: Mapping[str, str]) -> Record | None:
     """The figures in a file; None if there are none, or of something else."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("key") == key and isinstance(record.get("ways"), dict):
+        if isinstance(record, dict) and record.get("key") == key and _whole(record.get("ways")):
             return record
     return None
+
+
+def _whole(ways: object) -> bool:
+    """Whether figures have the form that `measure` gives them."""
+    return isinstance(ways, dict) and all(
+        isinstance(facts, dict)
+        and ("refused" in facts) + ("few_ms" in facts) < 2
+        and ("few_ms" in facts) == ("many_ms" in facts)
+        and ("int8_ms" in facts) == ("sdpa_ms" in facts)
+        and all(_figure(name, found) for name, found in facts.items())
+        for facts in ways.values()
+    )
+
+
+def _figure(name: str, found: object) -> bool:
+    """Whether one is a sentence where a way was refused, no number or a finite one, and of times above 0."""
+    if name == "refused":
+        return isinstance(found, str)
+    number = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found < math.inf
+    return (name == "error" and found is None) or (number and (name == "error" or bool(found)))
 
 
 def keep(path: Path, record: Record, anew: bool) -> Record:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .failures import number
+
 MAX_STRENGTH = 100
 
 
@@ -24,11 +26,11 @@ class Variety:
     until: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= MAX_STRENGTH:
+        if not 0 <= number("variety", self.strength) <= MAX_STRENGTH:
             raise ValueError(
                 f"variety: expected 0 to {MAX_STRENGTH}, found {self.strength}; 0 is off, 2 to 8 are usual"
             )
-        if not 0 < self.share <= 1 or not 0 < self.until <= 1:
+        if not 0 < number("variety's share", self.share) <= 1 or not 0 < number("variety's end", self.until) <= 1:
             raise ValueError(
                 f"variety: expected a share and an end above 0 and up to 1, found {self.share} and {self.until}"
             )

@@ -95,9 +95,9 @@ def complete(request: dict) -> dict:
     Without them it fails. A stack V1 becomes ours here. Nodes of installed packs are left alone.
     """
     installed = importlib.import_module("nodes").NODE_CLASS_MAPPINGS  # ComfyUI's module, not ours of that name
-    prompt = request.get("prompt")
+    prompt = request.get("prompt") if isinstance(request, dict) else None
     for node in prompt.values() if isinstance(prompt, dict) else ():
-        old = node.get("class_type") if isinstance(node, dict) else None
+        old = str(node.get("class_type")) if isinstance(node, dict) else None
         if old in REPLACEMENTS and old not in installed and isinstance(node.get("inputs"), dict):
             node.setdefault("_meta", {"title": old})
             for name, value in REPLACEMENTS[old].defaults:

@@ -99,7 +99,7 @@ def test_a_plan_knows_the_host_s_memory(tiny_files, monkeypatch):
     """On a CPU there is no budget, but the machine's own memory: a picture beyond it is refused before any work."""
     assert device.host_memory() > 2**28
     tiny, stages = load_pipeline(**tiny_files, device="cpu"), []
-    monkeypatch.setattr("zimage_core.pipeline.host_memory", lambda: 2**26)
+    monkeypatch.setattr("zimage_core.residents.host_memory", lambda: 2**26)
     with pytest.raises(ValueError, match=r"memory: the \w+ needs .* for 1 picture of 4096 x 4096, this machine"):
         options = {"num_inference_steps": 1, "on_stage": lambda *stage: stages.append(stage)}
         tiny("a", height=4096, width=4096, **options)

@@ -168,7 +168,7 @@ def test_a_control_picture_of_another_size_is_stretched_and_said(generate, net_f
 
 def test_bad_input_gets_a_sentence(generate, net_files, tiny_files, control_tensors, tmp_path):
     for options, words in (
-        ({"strength": math.nan}, "strength: expected a finite number, found nan"),
+        ({"strength": math.nan}, "strength: expected a number, found nan"),
         ({"strength": math.inf}, "found inf"),
         ({"start": 0.5, "end": 0.5}, "expected 0 <= start < end <= 1, found 0.5 to 0.5"),
         ({"end": 1.5}, "found 0.0 to 1.5"),

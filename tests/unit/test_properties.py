@@ -1,7 +1,6 @@
-"""Whatever is in a file, a config, a name, a picture or on the command line: one ValueError, or what it should be.
+"""Whatever is in a file, a config, a name or a picture: one ValueError, or what it should be.
 
-Mutations of genuine files, found by hypothesis and the same in every run. FUZZ_EXAMPLES is how many of each kind:
-`tests/slow` has 2,000, `benchmarks/fuzz.py` as many as asked for, which are others in each run (FUZZ_RANDOM).
+Mutations of genuine files, found by hypothesis and the same in every run; how many is in `strategies.py`.
 """
 
 from __future__ import annotations
@@ -17,61 +16,63 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from strategies import changed_bytes, many, texts, third, values, write_controlnet
 
-from zimage_core import cli, files, load_pipeline, metadata, pictures
+from zimage_core import files, load_pipeline, metadata, pictures
 from zimage_core.cli.inspect import inspect_file
 from zimage_core.formats import names
+from zimage_core.formats.controlnet import load_controlnet
 from zimage_core.formats.encoder import config_from_json, load_text_encoder
 from zimage_core.formats.load import load_transformer
 from zimage_core.formats.safetensors import read_header
 from zimage_core.formats.vae import config_from_diffusers, load_vae
 from zimage_core.lora.read import PeftConfig, load_lora
 from zimage_core.models.tokenizer import load_tokenizer
+from zimage_core.quantize.convert import convert
 from zimage_core.quantize.writer import StreamedFile
 from zimage_core.whole import check_name, write
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
-many = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize="FUZZ_RANDOM" not in os.environ,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-third = settings(many, max_examples=max(EXAMPLES // 3, 3))  # of what is tried on three parts, with a picture each
-commands = settings(many, max_examples=max(EXAMPLES // 5, 50))
-
-numbers = st.one_of(
-    st.integers(),
-    st.floats(),
-    st.sampled_from([0, -1, 1, 64, 10**9, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), True]),
-)
-scalars = st.one_of(st.none(), numbers, st.text(max_size=20))
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-)
 DTYPES = ["F32", "F16", "BF16", "I8", "U8", "I64", "F64", "F8_E4M3", "F8_E5M2", "BOOL", "X", ""]
+
+
+def converted(path: Path) -> None:
+    """A copy in the other layout; none is left of a file that is refused."""
+    target = path.with_name("converted")
+    try:
+        convert(path, target, "nunchaku" if "kitchen" in path.name else "kitchen")
+    except ValueError:
+        assert not target.exists()
+        raise
+
+
 PARTS = {
     "model": load_transformer,
     "text_encoder": load_text_encoder,
     "vae": load_vae,
     "lora": load_lora,
+    "controlnet": load_controlnet,
+    "nunchaku's layout": converted,
+    "kitchen's layout": converted,
 }
 
 
 @pytest.fixture(scope="module")
-def genuine(tiny_files, tmp_path_factory) -> dict[str, Path]:
+def genuine(tiny_files, control_tensors, tmp_path_factory) -> dict[str, Path]:
     """One file of each part."""
-    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    folder = tmp_path_factory.mktemp("genuine")
+    path, net, kitchen = (folder / f"{name}.safetensors" for name in ("lora", "net", "kitchen"))
+    write_controlnet(net, tiny_files["model"], control_tensors)
+    convert(tiny_files["model"], kitchen, "kitchen")
     pair = {"lora_A.weight": torch.ones(4, 128), "lora_B.weight": torch.ones(128, 4), "alpha": torch.tensor(2.0)}
     tensors = {f"layers.{i}.attention.to_out.0.{leaf}": t.clone() for i in range(2) for leaf, t in pair.items()}
     peft = {"lora_alpha": 8, "r": 4, "alpha_pattern": {"to_out.0": 4}}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(peft), "ss_network_alpha": "4"})
-    return {**tiny_files, "lora": path}
+    layouts = {"nunchaku's layout": tiny_files["model"], "kitchen's layout": kitchen}
+    return {**tiny_files, "lora": path, "controlnet": net, **layouts}
 
 
 @st.composite
@@ -140,7 +141,7 @@ def refused_or_done(work, path: Path) -> None:
 @many
 @given(edit=edits())
 def test_another_header(genuine, tmp_path_factory, part, edit):
-    path = tmp_path_factory.mktemp("header") / "changed.safetensors"
+    path = tmp_path_factory.mktemp("header") / f"changed-{genuine[part].name}"
     rewritten(genuine[part], path, edit)
     refused_or_done(read_header, path)
     refused_or_done(inspect_file, path)
@@ -153,11 +154,13 @@ def test_another_header(genuine, tmp_path_factory, part, edit):
 @given(place=st.floats(0, 1), data=st.binary(max_size=8), cut=st.booleans())
 def test_other_bytes(genuine, tmp_path_factory, part, place, data, cut):
     """Bytes of the header replaced, or the end cut off."""
-    path = tmp_path_factory.mktemp("bytes") / "changed.safetensors"
-    raw = bytearray(genuine[part].read_bytes())
+    path = tmp_path_factory.mktemp("bytes") / f"changed-{genuine[part].name}"
+    raw = genuine[part].read_bytes()
     length = 8 + int.from_bytes(raw[:8], "little")
-    start = int(place * (len(raw) if cut else length))
-    path.write_bytes(raw[:start] if cut else raw[:start] + data + raw[start + len(data) :])
+    changed = (
+        changed_bytes(raw, place, data, cut=True) if cut else changed_bytes(raw[:length], place, data) + raw[length:]
+    )
+    path.write_bytes(changed)
     refused_or_done(inspect_file, path)
     refused_or_done(PARTS[part], path)
     shutil.rmtree(path.parent)
@@ -269,10 +272,8 @@ def test_pictures(tmp_path_factory, kind, place, data, cut):
     """A picture file with other bytes: a picture in a plain mode, or a sentence."""
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(buffer, kind)
-    raw = buffer.getvalue()
-    start = int(place * len(raw))
     path = tmp_path_factory.mktemp("picture") / "picture"
-    path.write_bytes(raw[:start] if cut else raw[:start] + data + raw[start + len(data) :])
+    path.write_bytes(changed_bytes(buffer.getvalue(), place, data, cut))
     try:
         assert pictures.to_rgb(pictures.read_image(path)).mode == "RGB"
         pictures.file_size(path)
@@ -308,9 +309,7 @@ def test_leftovers_of_a_quantizer(tmp_path_factory, which, place, data, cut):
     whole = quantized(folder / "whole")
     quantized(folder / "q", stop=True)
     path = folder / f".q.zimage-{which}"
-    raw = path.read_bytes()
-    start = int(place * len(raw))
-    path.write_bytes(raw[:start] if cut else raw[:start] + data + raw[start + len(data) :])
+    path.write_bytes(changed_bytes(path.read_bytes(), place, data, cut))
     try:
         with warnings.catch_warnings(record=True):
             assert quantized(folder / "q") == whole
@@ -331,9 +330,6 @@ def test_names_of_files(tmp_path_factory, name):
     shutil.rmtree(folder)
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-
-
 @many
 @given(prompt=texts, negative=texts, seed=st.integers(0, 2**64 - 1), model=texts)
 def test_what_a_picture_says(prompt, negative, seed, model):
@@ -341,42 +337,3 @@ def test_what_a_picture_says(prompt, negative, seed, model):
     facts = {"prompt": prompt, "negative_prompt": negative, "seed": seed, "steps": 8, "model": model}
     with Image.open(io.BytesIO(metadata.png(Image.new("RGB", (1, 1)), facts))) as picture:
         assert metadata.read(picture) == facts and not {"prompt", "workflow"} & picture.text.keys()
-
-
-OPTIONS = [
-    *("--steps", "--width", "--height", "--seed", "--batch", "--guidance", "--strength", "--lora", "--image"),
-    *("--vram-budget", "--device", "--dtype", "--backend", "--precision", "--model", "--vae", "--tokenizer"),
-]
-WRONG = [
-    "-1",
-    "nan",
-    "inf",
-    "1e400",
-    "9" * 400,
-    "x",
-    "",
-    "meta",
-    "gone.safetensors:nan",
-    "/",
-    ".",
-    "\udcff",
-    "[]",
-    "1.5",
-]
-
-
-@commands
-@given(option=st.sampled_from(OPTIONS), value=st.sampled_from(WRONG))
-def test_command_lines(tiny_files, tmp_path_factory, capsys, option, value):
-    """A wrong value of any option ends with exit code 2 and one line, and writes no picture."""
-    target = tmp_path_factory.mktemp("command") / "x.png"
-    given_options = {"--model": tiny_files["model"], "--text-encoder": tiny_files["text_encoder"]}
-    given_options |= {"--vae": tiny_files["vae"], "--steps": 1, "--width": 32, "--height": 32, "--out": target}
-    given_options |= {"--device": "cpu", option: value}
-    try:
-        code = cli.main(["generate", "a", *(f"{name}={given}" for name, given in given_options.items())])
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert (code == 2) != target.exists(), error
-    assert code in (0, 2) and "Traceback" not in error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,7 +117,7 @@ class PictureColumns:
 
     def _file(self, column: str, name: str) -> str:
         path = self.folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # also of names that no system takes
             raise ValueError(f"{column}: {path}: no such file; relative names begin in {self.folder}")
         return str(path)
 
@@ -171,8 +171,8 @@ def number(name: str, value: object) -> float:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a number, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e308 <= value <= 1e308:
+        raise ValueError(f"{name}: expected a number, found {value!r:.100}")
     return float(value)
 
 

@@ -196,6 +196,8 @@ def parse_json(line: str, where: str) -> Cells:
         found = json.loads(line, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: expected one JSON object a line, found {error.msg} at {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: expected one JSON object a line, found one nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected a JSON object, found {line.strip()[:40]}")
     return found

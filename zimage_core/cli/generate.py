@@ -148,7 +148,7 @@ def add_sampling(p: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, save and print the paths; with --json the facts of the run behind them."""
     started = time.perf_counter()
-    args.prompt = [read_prompt(text) for text in args.prompt or args.restored]
+    args.prompt = [read_prompt(text) for text in args.prompt] or args.restored
     if not args.prompt:
         args.refuse("a prompt is required, one or several; - reads it from standard input")
     count = len(args.prompt) * args.batch

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeAlias, TypeVar
 
+from .output import printable
+
 EXIT_INPUT = 2
 DASHED = re.compile(r"-[\d.]")  # begins a value, not an option
 T = TypeVar("T")
@@ -22,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "expected one argument" in message and (dashed := next(filter(DASHED.match, sys.argv[1:]), None)):
             message += f", found what looks like an option ({dashed}); write NAME={dashed} if it is the value"
-        self.exit(EXIT_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_INPUT, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
 
 
 def add_models(parser: Parser) -> None:

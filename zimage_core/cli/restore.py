@@ -59,7 +59,11 @@ def read(path: Path) -> tuple[list[str], list[str]]:
     from ..pictures import open_picture
 
     with open_picture(path) as picture:
-        facts = metadata.read(picture)
+        text = metadata.text(picture)
+    try:
+        facts = metadata.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     prompts, stored = facts.get("prompts", [facts.get("prompt")]), facts.get("options")
     known = [f"--{name.replace('_', '-')}=" for name in (*PLAIN, *LISTS)]
     texts = [*prompts, *stored] if isinstance(prompts, list) and isinstance(stored, list) else [None]

@@ -11,7 +11,6 @@ code and ComfyUI's NAGuidance.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..failures import number
 
 if TYPE_CHECKING:
     from .transformer import Conditioning
@@ -42,11 +43,11 @@ class Nag:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.scale <= MAX_SCALE:
+        if not 0 <= number("nag scale", self.scale) <= MAX_SCALE:
             raise ValueError(f"nag scale: expected 0 to {MAX_SCALE}, found {self.scale}; 0 is off, 0.5 to 4 are usual")
-        if not 1 <= self.tau < math.inf:
+        if number("nag tau", self.tau) < 1:
             raise ValueError(f"nag tau: expected 1 or more, found {self.tau}; 2.5 is usual")
-        if not 0 <= self.alpha <= 1:
+        if not 0 <= number("nag alpha", self.alpha) <= 1:
             raise ValueError(f"nag alpha: expected 0 to 1, found {self.alpha}; 0.5 is usual")
 
     def blend(self, positive: Tensor, negative: Tensor) -> Tensor:
