@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -34,6 +34,8 @@ PIXELS_MULTIPLE = 16
 MAX_SIDE, MAX_PIXELS = 2**14, 2**31
 """Of one picture's edge, and of all pictures of a call, whose noise is then 2 GiB."""
 MIN_TILE, MIN_TOKENS, MAX_GUIDANCE = 128, 16, 100
+MAX_UPSCALE, LARGEST_WHOLE, TILE = 8, 2048, 1024
+"""Of enlarged pictures: the factor; pixels of an edge up to which one is sampled whole, and of its tiles beyond."""
 OUTPUTS = ("pil", "np", "pt", "latent")
 OnStep: TypeAlias = "Callable[[int, int, Tensor], bool | None]"
 LoraChoice = Iterable[tuple[str | Path | Lora, float]]
@@ -170,6 +172,27 @@ class Job:
 
     def _for_each(self, found: list[T]) -> list[T]:
         return found if len(found) < 2 else [one for one in found for _ in range(self.each)]
+
+
+def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int, int | None]:
+    """Height and width of an enlarged picture, and the edge of its tiles, None if it is sampled whole.
+
+    ValueError for a factor outside 1 to 8 and sides above `picture_size`'s.
+    """
+    if not 1 <= number("upscale", factor) <= MAX_UPSCALE:
+        raise ValueError(f"upscale: expected 1 to {MAX_UPSCALE}, found {factor}")
+    sides = [max(round(side * factor / PIXELS_MULTIPLE), 1) * PIXELS_MULTIPLE for side in (height, width)]
+    height, width = picture_size(*sides, own=(width, height))
+    return height, width, TILE if max(height, width) > LARGEST_WHOLE else None
+
+
+def enlarged(job: Job, factor: float, sigmas: Tensor) -> Job:
+    """What redraws a job's pictures, which it lacks yet, enlarged; errors as `enlarged_size` and `check_count`."""
+    height, width, tile = enlarged_size(job.width, job.height, factor)
+    count = check_count(len(job.positive), job.each, height, width)
+    noise, seeds = sampler.starting_noise(job.seeds, count, height, width)
+    size = {"height": height, "width": width, "tile": tile}
+    return replace(job, **size, noise=noise, seeds=seeds, sigmas=sigmas, edit=None, images=())
 
 
 def load_loras(loras: LoraChoice) -> Loras:

@@ -12,6 +12,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ from .job import (
     check_tile,
     choose_noise,
     choose_sigmas,
+    enlarged,
+    enlarged_size,
     load_loras,
     own_size,
     picture_size,
@@ -64,8 +67,7 @@ if TYPE_CHECKING:
     import numpy
     from PIL import Image
 
-MAX_UPSCALE, LARGEST_WHOLE, TILE = 8, 2048, 1024
-"""Of `upscale`: the factor; pixels of an edge up to which a picture is sampled whole, and of its tiles beyond."""
+STRENGTH, STEPS = 0.3, 5  # of enlarged pictures
 TIMESTEPS = 1000  # of diffusers' schedule, sigma 1
 
 logger = logging.getLogger(__name__)
@@ -181,6 +183,7 @@ class Pipeline:
         nag_alpha: float = Nag.alpha,
         variety: float | Variety = 0.0,
         tile: int | None = None,
+        upscale: float | None = None,
     ) -> Pictures:
         """Pictures (PIL) of one prompt or several, `num_images_per_prompt` in a row for each.
 
@@ -196,7 +199,8 @@ class Pipeline:
         schedule: of `sampler.SAMPLERS`, of "even" and `sampler.SCHEDULES`; shift: of the sigmas, else the model's own.
         nag_scale s > 0: attention follows pos + s (pos - neg), with its norm limited to nag_tau times that of pos,
         mixed with pos by nag_alpha. variety: how much more seeds differ. tile: edge in pixels of tiles that a larger
-        picture is sampled in. max_sequence_length: tokens of a prompt.
+        picture is sampled in. max_sequence_length: tokens of a prompt. upscale: enlarge the pictures and redraw them,
+        as the method of that name does; where the budget cannot hold that, nothing runs.
         output_type: pil, np (B, H, W, 3), pt (B, 3, H, W), both fp32 in 0..1, or latent, which is not decoded.
         on_stage(name, steps) before each stage; on_step(done, total, predicted latents), which stops the run early by
         returning False; callback_on_step_end(pipeline, i, timestep, {"latents": ...}) as diffusers calls it. Raises
@@ -242,10 +246,17 @@ class Pipeline:
             on_step_end=check_call("callback_on_step_end", callback_on_step_end)
             and functools.partial(self._step_end, callback_on_step_end),
         )
-        if self.files.demo_like:
-            for sentence in advice([one for one in positive if isinstance(one, str)], height, width):
+        larger = None
+        if upscale is not None:
+            larger = enlarged(job, upscale, choose_sigmas(STEPS, None, STRENGTH, True, False, shift, schedule))
+        for one in filter(None, (job, larger)) if self.files.demo_like else ():
+            for sentence in advice([text for text in positive if isinstance(text, str)], one.height, one.width):
                 logger.warning(sentence)
-        return self._generate(job)
+        if larger is None:
+            return self._generate(job)
+        with self._lock:
+            self._prepare(larger)  # a ValueError where the budget cannot hold it
+            return self._generate(replace(larger, images=self._generate(replace(job, output="pil"))))
 
     def _step_end(self, callback: OnStepEnd, i: int, sigma: Tensor, latents: Tensor) -> Tensor:
         """The latents after step i, as diffusers' callback leaves them."""
@@ -280,13 +291,14 @@ class Pipeline:
         options: of the call, seeds as those of pictures unless given. Sides above 2048 pixels are sampled in tiles of
         1024. ValueError for a factor outside 1 to 8, and as the call.
         """
-        if not 1 <= number("upscale", factor) <= MAX_UPSCALE or not pictures:
-            raise ValueError(f"upscale: expected pictures and 1 to {MAX_UPSCALE}, found {len(pictures)} and {factor}")
-        width, height = (round(side * factor / PIXELS_MULTIPLE) * PIXELS_MULTIPLE for side in pictures[0].size)
-        defaults = {"strength": 0.3, "num_inference_steps": 5, "generator": getattr(pictures, "seeds", None)}
-        defaults["num_images_per_prompt"] = len(pictures) // (1 if isinstance(prompt, str) else len(prompt))
-        defaults["tile"] = TILE if max(width, height) > LARGEST_WHOLE else None
-        return self(prompt, height, width, image=list(pictures), **{**defaults, **options})
+        images = checked_pictures("upscale", list(pictures))
+        if not images:
+            raise ValueError("upscale: expected pictures, found none")
+        height, width, tile = enlarged_size(*images[0].size, factor)
+        count = len(images) // (1 if isinstance(prompt, str) else max(len(prompt), 1))
+        defaults = {"strength": STRENGTH, "num_inference_steps": STEPS, "num_images_per_prompt": count, "tile": tile}
+        defaults["generator"] = getattr(pictures, "seeds", None)
+        return self(prompt, height, width, image=images, **{**defaults, **options})
 
     def plan(self, prompts: Sequence[str], height: int, width: int) -> planning.Plan:
         """What a call with these prompts, a picture each, would take of the device now.

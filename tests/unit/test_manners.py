@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -269,6 +270,63 @@ def test_bash_completes_commands_options_and_values(tmp_path):
     assert complete("zimage", "generate", "--preset", "") == ["turbo", "base"]
     assert complete("zimage", "completion", "f") == ["fish"]
     assert complete("zimage", "generate", "pict") == []  # files, which bash itself completes
+
+
+COMPLETED = {
+    "zimage quanti": ["quantize", "quantize-encoder"],
+    "zimage generate --neg": ["--negative-prompt"],
+    "zimage generate --preset ": ["base", "turbo"],
+    "zimage generate --sampler=h": ["--sampler=heun"],
+    "zimage completion f": ["fish"],
+    "zimage generate --image pict": ["picture.png"],
+    "zimage inspect pict": ["picture.png"],
+}
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+@pytest.mark.parametrize("line", COMPLETED)
+def test_fish_completes(tmp_path, line):
+    (tmp_path / "picture.png").touch()
+    (tmp_path / "zimage.fish").write_text(zimage("completion", "fish", cwd=tmp_path).stdout)
+    command = ["fish", "--no-config", "-c", f"source zimage.fish; complete -C '{line}'"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert sorted(offer.partition("\t")[0] for offer in found.splitlines()) == COMPLETED[line]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+@pytest.mark.parametrize("line", [line for line in COMPLETED if "=" not in line])
+def test_zsh_completes(tmp_path, line):
+    """In a terminal, as its completion runs nowhere else: Tab, then a key that prints what the line has become."""
+    import pty
+
+    (tmp_path / "picture.png").touch()
+    (tmp_path / "zimage.zsh").write_text(zimage("completion", "zsh", cwd=tmp_path).stdout)
+    shown = "tell() { print -r -- \"<$BUFFER>\" }; zle -N tell; bindkey '^X' tell; setopt automenu"
+    (tmp_path / ".zshrc").write_text(f"PS1='ready'; source zimage.zsh; {shown}\n")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execvpe("zsh", ["zsh", "-i"], os.environ | {"ZDOTDIR": str(tmp_path), "TERM": "dumb", "COLUMNS": "200"})
+
+    def until(mark: bytes) -> bytes:
+        seen = b""
+        while mark not in seen:
+            assert select.select([terminal], [], [], 60)[0], seen
+            seen += os.read(terminal, 4096)
+        return seen
+
+    try:
+        until(b"ready")
+        os.write(terminal, line.encode() + b"\t\x18")
+        found = until(b">").rpartition(b"<")[2].partition(b">")[0].decode()
+        if len(COMPLETED[line]) > 1:  # what they share; the next Tab takes the first of them
+            os.write(terminal, b"\t\x18")
+            found = until(b">").rpartition(b"<")[2].partition(b">")[0].decode()
+        assert found.split()[-1] == COMPLETED[line][0]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)

@@ -167,6 +167,28 @@ def test_upscaled_pictures_are_larger_and_alike(draw):
         draw.upscale(first, "a cat", 9.0)
 
 
+def test_a_call_that_upscales_is_the_two_passes(draw):
+    asked = {"num_images_per_prompt": 2, "nag_scale": 2.0, "negative_prompt": "a dog", "sampler": "heun"}
+    stages = []
+    both = draw("a cat", **SIZE, **asked, upscale=2, on_stage=lambda name, steps: stages.append(name))
+    first = draw("a cat", **SIZE, **asked)
+    apart = draw.upscale(first, "a cat", 2, **{name: asked[name] for name in asked if name != "num_images_per_prompt"})
+    assert not differ(both, apart) and both.seeds == first.seeds and stages.count("sample") == 2
+    assert draw("a cat", **SIZE, upscale=2, output_type="pt").images.shape == (1, 3, 64, 96)
+
+
+def test_what_the_larger_pictures_take_is_refused_before_anything_runs(tiny_files):
+    """A budget that holds a small picture: the first pass is not generated in vain."""
+    stages, asked = [], {"on_stage": lambda name, steps: stages.append(name), **SIZE}
+    draw = load_pipeline(**tiny_files, device="cpu", dtype="float32", vram_budget="60MiB")
+    draw("a cat", **asked)
+    assert stages
+    stages.clear()
+    with pytest.raises(ValueError, match="vram budget .* 384 x 256"):
+        draw("a cat", **asked, upscale=8)
+    assert not stages
+
+
 def test_a_picture_to_start_from_for_each(draw):
     images = [Image.new("RGB", (48, 32), colour) for colour in ("red", "blue")]
     asked = {**SIZE, "strength": 0.5}

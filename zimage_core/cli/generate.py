@@ -258,7 +258,7 @@ def generate(
     mask: Image.Image | None,
     controls: list[Control],
 ) -> Pictures:
-    """The pictures, with a progress bar for each stage; args get the size, before it is enlarged."""
+    """The pictures, with a progress bar for each stage; args get the size of those that are not enlarged."""
     from ..variety import Variety
 
     progress = Progress()
@@ -278,12 +278,13 @@ def generate(
         "on_stage": progress.start,
         "on_step": progress.step,
     }
-    edit = {"image": image, "strength": args.strength, "mask": mask, "feather": args.feather}
-    size = {"height": args.height, "width": args.width}
+    asked |= {"image": image, "strength": args.strength, "mask": mask, "feather": args.feather, "upscale": args.upscale}
+    asked |= {"height": args.height, "width": args.width, "num_inference_steps": args.steps, "generator": args.seed}
     try:
-        found = pipeline(args.prompt, **size, num_inference_steps=args.steps, generator=args.seed, **edit, **asked)
-        args.width, args.height = found[0].size
-        return found if args.upscale is None else pipeline.upscale(found, args.prompt, args.upscale, **asked)
+        found = pipeline(args.prompt, **asked)
+        if args.upscale is None:
+            args.width, args.height = found[0].size
+        return found
     finally:
         progress.finish()
 
