@@ -22,8 +22,8 @@ from ..models.transformer import ZImageTransformer
 from ..models.vae import VAE, tile_sizes
 from ..sizes import GIB, readable
 from .meta import allocated
-from .placement import slots, weights
-from .stages import decoding_bytes, encoding_bytes, sampling_bytes
+from .placement import Weights, slots, weights
+from .stages import decoding_bytes, encoding_bytes, remembered, sampling_bytes
 
 MIB = 2**20
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": MIB, "mib": MIB, "mb": 10**6}
@@ -206,7 +206,8 @@ def plan_pictures(
     stages = []
     if encoder is not None:
         activations = encoding_bytes(encoder, request.encoded)
-        stage = _stage("text encoder", encoder.layers, encoder.layers, activations, limits, there)
+        sizes = remembered(encoder, "sizes", lambda: _sizes(encoder.layers, encoder.layers))
+        stage = _stage("text encoder", *sizes, activations, limits, there)
         stages.append(_checked(stage, request, limits))
     activations = sampling_bytes(
         transformer,
@@ -220,33 +221,41 @@ def plan_pictures(
         tile=request.tile,
     )
     nets = list(dict.fromkeys(controls))
-    whole = nn.ModuleList([transformer, *nets])
-    stage = _stage("transformer", whole, run_order(transformer, nets), activations, limits, there)
+
+    def whole() -> tuple[Weights, int]:
+        return _sizes(nn.ModuleList([transformer, *nets]), run_order(transformer, nets))
+
+    sizes = whole() if nets else remembered(transformer, "sizes", whole)
+    stage = _stage("transformer", *sizes, activations, limits, there)
     stages.append(_checked(stage, request, limits))
     down = vae.config.downscale
+    sizes = remembered(vae, "sizes", lambda: _sizes(vae, ()))
     for tile in tile_sizes(request.height // down, request.width // down, down):
-        stage = _stage("VAE", vae, (), decoding_bytes(vae, *size, tile), limits, there)
+        stage = _stage("VAE", *sizes, decoding_bytes(vae, *size, tile), limits, there)
         if stage.needed <= min(limits.available, (limits.on_host and limits.host) or math.inf):
             break
     stages.append(_checked(replace(stage, note=f"in tiles of {tile} cells") if tile else stage, request, limits))
     return Plan(str(request), tuple(stages), limits.budget, limits.usable, tile or "auto")
 
 
+def _sizes(model: nn.Module, blocks: Iterable[nn.Module]) -> tuple[Weights, int]:
+    """The bytes of a model, and what the allocator takes beyond those of its tensors."""
+    sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in slots(model)]
+    return weights(blocks, model), sum(map(allocated, sizes)) - sum(sizes)
+
+
 def _stage(
     name: str,
-    model: nn.Module,
-    blocks: Iterable[nn.Module],
+    found: Weights,
+    rounding: int,
     activations: int,
     limits: Limits,
     there: dict[str, int],
 ) -> Stage:
-    """The stage of a model whose blocks are streamed as far as they must be.
+    """The stage of a model (`_sizes`) whose blocks are streamed as far as they must be.
 
     there: bytes of the models that stay on the device; this one is added if it does.
     """
-    found = weights(blocks, model)
-    sizes = [tensor.numel() * tensor.element_size() for _, _, tensor in slots(model)]
-    rounding = sum(map(allocated, sizes)) - sum(sizes)  # what the allocator takes beyond the tensors' bytes
     allowance = limits.available - activations - fragmentation(activations) - rounding
     allowance = 0 if name in limits.streamed else allowance
     resident, on_device = found.within(allowance)

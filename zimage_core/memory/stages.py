@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from .. import sampler
 from ..models.controlnet import ControlNet
 from ..models.guidance import Nag
-from ..models.text_encoder import TextEncoder
+from ..models.text_encoder import PADDED, TextEncoder
 from ..models.transformer import PIXELS_PER_CELL, TOKENS_MULTIPLE, Conditioning, Hooks, ZImageTransformer
 from ..models.vae import VAE, decode_image
 from ..sizes import round_up
@@ -26,11 +27,14 @@ from .placement import slots
 
 CUBLAS = 2**25  # the workspace that torch gives cuBLAS on Hopper and later; a quarter of it before
 
-_known: WeakKeyDictionary[nn.Module, dict[Hashable, int]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionary()
+
+T = TypeVar("T")
 
 
 def encoding_bytes(encoder: TextEncoder, tokens: int) -> int:
-    """Encoding one prompt."""
+    """Encoding one prompt, padded as on a GPU."""
+    tokens = round_up(tokens, PADDED)
 
     def encode(model: TextEncoder, live: LiveBytes) -> None:
         model.embed_tokens = encoder.embed_tokens  # the token table stays where it is
@@ -60,7 +64,7 @@ def sampling_bytes(
     varied: whether each picture begins with features of its own.
     """
     prompts = [captions, negative] if negative else [captions]
-    lengths = tuple(tuple(round_up(tokens, TOKENS_MULTIPLE) for tokens in prompt) for prompt in prompts)
+    lengths = tuple(map(_padded, prompts))
 
     def sample(model: ZImageTransformer, live: LiveBytes) -> None:
         hooks = Hooks(run_block=live.run_block)
@@ -96,6 +100,14 @@ def sampling_bytes(
     return _counted(transformer, (height, width, pictures, lengths, kinds, guided, nag, varied, tile), sample)
 
 
+def _padded(captions: Sequence[int]) -> tuple[int, ...]:
+    """Lengths of captions as they are padded, all but the first as the longest: others take no more."""
+    lengths = [round_up(tokens, TOKENS_MULTIPLE) for tokens in captions]
+    longest = max(lengths)
+    first = longest if min(lengths) == longest else longest - TOKENS_MULTIPLE
+    return (first, *[longest] * (len(lengths) - 1))
+
+
 def decoding_bytes(vae: VAE, height: int, width: int, pictures: int = 1, tile: int | None = None) -> int:
     """Decoding pictures one after another, whole or in tiles of `tile` cells."""
 
@@ -111,11 +123,14 @@ def decoding_bytes(vae: VAE, height: int, width: int, pictures: int = 1, tile: i
 
 def _counted(model: M, key: Hashable, run: Callable[[M, LiveBytes], object]) -> int:
     """Peak bytes of run(the model on the meta device, the counter); counted once for a model and its adapters."""
-    known = _known.setdefault(model, {})
-    key = getattr(model, "adapter_version", 0), key
+    return remembered(model, key, lambda: peak_bytes(functools.partial(run, on_meta(model))))
+
+
+def remembered(model: nn.Module, key: Hashable, make: Callable[[], T]) -> T:
+    """What make() returned for a model, with the adapters that it has, and a key."""
+    known, key = _known.setdefault(model, {}), (getattr(model, "adapter_version", 0), key)
     if key not in known:
-        twin = on_meta(model)
-        known[key] = peak_bytes(functools.partial(run, twin))
+        known[key] = make()
     return known[key]
 
 

@@ -19,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear.adapters import Adapted, Linear
+from ..sizes import round_up
 from .ops import finite
 from .tokenizer import Tokenizer
+
+PADDED = 32  # tokens: on a GPU prompts are padded to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -189,19 +192,22 @@ class TextEncoder(Adapted):
 
 @torch.no_grad()
 def encode_tokens(encoder: TextEncoder, prompts: Iterable[list[int]], where: str, **options: Any) -> list[Tensor]:
-    """Caption features (L, C) of each prompt's token ids, run one by one and unpadded, on the encoder's device.
+    """Caption features (L, C) of each prompt's token ids, run one by one on the encoder's device.
 
-    options go to the encoder (`run_block`, `device`). Raises ValueError, which names the tokenizer by `where`, for ids
-    that exceed the encoder's vocabulary.
+    On a GPU each is padded on the right, which no token sees: cuBLAS and cuDNN plan anew for every new length. options
+    go to the encoder (`run_block`, `device`). Raises ValueError, which names the tokenizer by `where`, for ids that
+    exceed the encoder's vocabulary.
     """
     features = []
+    multiple = PADDED if (options.get("device") or encoder.device).type == "cuda" else 1
     for ids in prompts:
         if max(ids) >= encoder.config.vocab_size:
             raise ValueError(
                 f"{where}: expected token ids below {encoder.config.vocab_size}, the text encoder's vocabulary, "
                 f"found {max(ids)}; use the tokenizer that belongs to the encoder"
             )
-        features.append(encoder(torch.tensor([ids], device=encoder.device), **options)[0])
+        padding = [0] * (round_up(len(ids), multiple) - len(ids))
+        features.append(encoder(torch.tensor([ids + padding], device=encoder.device), **options)[0, : len(ids)])
     return features
 
 
