@@ -116,10 +116,15 @@ class PictureGenerator:
             self.pipeline.vram_budget = "auto"
 
     def prepare(self, rows: Sequence[Row]) -> None:
-        """Encode all prompts of the rows. Where LoRAs that change the text encoder differ, batches do it again."""
+        """Encode all prompts of the rows, where the text encoder has to leave the device for the transformer.
+
+        Where it stays, or where LoRAs that change it differ, batches encode their own.
+        """
+        self._choose_budget(rows)
+        if self.pipeline.vram_budget is None:
+            return
         same = all(row.settings.get("loras") == rows[0].settings.get("loras") for row in rows)
         self.pipeline.set_loras(self._read_loras(rows[0].settings) if same else [])
-        self._choose_budget(rows)
         prompts = [row.settings["prompt"] for row in rows]
         prompts += [row.settings["negative_prompt"] for row in rows if "negative_prompt" in row.settings]
         self.pipeline.encode(prompts)

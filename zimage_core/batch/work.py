@@ -152,7 +152,7 @@ class Worker:
         row = task.row
         data = picture if isinstance(picture, bytes) else png(picture, row, self.made_with)
         self.sink.write(row.file, data)
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         digest = hashlib.sha256(data).hexdigest()
         record = {"id": row.id, "file": row.file, **row.settings, "sha256": digest, "bytes": len(data), **facts}
         record |= {**self.made_with, "time": now, "key": task.key}
