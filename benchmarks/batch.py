@@ -9,16 +9,17 @@
     python benchmarks/batch.py --demo-kills 10               the demo, killed after at least one new picture each time
     python benchmarks/batch.py --folder DIR --batches        batches against single pictures: speed and difference
 
-DIR keeps random files of the real sizes (see image.py), --tiny takes small ones; `--seconds` limits a timed run. Paces
-of this process count everything but loading; those of other processes begin when each worker has shown a picture, so
-that the encoding of the first rows is not in them. PNG files and manifest are, and random weights make noise, whose
-PNG files are as large and slow as they can be. The last line is JSON.
+DIR keeps random files of the real sizes (see image.py), --tiny takes small ones. Every pace is by the times in the
+manifest, after the first 4 pictures of each worker, over `--seconds` or `--count` pictures; encoding, PNG files and
+manifest are in it. Random weights make noise, whose PNG files are as large and slow as they can be. The last line is
+JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -29,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -43,12 +43,14 @@ from zimage_core.pipeline import choose_device, choose_dtype
 ROOT = Path(__file__).resolve().parents[1]
 STANDIN = ROOT / "tests" / "unit" / "standin.py"
 SIZES, TINY_SIZES = (512, 1024), (64,)
+WARM = 4  # pictures of each worker before the clock starts
 WORDS = ("red fox", "old lighthouse", "quiet harbour", "deep snow", "birch wood", "early light", "photograph", "market")
 PACE = {
     "way": "way",
     "size": "pixels",
     "count": "pictures",
     "a_minute": "a minute|.1f",
+    "busy": "busy|.3f",
     "of_parts": "of the parts|.3f",
     "times": "times one GPU|.2f",
     "note": "",
@@ -56,32 +58,11 @@ PACE = {
 
 
 def prompts(count: int, take: str) -> Iterator[dict]:
-    """Rows with prompts of 8 to 40 words, all different."""
+    """Rows with prompts of 8 to 40 of WORDS, short and long in turn, all different."""
     chance = random.Random(take)
     for i in range(count):
-        text = " ".join(chance.choices(WORDS, k=chance.randint(8, 40)))
+        text = " ".join(chance.choices(WORDS, k=8 + 13 * i % 33))
         yield {"id": f"{take}-{i}", "prompt": f"{text}, {i}", "seed": i}
-
-
-def pace(results: Iterable[batch.Result], seconds: float, workers: int = 0) -> dict[str, float]:
-    """Pictures a minute, for so many seconds at most; workers: from when each of so many has had one, 0: from now."""
-    seen: Counter[tuple[str, int]] = Counter()
-    begun = ended = time.perf_counter()
-    counted = 0
-    for result in results:
-        if result.error is not None:
-            raise SystemExit(f"{result.id}: {result.error}")
-        ended = time.perf_counter()
-        if len(seen) < workers:
-            seen[result.record["host"], result.record["pid"]] += 1
-            begun = ended
-            continue
-        counted += 1
-        if ended - begun > seconds:
-            break
-    if not counted:
-        raise SystemExit("too few pictures to time: more --count")
-    return {"count": counted, "a_minute": 60 * counted / (ended - begun)}
 
 
 class Bench:
@@ -90,7 +71,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, device: torch.device, scratch: Path):
         self.args, self.device, self.scratch = args, device, scratch
         self.sizes = args.sizes or (TINY_SIZES if args.tiny else SIZES)
-        self.steps = 2 if args.tiny else 8
+        self.steps, self.warm = (2, 2) if args.tiny else (8, WARM)
         self.rows: list[dict] = []
         self.facts: dict[str, object] = {}
         self.takes = 0
@@ -107,6 +88,36 @@ class Bench:
         defaults = {"width": size, "height": size, "steps": self.steps}
         rows = list(prompts(count, f"take{self.takes}"))
         return batch.run(rows, self.scratch / str(self.takes), defaults=defaults, **how)
+
+    def pace(self, results: Iterable[batch.Result], workers: int = 1) -> dict[str, float]:
+        """Pictures a minute by the manifest's times, over about `--seconds`: the sum of the workers' own rates.
+
+        They are timed from when each of so many workers has had `warm` pictures until the first of them has had its
+        last. busy: the part of that time that the workers spent on pictures, by their own clocks.
+        """
+        begun, warm = time.perf_counter(), False
+        seen: dict[tuple[str, int], list[tuple[datetime.datetime, float]]] = {}
+        for result in results:
+            if result.error is not None:
+                raise SystemExit(f"{result.id}: {result.error}")
+            record = result.record
+            worker = seen.setdefault((record["host"], record["pid"]), [])
+            worker.append((datetime.datetime.fromisoformat(record["time"]), record["seconds"]))
+            warm = len(seen) == workers and all(len(times) > self.warm for times in seen.values())
+            begun = begun if warm else time.perf_counter()
+            if time.perf_counter() - begun > self.args.seconds:
+                break
+        if not warm:
+            raise SystemExit("too few pictures to time: more --count")
+        begin = max(sorted(times)[self.warm - 1][0] for times in seen.values())
+        end = min(max(times)[0] for times in seen.values())
+        timed = [sorted(one for one in times if begin <= one[0] <= end) for times in seen.values()]
+        if min(map(len, timed)) < 2:
+            raise SystemExit("too few pictures to time: more --count")
+        took = [(times[-1][0] - times[0][0]).total_seconds() for times in timed]
+        rate = sum((len(times) - 1) / seconds for times, seconds in zip(timed, took))
+        busy = sum(spent for times in timed for _, spent in times[1:]) / sum(took)
+        return {"count": sum(map(len, timed)) - workers, "a_minute": 60 * rate, "busy": busy}
 
     def row(self, way: str, size: int, **found: object) -> None:
         self.rows.append({"way": way, "size": size, **found})
@@ -139,7 +150,7 @@ def one_gpu(run: Bench) -> None:
     generator = PictureGenerator({**run.options(), "device": str(run.device)}, exact=run.args.exact)
     for size in run.sizes:
         alone = parts(generator, run, size)
-        found = pace(run.run(size, run.args.count, generator=generator), run.args.seconds)
+        found = run.pace(run.run(size, run.args.count, generator=generator))
         run.row("zimage batch", size, **found, of_parts=found["a_minute"] * alone / 60)
 
 
@@ -160,7 +171,7 @@ def batches(run: Bench) -> None:
                 generator=generator,
             )
             folders.append(Path(started.sink.where))
-            run.row("one by one" if exact else "together", size, **pace(started, 1e9))
+            run.row("one by one" if exact else "together", size, **run.pace(list(started)))
             del generator
         worst, means = 0, []
         for path in sorted(folders[0].glob("*.png")):
@@ -172,22 +183,22 @@ def batches(run: Bench) -> None:
         print(f"{size}: pixels differ by {statistics.mean(means):.3f} of 255 on average, at most {worst}", flush=True)
 
 
-def several(run: Bench, counts: list[int], ray: bool) -> None:
+def several(run: Bench, counts: list[int], on_ray: list[int]) -> None:
     """Processes, or Ray's workers, on more and more GPUs (processes on the CPU where there is none)."""
     shown = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for size in run.sizes:
         first = 0.0
-        for count in counts:
+        for count in sorted({*counts, *on_ray}):
             devices = shown[:count] if shown else ["cpu"] * count
             if len(devices) < count:
                 raise SystemExit(f"{count} GPUs: torch sees {len(shown)}")
             total = run.args.count * count
-            found = pace(run.run(size, total, devices=devices, **run.options()), run.args.seconds, count)
+            found = run.pace(run.run(size, total, devices=devices, **run.options()), count)
             first = first or found["a_minute"] / count
             run.row(f"{count} processes", size, **found, times=found["a_minute"] / first)
-            if ray:
+            if count in on_ray:
                 how = {"ray": "local", "workers": (count, count), **run.options()}
-                found = pace(run.run(size, total, **how), run.args.seconds, count)
+                found = run.pace(run.run(size, total, **how), count)
                 run.row(f"{count} workers on Ray", size, **found, times=found["a_minute"] / first)
 
 
@@ -222,7 +233,7 @@ def comfyui(run: Bench) -> None:
             rows = list(prompts(run.args.count, f"take{run.takes}"))
             where = run.scratch / str(run.takes)
             started = batch.run(rows, where, generator=ComfyUI(server.url, path), columns=columns)
-            run.row("ComfyUI's queue", size, **pace(started, run.args.seconds, 1))
+            run.row("ComfyUI's queue", size, **run.pace(started))
     finally:
         server.stop()
 
@@ -374,8 +385,12 @@ def main() -> None:
     parser.add_argument("--batches", action="store_true", help="together against one by one")
     parser.add_argument("--diffusers", action="store_true", help="a loop with diffusers, where it is installed")
     parser.add_argument("--comfyui", type=Path, metavar="CHECKOUT", help="ComfyUI's queue")
-    parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="so many processes, one after the other")
-    parser.add_argument("--ray", type=int, nargs="+", metavar="N", help="so many workers on Ray, and processes")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[], metavar="N", help="so many processes, one after the other"
+    )
+    parser.add_argument(
+        "--ray", type=int, nargs="+", default=[], metavar="N", help="so many workers on Ray, and processes"
+    )
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="of a stand-in over --rows rows")
     parser.add_argument("--demo-kills", type=int, default=0, metavar="N", help="of the demo over --demo-rows")
     parser.add_argument("--rows", type=int, default=10_000, help="of the stand-in (default 10,000)")
@@ -401,9 +416,8 @@ def main() -> None:
             diffusers_loop(run)
         if args.comfyui:
             comfyui(run)
-        for counts, ray in ((args.gpus, False), (args.ray, True)):
-            if counts:
-                several(run, counts, ray)
+        if args.gpus or args.ray:
+            several(run, args.gpus, args.ray)
         if args.kills:
             standin_kills(run)
         if args.demo_kills:

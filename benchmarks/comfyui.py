@@ -28,8 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import aiohttp
+import controlnet as nets
 import torch
 from image import TINY_ENCODER, random_files
+from make_synthetic import write_comfyui
 from memory import free
 from safetensors.torch import load_file, save_file
 
@@ -52,6 +54,8 @@ BUDGETS = (4.0, 2.5)
 TINY_BUDGETS = (0.04,)
 LORA_RANK = 16
 IN_A_ROW = 10
+MOST_ADDED = 0.65  # by a ControlNet to the time of sampling
+STOCK = {"BF16": None, "FP8": "float8_e4m3fn", "INT8": "int8_tensorwise"}  # files for ComfyUI's own loader
 DRIFT = 0.01
 ROUNDING = 0.01  # relative, for sigmas that differ in their last bit: about what bf16's rounding gives
 LEFT_GIB = 0.5  # that kernels and workspaces may keep of the device after a model has left it
@@ -127,6 +131,7 @@ class Run:
         self.size = args.size or (64 if args.tiny else 1024)
         self.steps = 4 if args.tiny else 8
         self.models = model_files(args.folder, args.tiny, device)
+        self.models |= more_files(args.folder, args.tiny, device, args.parts)
         self.rows: list[Row] = []
         self.server: Server | None = None
         self.options: tuple[str, ...] = ()  # of the server, beside those that it always has
@@ -260,6 +265,24 @@ def model_files(folder: Path, tiny: bool, device: torch.device) -> dict[str, Pat
     return models | ({"text_encoders/tokenizer": files["tokenizer"]} if tiny else {})
 
 
+def more_files(folder: Path, tiny: bool, device: torch.device, asked: list[str]) -> dict[str, Path]:
+    """What some parts need beside `model_files`, in the same form."""
+    files = random_files(folder, tiny, device)
+    home, info = files["model"].parent, model_info(files["model"])
+    found = {}
+    if controlnet.__name__ in asked:
+        places = range(0, info.config.n_layers, 2)
+        net = nets.write_quantized(home, info.config, tuple(places), min(info.rank, nets.RANK), device)
+        found["model_patches/controlnet.safetensors"] = net
+    for name, form in STOCK.items() if own_formats.__name__ in asked else ():
+        path = home / f"stock-{name}.safetensors"
+        if not path.exists():
+            write_comfyui(path, info.config, form, device)
+        found[f"diffusion_models/{path.name}"] = path
+    free(device)
+    return found
+
+
 def random_lora(config: ZImageConfig) -> dict[str, torch.Tensor]:
     """A LoRA on every linear of the blocks, as diffusers' trainers write it for ComfyUI."""
     generator = torch.Generator().manual_seed(0)
@@ -286,11 +309,20 @@ def workflow(
     budget: float = 0.0,
     encoder: str = "encoder.safetensors",
     alone: bool = False,
+    model: str = "model.safetensors",
+    precision: str = "auto",
+    stock: bool = False,
+    control: bool = False,
 ) -> dict:
-    """An example workflow in its API form with the random files, a size and a prompt, the probes around its sampler."""
+    """An example workflow in its API form with the random files, a size and a prompt, the probes around its sampler.
+
+    stock: the model by ComfyUI's own loader; control: with a ControlNet that sees a grey picture.
+    """
     graph = json.loads((ROOT / "example_workflows" / "api" / f"{example}.json").read_text(encoding="utf-8"))
     inputs = {name: node["inputs"] for name, node in graph.items()}
-    inputs["1"] |= {"model_name": "model.safetensors", "vram_budget": budget}
+    inputs["1"] |= {"model_name": model, "vram_budget": budget, "precision": precision}
+    if stock:
+        graph["1"] = {"class_type": "UNETLoader", "inputs": {"unet_name": model, "weight_dtype": "default"}}
     inputs["2"]["encoder_name"] = encoder
     inputs["3"]["vae_name"] = "vae.safetensors"
     inputs["4"]["prompt" if "prompt" in inputs["4"] else "text"] = text
@@ -298,6 +330,15 @@ def workflow(
     inputs["10" if "10" in inputs else "5"] |= {"width": size, "height": size}
     if "lora_name" in inputs.get("8", ()):
         inputs["8"]["lora_name"] = "lora.safetensors"
+    if control:
+        loader = {"control_name": "controlnet.safetensors", "backend": "auto", "precision": "auto"}
+        picture = {"width": size, "height": size, "batch_size": 1, "color": 0x808080}
+        applied = {"model": ["1", 0], "control": ["30", 0], "vae": ["3", 0], "image": ["31", 0]}
+        graph["30"] = {"class_type": "ZImageControlNetLoader", "inputs": loader}
+        graph["31"] = {"class_type": "EmptyImage", "inputs": picture}
+        applied |= {"strength": 0.8, "start": 0.0, "end": 1.0}
+        graph["32"] = {"class_type": "ZImageControlNetApply", "inputs": applied}
+        inputs["5"]["model"] = ["32", 0]
     begin = {"model": inputs["5"]["model"], "positive": inputs["5"]["positive"], "take": take, "alone": alone}
     graph["20"] = {"class_type": "ZImageProbeBegin", "inputs": begin}
     graph["21"] = {"class_type": "ZImageProbeEnd", "inputs": {"latent": ["5", 0], "take": take}}
@@ -448,6 +489,45 @@ def small_picture(run: Run) -> None:
     run.row(" ".join(run.options) or "defaults", True, drawn, same, note=on)
 
 
+def controlnet(run: Run) -> None:
+    """A full ControlNet in 4 bits beside the model: what sampling takes more, and the budget that both share."""
+    run.draw()
+    plain = run.draw()
+    run.draw(control=True)
+    drawn = run.draw(control=True)
+    added = drawn.sample_s / plain.sample_s - 1
+    ok = run.args.tiny or added <= MOST_ADDED
+    run.row("ControlNet, second", ok, drawn, note=f"{added:.2f} more than the {plain.sample_s:.3f} s without")
+    for budget in TINY_BUDGETS if run.args.tiny else BUDGETS[:1]:
+        run.draw(budget=budget, alone=True, control=True)
+        small = run.draw(budget=budget, control=True)
+        held = small.peak_gib is None or small.peak_gib <= budget
+        same = torch.equal(small.latents, drawn.latents)
+        run.row(f"ControlNet, vram_budget {budget}, second", held, small, same, note=small.texts[-1])
+
+
+def own_formats(run: Run) -> None:
+    """KSampler on one file by ComfyUI's loader, which knows Z-Image by its width, and by ours; INT4 beside them."""
+    first = 0.0
+
+    def row(name: str, **options: object) -> None:
+        nonlocal first
+        run.draw("zimage_ksampler", alone=True, **options)
+        drawn = run.draw("zimage_ksampler", **options)
+        first = first or drawn.sample_s
+        run.row(name, True, drawn, note=f"{drawn.sample_s / first:.3f} of ComfyUI in BF16")
+
+    for name in STOCK:
+        file = f"stock-{name}.safetensors"
+        if not run.args.tiny:
+            row(f"{name}, ComfyUI", model=file, stock=True)
+        row(f"{name}, ours", model=file)
+        if name != "BF16" and run.device.type == "cuda":
+            row(f"{name}, ours in w8a8", model=file, precision="w8a8")
+        if name == "BF16":
+            row("INT4, ours")
+
+
 PARTS = {
     first_pictures: 120,
     nearly_full: 60,
@@ -457,6 +537,8 @@ PARTS = {
     encoders: 60,
     in_a_row: 60,
     host_waits: 60,
+    controlnet: 90,
+    own_formats: 150,
     small_picture: 40,
 }
 
@@ -477,7 +559,7 @@ def main() -> int:
     args.comfyui, args.folder, args.out = (path.resolve() for path in (Path(args.comfyui), args.folder, args.out))
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    asked = args.parts or [part.__name__ for part in PARTS if part is not small_picture or args.modes]
+    args.parts = args.parts or [part.__name__ for part in PARTS if part is not small_picture or args.modes]
     begun = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     with tempfile.TemporaryDirectory() as base:
@@ -486,7 +568,7 @@ def main() -> int:
         try:
             for part, limit_s in PARTS.items():
                 several = MODES if part is small_picture and device.type == "cuda" else ((),)
-                for options in several if part.__name__ in asked else ():
+                for options in several if part.__name__ in args.parts else ():
                     run.attempt(part, limit_s, options)
         finally:
             run.stop()

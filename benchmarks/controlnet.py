@@ -53,6 +53,18 @@ def write_dense(path: Path, config: ControlNetConfig, device: torch.device) -> N
     save_file(tensors, path, {"config": json.dumps(controlnet_config(config))})
 
 
+def write_quantized(folder: Path, base: ZImageConfig, places: tuple[int, ...], rank: int, device: torch.device) -> Path:
+    """A 2.1 ControlNet in 4 bits of random weights in a folder, written if need be."""
+    dense, net = folder / "controlnet-bf16.safetensors", folder / "controlnet-int4.safetensors"
+    if not net.exists():
+        write_dense(dense, ControlNetConfig(base, places, CHANNELS, "hints"), device)
+        begun = time.perf_counter()
+        quantize_controlnet(dense, net, rank=rank, device=device)
+        print(f"quantized in {time.perf_counter() - begun:.0f} s: {dense.stat().st_size} -> {net.stat().st_size} bytes")
+        dense.unlink()
+    return net
+
+
 def generate(files: dict[str, Path], net: Path, size: int, budget: float | None, device: torch.device) -> dict:
     """The picture, the plan, and what was measured: bytes and the median of seconds of sampling."""
     outlines = Image.new("RGB", (size, size), "black")
@@ -98,13 +110,7 @@ def main() -> int:
         sizes = (base, TextEncoderConfig(640, 128, 256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64))
     files = write_synthetic(args.folder, *sizes, rank=rank, device=device)
     assert model_info(files["model"]).rank == rank
-    dense, net = args.folder / "controlnet-bf16.safetensors", args.folder / "controlnet-int4.safetensors"
-    if not net.exists():
-        write_dense(dense, ControlNetConfig(base, places, CHANNELS, "hints"), device)
-        begun = time.perf_counter()
-        quantize_controlnet(dense, net, rank=min(rank, RANK), device=device)
-        print(f"quantized in {time.perf_counter() - begun:.0f} s: {dense.stat().st_size} -> {net.stat().st_size} bytes")
-        dense.unlink()
+    net = write_quantized(args.folder, base, places, min(rank, RANK), device)
     rows = [generate(files, net, size, budget, device) for budget in (None, args.budget)]
     resident, budgeted = rows
     ok = resident["same"] and budgeted["same"] and resident.pop("picture") == budgeted.pop("picture")

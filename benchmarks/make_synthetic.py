@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from zimage_core.formats.names import diffusers_svdq_module
+from zimage_core.formats.names import comfy_module, diffusers_svdq_module
 from zimage_core.models.config import ZImageConfig
+from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.quantize.writer import (
     Header,
     StreamedFile,
@@ -83,6 +85,32 @@ def write_synthetic(
         for name, (dtype, shape) in header.items():
             out.write(name, draw(name, dtype, shape, generator).cpu())
     return out.size
+
+
+def write_comfyui(path: Path, config: ZImageConfig, form: str | None, device: torch.device) -> None:
+    """Write a model under ComfyUI's names: in BF16, or its blocks' linears as float8_e4m3fn or int8_tensorwise."""
+    with torch.device("meta"):
+        body = ZImageTransformer(config).state_dict()
+    generator = torch.Generator(device).manual_seed(0)
+    says = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    tensors: dict[str, torch.Tensor] = {}
+    for key, shape in ((key, tuple(tensor.shape)) for key, tensor in body.items()):
+        module, _, leaf = key.rpartition(".")
+        value = draw(key, "BF16", shape, generator)
+        linear = module.rpartition(".")[2] in ("to_qkv", "to_out", "w3_w1", "w2")
+        fused = module.endswith("w3_w1")
+        names = [module.replace("w3_w1", part) for part in ("w3", "w1")] if fused else [comfy_module(module)]
+        for name, weight in zip(names, value.chunk(len(names))):
+            if not linear or form is None:
+                tensors[f"{name}.{leaf}" if name else leaf] = weight.cpu()
+                continue
+            whole = form == "float8_e4m3fn"
+            scale = weight.float().abs().amax(None if whole else 1, keepdim=not whole) / (448 if whole else 127)
+            codes = weight.float() / scale
+            codes = codes.to(torch.float8_e4m3fn) if whole else codes.round().to(torch.int8)
+            tensors |= {f"{name}.weight": codes.cpu(), f"{name}.weight_scale": scale.cpu()}
+            tensors[f"{name}.comfy_quant"] = says.clone()
+    save_file(tensors, path)
 
 
 def main() -> None:

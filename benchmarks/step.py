@@ -246,7 +246,7 @@ def peers(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> dic
     if "COMFYUI_PATH" in os.environ:
         found[COMFYUI] = partial(comfyui_side, config, device, dtype)
         if device.type == "cuda":
-            found[f"{COMFYUI} compiled"] = partial(comfyui_side, config, device, dtype, compiled=True)
+            found["ComfyUI compiled"] = partial(comfyui_side, config, device, dtype, compiled=True)
         if importlib.util.find_spec("comfy_kitchen"):
             found |= {f"ComfyUI {form}": partial(comfyui_side, config, device, dtype, form) for form in COMFYUI_FORMS}
     if importlib.util.find_spec("diffusers"):
