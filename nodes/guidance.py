@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import host
+from .sampling import SEED
 
 
 class ZImageNAG:
@@ -97,13 +98,7 @@ class ZImageVariety:
                 ),
                 "seed": (
                     "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 0xFFFFFFFFFFFFFFFF,
-                        "control_after_generate": True,
-                        "tooltip": "Of the noise on the first picture; the next one has the next seed.",
-                    },
+                    {**SEED, "tooltip": "Of the noise on the first picture; the next one has the next seed."},
                 ),
                 "pictures": (
                     "INT",

@@ -9,6 +9,7 @@ from .host.files import NO_LORA, check_lora, choices
 SLOTS = (1, 2, 3, 4)
 SWITCHES = 10
 NO_SWITCHED = "None"  # as in the stacks of nunchaku's packs, whose workflows bring it
+MODEL = ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."})
 STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
 
 
@@ -30,7 +31,7 @@ class ZImageLoraLoader:
     def INPUT_TYPES(cls):
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."}),
+                "model": MODEL,
                 "lora_name": (
                     choices("loras", "lora"),
                     {"tooltip": "A .safetensors file in models/loras that was trained for Z-Image."},
@@ -71,9 +72,7 @@ class ZImageLoraStack:
     @classmethod
     def INPUT_TYPES(cls):
         names = [NO_LORA, *choices("loras", "lora")]
-        inputs: dict[str, tuple] = {
-            "model": ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."})
-        }
+        inputs: dict[str, tuple] = {"model": MODEL}
         for i in SLOTS:
             inputs[f"lora_{i}"] = (
                 names,
@@ -135,7 +134,7 @@ class ZImageLoraSwitches:
             )
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "From the Z-Image INT4 Model Loader or another LoRA loader."}),
+                "model": MODEL,
                 "lora_count": (
                     "INT",
                     {

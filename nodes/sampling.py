@@ -6,6 +6,7 @@ from ..zimage_core.models.config import PRESETS
 from . import host
 from .host.messages import CELL, MAX_SIZE
 
+SEED = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}
 IMAGE_TO_IMAGE: dict[str, tuple] = {
     "latent": (
         "LATENT",
@@ -86,10 +87,7 @@ class ZImageSampler:
                 "seed": (
                     "INT",
                     {
-                        "default": 0,
-                        "min": 0,
-                        "max": 0xFFFFFFFFFFFFFFFF,
-                        "control_after_generate": True,
+                        **SEED,
                         "tooltip": "The starting noise. The same seed, size and settings give the same picture.",
                     },
                 ),

@@ -136,7 +136,7 @@ class CoreEncoder(Adapted):
 
     def state_dict(self, *args, **kwargs) -> Any:
         """{name: empty tensor} of the linears as in ComfyUI's own encoder: for key maps, not for saving."""
-        return dict(self.shapes)
+        return dict(self.stock)
 
     def encode_token_weights(self, tokens: dict):
         """Features (1, L, C) fp32, None for the pooled vector, the mask: as from ComfyUI's Z-Image encoder."""

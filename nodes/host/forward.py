@@ -23,8 +23,8 @@ from ...zimage_core.models.ops import finite
 from ...zimage_core.models.transformer import Conditioning, Hooks, ZImageTransformer
 from ...zimage_core.sampler import predict_flow
 from .controlnet import with_controls
+from .dense import DenseWeights, stock_places
 from .guidance import ATTENTION_PATCH, NAG, join, parted, patched
-from .lora import stock_state
 from .patcher import Adapted
 
 HONOURED_PATCHES = ("double_block", "noise_refiner", ATTENTION_PATCH)
@@ -99,7 +99,11 @@ class DiffusionModel(Adapted):
     core: ZImageTransformer
 
     def __init__(self, transformer: ZImageTransformer):
-        super().__init__(transformer, transformer.blocks, stock_state(transformer))
+        places = stock_places(transformer)
+        plain = all(isinstance(getattr(place.module, place.leaf, None), Tensor) for place in places.values())
+        stock = {name: torch.empty(p.shape, device="meta", dtype=transformer.dtype) for name, p in places.items()}
+        super().__init__(transformer, transformer.blocks, stock, DenseWeights(transformer, places) if plain else None)
+        self.places = places
         self.in_channels = self.out_channels = transformer.config.in_channels  # stock nodes read these
         self.patch_size, self.dim = transformer.config.patch_size, transformer.config.dim
         self.graphs = Graphs(transformer, self.streamer)

@@ -1,15 +1,15 @@
-"""Weights by the names of ComfyUI's own model, and what its LoRA loaders do to them as LoRAs of the core."""
+"""What ComfyUI's LoRA loaders do to the weights of its own model, as LoRAs of the core."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...zimage_core.lora.read import Lora
-from ...zimage_core.models.transformer import ZImageTransformer
+from .dense import Change
 
 if TYPE_CHECKING:
     from .patcher import Adapted
@@ -22,13 +22,6 @@ ADAPTER_LEAVES = {  # the tensors of ComfyUI's weight adapters, in their order, 
     "loha": ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", None, None, "dora_scale"),
     "lokr": ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", None, "dora_scale"),
 }
-
-STOCK_NAMES = (  # how modules end here -> in ComfyUI's model
-    ("attention.to_qkv", "attention.qkv"),
-    ("attention.to_out", "attention.out"),
-    ("attention.norm_q", "attention.q_norm"),
-    ("attention.norm_k", "attention.k_norm"),
-)
 
 
 class StockModule:
@@ -48,10 +41,10 @@ class StockModule:
         return self[name]
 
     def __getitem__(self, name: str | int) -> StockModule | Tensor:
-        path, shapes = f"{self.path}{name}", self.owner.shapes
-        if path in shapes:
-            return shapes[path]
-        if any(key.startswith(f"{path}.") for key in shapes):
+        path, stock = f"{self.path}{name}", self.owner.stock
+        if path in stock:
+            return stock[path]
+        if any(key.startswith(f"{path}.") for key in stock):
             return StockModule(self.owner, f"{path}.")
         raise AttributeError(f"{path}: ComfyUI's own model has no such module")
 
@@ -107,11 +100,18 @@ def patch_tensors(kind: str, value, leaf: str) -> dict[str, Tensor]:
 
 
 def stock_loras(patches: Mapping, known: dict) -> list[tuple[Lora, float]]:
-    """[(LoRA, strength)] of what stock LoRA loaders put into `patches`; `known` keeps the conversions in use."""
+    """[(LoRA, strength)] of what LoRA nodes, ours and ComfyUI's, put into `patches`.
+
+    known: the conversions of ComfyUI's, which are kept while in use.
+    """
     converted: dict = {}
+    ours: dict[tuple[Lora, float], None] = {}
     found = []
     for key, entries in patches.items():
         for strength, value, strength_model, offset, _function in entries:
+            if isinstance(value, Change):
+                ours[value.weights[0], strength] = None
+                continue
             name = (key, offset, id(value))
             if name not in converted:
                 # The value is kept beside its conversion, so that its id stays its own.
@@ -119,30 +119,4 @@ def stock_loras(patches: Mapping, known: dict) -> list[tuple[Lora, float]]:
             found.append((converted[name][1], strength))
     known.clear()
     known.update(converted)
-    return found
-
-
-def stock_state(transformer: ZImageTransformer) -> dict[str, Tensor]:
-    """{ComfyUI's name: empty tensor of the dense shape} for every weight of a transformer."""
-    state = {}
-    modules: Iterator[tuple[str, Any]] = transformer.named_modules()
-
-    def add(key: str, *shape: int) -> None:
-        state[key] = torch.empty(shape, device="meta", dtype=transformer.dtype)
-
-    for name, module in modules:
-        for ours, theirs in STOCK_NAMES:
-            name = name.removesuffix(ours) + theirs if name.endswith(ours) else name
-        if hasattr(module, "in_features"):
-            n, k = module.out_features, module.in_features
-            if name.endswith("feed_forward.w3_w1"):
-                for part in ("w1", "w3"):
-                    add(f"{name.removesuffix('w3_w1')}{part}.weight", n // 2, k)
-                continue
-            add(f"{name}.weight", n, k)
-            if getattr(module, "bias", None) is not None:
-                add(f"{name}.bias", n)
-        else:
-            for leaf, parameter in module.named_parameters(recurse=False):
-                add(f"{name}.{leaf}".lstrip("."), *parameter.shape)
-    return state
+    return [*ours, *found]

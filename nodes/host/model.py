@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -31,14 +30,18 @@ from ...zimage_core.models.tokenizer import MAX_TOKENS
 from ...zimage_core.models.transformer import ZImageTransformer
 from ...zimage_core.sizes import GIB, readable, round_up
 from . import messages
+from .dense import changes
 from .files import DEMO, LATENT_CHANNELS, NO_LORA, find
 from .forward import Caption, DiffusionModel, patches
 from .guidance import ATTENTION_PATCH, nag_of
 from .patcher import DTYPES, StreamingPatcher, describe_need
 
 NO_WEIGHTS = (
-    "a model from the Z-Image INT4 Model Loader cannot be {} here: load its BF16 file with Load Diffusion Model for "
-    "that, and quantize the result"
+    "a quantized model cannot be {} here: do that with its BF16 file, and quantize the result with Z-Image Quantize to "
+    "INT4"
+)
+NO_TRAINING = (
+    "a model from the Z-Image INT4 Model Loader cannot be trained: load its BF16 file with Load Diffusion Model"
 )
 logger = logging.getLogger(__name__)
 
@@ -212,15 +215,15 @@ class ZImageModel(comfy.model_base.Lumina2):
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """Names and shapes of ComfyUI's own Z-Image, without data: for key maps, not for saving."""
-        return {f"diffusion_model.{key}": shape for key, shape in self.diffusion_model.shapes.items()}
+        return {f"diffusion_model.{key}": shape for key, shape in self.diffusion_model.stock.items()}
 
     def requires_grad_(self, requires_grad: bool = True) -> NoReturn:
         """ValueError: TrainLoraNode begins with it, before its optimizer finds no weights."""
-        raise ValueError(NO_WEIGHTS.format("trained"))
+        raise ValueError(NO_TRAINING)
 
     def train(self, mode: bool = True):
         if mode:
-            raise ValueError(NO_WEIGHTS.format("trained"))
+            raise ValueError(NO_TRAINING)
         return super().train(mode)
 
 
@@ -238,6 +241,8 @@ class ZImagePatcher(StreamingPatcher):
         return self.model.diffusion_model
 
     def clone(self, *args, **kwargs):
+        if kwargs.get("force_deepcopy"):
+            raise ValueError(NO_TRAINING)
         n = super().clone(*args, **kwargs)
         n.budget = self.budget
         return n
@@ -268,8 +273,8 @@ class ZImagePatcher(StreamingPatcher):
             )
 
     def add_lora(self, added: Lora, strength: float) -> None:
-        self.loras += ((added, strength),)
-        self.patches_uuid = uuid.uuid4()
+        found = changes(added, self.module.places)
+        self.add_patches({f"{self.prefix}{name}": change for name, change in found.items()}, strength)
 
     def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
         if dtype not in (None, self.module.dtype):

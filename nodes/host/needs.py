@@ -28,7 +28,8 @@ PATCHER = (
     *of(f"{MEMORY}.VRAMState", "LOW_VRAM NORMAL_VRAM NO_VRAM"),
     *of(MEMORY, "MIN_WEIGHT_MEMORY_RATIO current_loaded_models extra_reserved_memory get_free_memory is_device_cpu"),
     *of(MEMORY, "lowvram_available minimum_inference_memory vram_state"),
-    "comfy.patcher_extension.CallbacksMP.ON_LOAD",
+    *of(MEMORY, "cast_to_device lora_compute_dtype"),
+    *of("comfy", "patcher_extension.CallbacksMP.ON_LOAD lora.calculate_weight weight_adapter.WeightAdapterBase"),
 )
 CONTROL = (
     *of(MEMORY, "get_torch_device unet_dtype unet_offload_device throw_exception_if_processing_interrupted"),

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ...zimage_core.linear import adapters
 from ...zimage_core.lora.apply import apply as apply_loras
-from ...zimage_core.lora.read import Lora
 from ...zimage_core.memory.offload import BlockStreamer
 from ...zimage_core.memory.placement import Weights, weights
 from ...zimage_core.sizes import readable
+from .dense import Change, DenseWeights, is_merge
 from .lora import StockModule, stock_lora, stock_loras
 
 BYPASS = "bypass_lora"  # the key under which ComfyUI's bypass LoRA loaders inject
@@ -58,15 +58,21 @@ def describe_need(patcher: StreamingPatcher, need: float, purpose: str) -> str:
 class Adapted(nn.Module):
     """A module of the core whose blocks can be streamed, and that shows LoRA loaders the names of ComfyUI's own model.
 
-    blocks: the parts of `body` that can be streamed, in the order in which they run. shapes: {ComfyUI's name below
-    this module: empty tensor of the dense shape}.
+    blocks: the parts of `body` that can be streamed, in the order in which they run. stock: {ComfyUI's name below
+    this module: empty tensor of the dense shape}. dense: the weights by these names, where they are plain numbers.
     """
 
-    def __init__(self, core: adapters.Adapted, blocks: Sequence[nn.Module], shapes: dict[str, Tensor]):
+    def __init__(
+        self,
+        core: adapters.Adapted,
+        blocks: Sequence[nn.Module],
+        stock: dict[str, Tensor],
+        dense: DenseWeights | None = None,
+    ):
         super().__init__()
         self.core = core
         self.streamer = BlockStreamer(blocks, self.body)
-        self.shapes = shapes
+        self.stock, self.dense = stock, dense
         self.stock_loras: dict = {}  # conversions of what stock loaders patched
         self.hooked: list[tuple] | None = None  # (weight, adapter, strength) while a bypass LoRA loader injects
 
@@ -87,7 +93,7 @@ class Adapted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if not any(key.startswith(f"{name}.") for key in self.__dict__.get("shapes", ())):
+            if not any(key.startswith(f"{name}.") for key in self.__dict__.get("stock", ())):
                 raise
         return StockModule(self, f"{name}.")
 
@@ -102,10 +108,6 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
     what = ""  # the log's name for the model
     no_weights = ""  # the error for nodes that need the weights themselves; {} is what they would do
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.loras: tuple[tuple[Lora, float], ...] = ()  # of our LoRA nodes; stock loaders' are in self.patches
-
     @property
     def module(self) -> Adapted:
         return self.model
@@ -113,36 +115,60 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
     def clone(self, *args, **kwargs):
         if kwargs.get("force_deepcopy"):
             self.refuse("trained")
-        n = super().clone(*args, **kwargs)
-        n.loras = self.loras
-        return n
+        return super().clone(*args, **kwargs)
 
     def refuse(self, what: str) -> NoReturn:
-        """ValueError for nodes that need the weights themselves, of which ComfyUI sees only names and shapes here."""
+        """ValueError for nodes that need weights of which ComfyUI sees only names and shapes here."""
         raise ValueError(self.no_weights.format(what))
 
-    def get_key_patches(self, filter_prefix=None) -> NoReturn:
-        self.refuse("merged with another")
+    def dense_weights(self, what: str) -> DenseWeights:
+        """The dense weights; ValueError, naming what cannot be done, where there are none."""
+        return self.module.dense or self.refuse(what)
+
+    def by_name(self, patches: dict) -> dict[str, list[tuple]]:
+        """Patches by the names of `DenseWeights`."""
+        return {key.removeprefix(self.prefix): found for key, found in patches.items()}
+
+    def get_key_patches(self, filter_prefix=None) -> dict[str, list[tuple]]:
+        weights, patches = self.dense_weights("merged with another"), self.by_name(self.patches)
+        return {
+            f"{self.prefix}{name}": [(weights.own(name), lambda weight, **_: weight), *patches.get(name, ())]
+            for name in weights.places
+        }
+
+    def patched_weights(self, what: str) -> dict[str, Tensor]:
+        """{ComfyUI's name: weight} with this clone's patches, for files."""
+        weights, patches = self.dense_weights(what), self.by_name(self.patches)
+        return {name: weights.patched(name, patches.get(name, ()), self.load_device).cpu() for name in weights.places}
 
     def model_state_dict(self, filter_prefix=None):
-        if filter_prefix is not None:
-            self.refuse("turned into a LoRA")
-        return super().model_state_dict()
+        if filter_prefix is None:
+            return super().model_state_dict()
+        return {f"{self.prefix}{name}": found for name, found in self.patched_weights("turned into a LoRA").items()}
 
     def model_state_dict_for_saving(self, *args, **kwargs) -> NoReturn:
         self.refuse("saved")
 
-    def state_dict_for_saving(self, *args, **kwargs) -> NoReturn:
-        self.refuse("saved")
+    def state_dict_for_saving(self, *args, **kwargs) -> dict[str, Tensor]:
+        return self.model.state_dict_for_saving(self.patched_weights("saved"), *args, **kwargs)
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        names = self.model.state_dict()
+        names, wanted = self.model.state_dict(), {}
         for key, value in patches.items():
-            if (key if isinstance(key, str) else key[0]) in names:
-                if isinstance(value, list):
-                    self.refuse("merged with another")
+            name = key if isinstance(key, str) else key[0]
+            if name not in names:
+                continue
+            if isinstance(value, list):
+                places = self.dense_weights("merged with another").places
+                found, shape = tuple(value[0][0].shape), tuple(names[name].shape)
+                if found != shape:
+                    raise ValueError(f"{name}: is {shape} here and {found} there: merge models of the same sizes")
+                if places[name.removeprefix(self.prefix)].is_token:
+                    continue  # ComfyUI leaves them as they are in its own model
+            elif not (isinstance(value, Change) or self.module.dense and is_merge(value, strength_model)):
                 stock_lora(key, value, strength_model)
-        return super().add_patches(patches, strength_patch, strength_model)
+            wanted[key] = value
+        return super().add_patches(wanted, strength_patch, strength_model)
 
     def set_injections(self, key, injections):
         """Apply what ComfyUI's bypass LoRA loaders inject as LoRAs; other injections stay what they are."""
@@ -162,8 +188,14 @@ class AdapterPatcher(comfy.model_patcher.ModelPatcher):
         raise ValueError(f"these weights cannot be wrapped ({name}): remove the node that does it")
 
     def set_adapters(self, patches: dict) -> None:
-        """Apply this clone's LoRAs, and those that stock loaders put into `patches`, to the shared module."""
-        apply_loras(self.module.core, [*self.loras, *stock_loras(patches, self.module.stock_loras)])
+        """Apply patches to the shared module: LoRAs beside its weights, or all of them in it where some are merges."""
+        merges = any(is_merge(value, scale) for found in patches.values() for _, value, scale, *_ in found)
+        dense = self.module.dense
+        if dense and not merges:
+            dense.merge({}, self.load_device)
+        apply_loras(self.module.core, [] if merges else stock_loras(patches, self.module.stock_loras))
+        if dense and merges:
+            dense.merge(self.by_name(patches), self.load_device)
 
     def patch_hooks(self, hooks):
         patches = {key: list(found) for key, found in self.patches.items()}

@@ -22,6 +22,7 @@ BASES = {  # what classes of ours are made from, so that their module cannot be 
     "comfy.model_patcher.ModelPatcher",
     "comfy.sd.VAE",
     "comfy.supported_models.ZImage",
+    "comfy.weight_adapter.WeightAdapterBase",
 }
 DEMO = "bundled demo"
 

@@ -52,7 +52,8 @@ def encode(clip, prompt: str = "a red circle") -> torch.Tensor:
 
 # ---- the weights themselves -----------------------------------------------------------------------------------
 
-LOADED = r"a model from the Z-Image INT4 Model Loader cannot be {} here: load its BF16 file with Load Diffusion Model"
+QUANTIZED = r"a quantized model cannot be {} here: do that with its BF16 file, and quantize the result"
+TRAINED = "a model from the Z-Image INT4 Model Loader cannot be trained: load its BF16 file with Load Diffusion Model"
 ENCODER = r"this text encoder cannot be {} here: use a file of Qwen3-4B that Load CLIP reads"
 
 
@@ -71,7 +72,7 @@ def test_nodes_that_need_the_models_weights(nodes, request, name, inputs, what):
     given = {k: request.getfixturevalue(v) if v in ("model", "clip", "vae") else v for k, v in inputs.items()}
     if name == "LoraSave":
         given |= {"filename_prefix": "x", "rank": 4, "lora_type": "standard", "bias_diff": True}
-    with pytest.raises(ValueError, match=f"{LOADED.format(what)}|{ENCODER.format(what)}"):
+    with pytest.raises(ValueError, match=f"{QUANTIZED.format(what)}|{ENCODER.format(what)}"):
         run(nodes[name], **given)
 
 
@@ -87,7 +88,7 @@ def test_training_a_lora(nodes, model, clip):
     given = {k: v if isinstance(v, list) and k != "model" else [v] for k, v in given.items() if k in names}
     given |= {"latents": [{"samples": torch.zeros(1, 16, 8, 8)}], "existing_lora": ["[None]"], "steps": [1]}
     given |= {"training_dtype": ["none"], "model": [model]}
-    with pytest.raises(ValueError, match=LOADED.format("trained")):
+    with pytest.raises(ValueError, match=TRAINED):
         node.execute(**given)
 
 

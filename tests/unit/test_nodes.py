@@ -103,7 +103,7 @@ def pack(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     names = ["conds", "latent_formats", "ldm", "ldm.common_dit", "ldm.models", "ldm.models.autoencoder", "ldm.modules"]
     names += ["ldm.modules.attention", "model_base", "model_management", "model_patcher", "patcher_extension"]
-    names += ["sample", "samplers", "sd", "supported_models", "utils"]
+    names += ["lora", "sample", "samplers", "sd", "supported_models", "utils", "weight_adapter"]
     stand_ins = {f"comfy.{n}": StandIn(f"comfy.{n}") for n in names}
     stand_ins |= {
         "comfy": StandIn("comfy"),

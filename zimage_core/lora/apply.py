@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..linear.adapters import Adapted, Carrier, Rows, Terms
+from ..linear.adapters import Adapted, Carrier, Linear, Rows, Terms
 from ..models.text_encoder import TextEncoder
 from .deltas import OFT, Bias, Delta, Diff, LoKr, span
 from .read import REMEDY, Lora
@@ -137,6 +137,12 @@ def _set(model: Adapted, target: str, deltas: list[tuple[Delta, float]]) -> None
         module._parameters[leaf] = nn.Parameter(total.to(parameter.dtype), requires_grad=False)
 
 
+def unadapted(module: nn.Module, leaf: str) -> Tensor:
+    """A tensor of a dense module as its file holds it, without what `apply` has summed into it."""
+    own = module._buffers.get(f"own_{leaf}")
+    return module.get_parameter(leaf) if own is None else own
+
+
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
@@ -188,6 +194,24 @@ def compose(deltas: list[tuple[Delta, float]], linear: Carrier, target: str, dty
     terms.dense = [(rows, change.to(dtype)) for rows, change in dense.items()]
     terms.bias = None if bias is None else bias.to(dtype)
     return terms
+
+
+def merged(tensor: Tensor, target: str, leaf: str, changes: list[tuple[Delta, float]]) -> Tensor:
+    """A dense module's tensor with the changes of the module added, in fp32; biases take those of biases alone."""
+    tensor, device = tensor.float(), tensor.device
+    shifts = [(delta, strength) for delta, strength in changes if isinstance(delta, Bias)]
+    if leaf == "bias":
+        return tensor + sum(strength * delta.get("diff_b", device) for delta, strength in shifts)
+    if tensor.ndim == 1 or leaf != "weight":
+        return tensor + sum(s * delta.get("diff", device).view_as(tensor) for delta, s in changes)
+    linear = Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(tensor, requires_grad=False)
+    terms = compose([change for change in changes if change not in shifts], linear, target, torch.float32)
+    if terms.pair and not (terms.dense or terms.krons):
+        down, up = terms.pair
+        return torch.addmm(tensor, up, down)
+    linear.set_adapter(terms)  # applied to the identity, it gives the weight
+    return torch.cat([linear(rows) for rows in torch.eye(tensor.shape[1], device=device).split(1024)]).T
 
 
 def dora_gain(delta: Delta, magnitude: Tensor, linear: Carrier, rows: Rows) -> tuple[Tensor, bool]:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..formats.gguf import QUANTIZED
 from ..formats.identify import ModelInfo
@@ -18,8 +18,7 @@ from ..formats.load import build_transformer, match_transformer
 from ..formats.safetensors import TensorFiles, tensor_bytes
 from ..formats.stored import dequantize
 from ..formats.weights import Stored, read_parts
-from ..linear.adapters import Linear
-from ..lora.apply import check, compose
+from ..lora.apply import check, merged
 from ..lora.deltas import Bias, Delta
 from ..lora.read import Lora
 from ..models.transformer import ZImageTransformer
@@ -88,9 +87,11 @@ class DenseSource:
         changes = self.changes.get(module or name)
         if not changes:
             return whole
-        merged = self._merged(whole, module, leaf, changes)
-        check_numbers(merged, f"{self.loras}: merged into {name}", "lower its strength")
-        return merged
+        if any(isinstance(delta, Bias) for delta, _ in changes) and f"{module}.bias" not in self.stored:
+            raise ValueError(f"{module}: the LoRA adds a bias, which the INT4 file cannot hold; load it at run time")
+        found = merged(whole, module, leaf, changes)
+        check_numbers(found, f"{self.loras}: merged into {name}", "lower its strength")
+        return found
 
     def digest(self) -> str:
         """As `digest` of all tensors."""
@@ -103,25 +104,6 @@ class DenseSource:
             return tensor.to(torch.bfloat16) if tensor.element_size() == 1 else tensor
         parts = read_parts(self.files, stored)
         return dequantize(stored.form, {part: t.to(device) for part, t in parts.items()}).to(torch.bfloat16)
-
-    def _merged(self, tensor: Tensor, module: str, leaf: str, changes: list[tuple[Delta, float]]) -> Tensor:
-        """The tensor with the changes added, in fp32."""
-        tensor = tensor.float()
-        shifts = [(delta, strength) for delta, strength in changes if isinstance(delta, Bias)]
-        if leaf == "bias":
-            return tensor + sum(strength * delta.get("diff_b", self.device) for delta, strength in shifts)
-        if tensor.ndim == 1 or not module:
-            return tensor + sum(s * delta.get("diff", self.device).view_as(tensor) for delta, s in changes)
-        if shifts and f"{module}.bias" not in self.stored:
-            raise ValueError(f"{module}: the LoRA adds a bias, which the INT4 file cannot hold; load it at run time")
-        linear = Linear(tensor.shape[1], tensor.shape[0], bias=False, device=self.device)
-        linear.weight = nn.Parameter(tensor, requires_grad=False)
-        terms = compose([change for change in changes if change not in shifts], linear, module, torch.float32)
-        if terms.pair and not (terms.dense or terms.krons):
-            down, up = terms.pair
-            return torch.addmm(tensor, up, down)
-        linear.set_adapter(terms)  # applied to the identity, it gives the weight
-        return torch.cat([linear(rows) for rows in torch.eye(tensor.shape[1], device=self.device).split(1024)]).T
 
 
 def digest(sources: Mapping[str, list[Stored]], read: Callable[[Stored], Tensor]) -> str:
