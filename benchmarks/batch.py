@@ -188,18 +188,17 @@ def several(run: Bench, counts: list[int], on_ray: list[int]) -> None:
     shown = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for size in run.sizes:
         first = 0.0
-        for count in sorted({*counts, *on_ray}):
+        for count, ray in [(count, False) for count in sorted({*counts, *on_ray})] + [
+            (count, True) for count in on_ray
+        ]:
             devices = shown[:count] if shown else ["cpu"] * count
             if len(devices) < count:
                 raise SystemExit(f"{count} GPUs: torch sees {len(shown)}")
-            total = run.args.count * count
-            found = run.pace(run.run(size, total, devices=devices, **run.options()), count)
+            how = {"ray": "local", "workers": (count, count)} if ray else {"devices": devices}
+            found = run.pace(run.run(size, run.args.count * count, **how, **run.options()), count)
             first = first or found["a_minute"] / count
-            run.row(f"{count} processes", size, **found, times=found["a_minute"] / first)
-            if count in on_ray:
-                how = {"ray": "local", "workers": (count, count), **run.options()}
-                found = run.pace(run.run(size, total, **how), count)
-                run.row(f"{count} workers on Ray", size, **found, times=found["a_minute"] / first)
+            way = f"{count} workers on Ray" if ray else f"{count} processes"
+            run.row(way, size, **found, times=found["a_minute"] / first)
 
 
 def comfyui(run: Bench) -> None:
