@@ -40,13 +40,17 @@ def empty_latent(width: int, height: int, batch: int, denoise: float) -> dict:
     return {"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())}
 
 
-def advice(model: ZImagePatcher, cfg: float) -> list[str]:
-    """A line where the model's file seems to be made for the other preset."""
+def advice(model: ZImagePatcher, cfg: float, negative: list | None) -> list[str]:
+    """Lines where the model's file seems to be made for the other preset, and for a negative prompt without effect."""
+    if negative is not None and cfg == 1 and not model.model_options.get("disable_cfg1_optimization"):
+        lines = ["negative prompt: has no effect at cfg 1; set cfg above 1, or use Z-Image NAG"]
+    else:
+        lines = []
     info = model.model.diffusion_model.transformer.checkpoint
     variant = info.metadata.get("variant") or likely_variant(info.path)
     if (variant, cfg > 1) == ("base", False):
-        return [f"{info.path.name} seems to be Z-Image, not Turbo: preset base, with a negative prompt, is made for it"]
-    return []
+        lines.append(f"{info.path.name} seems to be Z-Image, not Turbo: preset base, with a negative prompt, suits it")
+    return lines
 
 
 def sample(
@@ -85,7 +89,7 @@ def sample(
         model.set_adapters(model.patches)  # before the plan, which counts their bytes
         pictures = len(samples) * (2 if cfg > 1 else 1)
         plan = describe_plan(model, 8 * samples.shape[-1], 8 * samples.shape[-2], pictures)
-        messages.say("\n".join([plan, *advice(model, cfg)]), node_id)
+        messages.say("\n".join([plan, *advice(model, cfg, negative)]), node_id)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     if negative is None:
         negative = [[torch.zeros_like(cond), extra] for cond, extra in positive]

@@ -427,6 +427,23 @@ def test_our_sampler_says_where_a_model_wants_the_other_preset(host, ours, monke
     assert "preset base" not in said[-1]
 
 
+def test_our_sampler_says_where_a_negative_prompt_has_no_effect(host, ours, monkeypatch):
+    """At cfg 1, but for ComfyUI's NAGuidance, which takes it without guidance."""
+    from comfy_extras.nodes_nag import NAGuidance
+
+    said = []
+    monkeypatch.setattr(host.messages, "say", lambda text, node_id: said.append(text))
+    (stock,) = NAGuidance.execute(ours, 3.0, 0.5, 1.5).result
+    for model, negative, cfg, told in (
+        (ours, True, 1, True),
+        (ours, False, 1, False),
+        (ours, True, 5, False),
+        (stock, True, 1, False),
+    ):
+        zsample(host, model, conditioning(), conditioning(9, seed=1) if negative else None, cfg=float(cfg), steps=1)
+        assert ("no effect at cfg 1" in said[-1]) is told
+
+
 def test_our_sampler_img2img_mask_and_batch_index(host, ours, picture):
     masked = {**picture, "noise_mask": torch.ones(1, 64, 96)}
     masked["noise_mask"][:, :20] = 0

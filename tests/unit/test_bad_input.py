@@ -16,7 +16,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from zimage_core import cli, device, load_pipeline, pictures
 from zimage_core.formats.identify import identify, model_info
@@ -164,6 +164,17 @@ def test_65_axes(tmp_path):
     (tmp_path / "axes.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
     with pytest.raises(ValueError, match="expected up to 64 axes, found 65"):
         load_lora(tmp_path / "axes.safetensors")
+
+
+@pytest.mark.parametrize("name", ["layers.0.attention.norm_q.weight", "cap_embedder.0.weight", "x_embedder.2-1.weight"])
+def test_tensors_without_axes(tiny_files, tmp_path, name):
+    """Sizes are read from the shapes of these."""
+    tensors = load_file(tiny_files["model"])
+    (key,) = [key for key in tensors if key.endswith(name)]
+    for odd in (torch.ones(()), torch.ones(0), torch.ones(1, 1, 1, 1)):
+        save_file(tensors | {key: odd}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match=r"x\.safetensors: "):
+            model_info(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"a"', "[" * 100_000, "{", "1" * 5000, "\ud800"])

@@ -480,6 +480,32 @@ def test_compare_gives_a_bf16_model_no_precision(tmp_path, capsys, monkeypatch):
     assert seen == [[dense, f"{files['model']} w4a16", f"{files['model']} w4a4"]]
 
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("that no real weights were at hand", r"\A(?:.*\n){1,8}.*Real weights were never at hand"),
+        (
+            "where Windows gets a torch with CUDA",
+            r"Windows, NVIDIA.*pip install torch --index-url https://download.pytorch",
+        ),
+        ("what doctor says without it", r'"NVIDIA card, CPU-only torch"'),
+        ("Triton's name there", r"triton-windows"),
+        ("that PowerShell knows no &&", r"PowerShell.*&&|&&.*PowerShell"),
+        ("an M2 Mac", r"\| Mac \(M1 and later\)"),
+        ("cards before sm_89", r"sm_75"),
+        ("the host's memory", r"RAM|host memory"),
+        ("how much is downloaded", r"download.*GB|GB.*download"),
+        ("LoRA calls in the library", r"set_loras\("),
+        ("what the demo knows", r"128 to 512 pixels"),
+    ],
+)
+def test_the_readme_tells_a_newcomer(what, words):
+    assert re.search(words, README), what
+
+
 def test_the_draw_command_of_the_readme_follows_its_prompt(tmp_path, monkeypatch, capsys):
     """The bundled demo generates a red circle in the top left corner on blue; colours by the larger channel."""
     monkeypatch.chdir(tmp_path)

@@ -233,6 +233,7 @@ def beside(tmp_path_factory, tiny_files, control_tensors):
         {"nag_scale": 3.0, "negative_prompt": "a dog"},
         {"nag_scale": 3.0, "negative_prompt": ["a dog", "a long row of trees"], "guidance_scale": 1.0},
         {"variety": Variety(20.0)},
+        {"upscale": 2},
         {"tile": 128, "height": 192, "width": 160},
         {"tile": 128, "height": 192, "width": 160, "nag_scale": 2.0, "variety": 20.0, "guidance_scale": 1.0},
     ],
