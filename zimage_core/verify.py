@@ -133,7 +133,7 @@ def check_header(path: Path, model: ZImageTransformer) -> Check:
     try:
         said = json.loads(info.metadata.get("quantization_config") or "{}")
         rank, dense_refiners = said.get("rank", info.rank), bool(said.get("skip_refiners", not info.quantized_refiners))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return Check("header", False, "metadata quantization_config that is no JSON object", "a JSON object")
     expected = f"rank {info.rank}, skip_refiners {not info.quantized_refiners}, as the tensors have it"
     found += f", metadata: rank {rank}, skip_refiners {dense_refiners}"

@@ -6,7 +6,7 @@ Beside `test_properties.py`, which is about files; how many examples is in `stra
 from __future__ import annotations
 
 import csv
-import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from strategies import changed_bytes, commands, many, texts, values, write_controlnet
 
-from zimage_core import Control, cli, load_pipeline, metadata, pictures, tune
+from zimage_core import Control, batch, cli, load_pipeline, metadata, pictures, tune
+from zimage_core.batch import comfyui
 from zimage_core.batch.columns import PictureColumns
 from zimage_core.batch.rows import Rows
 from zimage_core.cli import restore
@@ -34,6 +35,10 @@ from zimage_core.pipeline import Pipeline
 from zimage_core.sampler import SAMPLERS, SCHEDULES
 from zimage_core.variety import Variety
 
+spec = importlib.util.spec_from_file_location("standin", Path(__file__).with_name("standin.py"))
+standin = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(standin)
+StandIn = standin.StandIn
 SIZE = {"height": 32, "width": 32, "num_inference_steps": 1, "generator": 1}
 MODES = [
     "1",
@@ -305,7 +310,7 @@ def test_options_of_other_commands(tiny_files, tmp_path_factory, capsys, monkeyp
     assert code in (0, 1, 2), error
 
 
-# ---- what other programs wrote --------------------------------------------------------------------------------
+# ---- what other programs wrote, or a batch that was killed ------------------------------------------------------
 
 
 @many
@@ -321,6 +326,44 @@ def test_figures_of_tune(tmp_path_factory, kept):
         tune.describe(record)
         with suppress(ValueError):
             tune.pick(record, [("triton", "w4a8"), ("triton", "w4a16")])
+    shutil.rmtree(folder)
+
+
+LINES = ("file", "bytes", "key", "error", "together", "seed", "made_with")
+record = values | st.fixed_dictionaries({"id": st.sampled_from("ab") | values}, optional=dict.fromkeys(LINES, values))
+
+
+@commands
+@given(lines=st.lists(record, max_size=4), place=st.floats(0, 1), data=st.binary(max_size=8), cut=st.booleans(),
+    name=st.sampled_from(["manifest.jsonl", "journal-x.jsonl", "failed.jsonl"]))  # fmt: skip
+def test_what_a_batch_left(tmp_path_factory, lines, place, data, cut, name):
+    """Whatever is in its lists: the next run makes what is missing, and then nothing is."""
+    folder = tmp_path_factory.mktemp("batch")
+    rows = [{"id": one, "prompt": one, "width": 32, "height": 32} for one in "ab"]
+    assert len(list(batch.run(rows, folder, generator=StandIn()))) == 2
+    there = (folder / name).read_bytes() if (folder / name).exists() else b""
+    more = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    (folder / name).write_bytes(changed_bytes(there, place, data, cut) + more)
+    list(batch.run(rows, folder, generator=StandIn()))
+    assert not list(batch.run(rows, folder, generator=StandIn()))
+    assert {"a.png", "b.png"} <= set(os.listdir(folder))
+    shutil.rmtree(folder)
+
+
+workflow = values | st.dictionaries(st.sampled_from("12"), values | st.fixed_dictionaries({}, optional={
+    "class_type": st.sampled_from(["SaveImage", "KSampler"]) | values, "inputs": values | st.dictionaries(
+        st.sampled_from(["seed", "text"]), values)}))  # fmt: skip
+
+
+@many
+@given(content=workflow, target=st.sampled_from(["1.seed=seed", "2.text=prompt", "=", "1.=", "3.x=y"]) | texts)
+def test_workflows_of_comfyui(tmp_path_factory, content, target):
+    folder = tmp_path_factory.mktemp("workflow")
+    (folder / "x.json").write_text(json.dumps(content))
+    with suppress(ValueError):
+        found = comfyui.read_workflow(folder / "x.json")
+        columns = comfyui.WorkflowColumns(found, [target])
+        json.dumps(columns.settings({"prompt": "a", "x": 3}, 5))
     shutil.rmtree(folder)
 
 

@@ -210,3 +210,28 @@ def test_an_interrupted_calibration_is_resumed(dense, base, tiny_files, tmp_path
             resumed = [what for what in seen if what.startswith("resumed")]
             assert resumed and all(what.startswith("resumed noise_refiner.0.") for what in resumed)
             assert "a step" not in seen
+
+
+def test_what_an_interrupted_calibration_left_is_checked(dense, base, tiny_files, tmp_path):
+    """A byte that flipped in a finished part: it is made afresh, the file is that of an undisturbed run."""
+    gen = torch.Generator().manual_seed(0)
+    feats = [torch.randn(20, base.config.cap_feat_dim, generator=gen) for _ in range(2)]
+    contexts = [torch.randn(33, *CELLS, generator=gen) for _ in feats]
+    options = {"rank": 16, "cap_feats": feats, "contexts": contexts, "size": 64, "base": tiny_files["model"]}
+
+    def stop(done, total, what):
+        if what == "layers.0.attention.to_qkv":
+            raise KeyboardInterrupt
+
+    quantize_controlnet(dense["2.1 lite"], tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_controlnet(dense["2.1 lite"], tmp_path / "net", **options, progress=stop)
+    left = tmp_path / ".net.zimage-part"
+    name = "control_noise_refiner.0.attention.to_qkv.qweight"
+    raw = bytearray(left.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    raw[8 + length + json.loads(raw[8 : 8 + length])[name]["data_offsets"][0]] ^= 1
+    left.write_bytes(raw)
+    with pytest.warns(UserWarning, match="are damaged"):
+        quantize_controlnet(dense["2.1 lite"], tmp_path / "net", **options)
+    assert (tmp_path / "net").read_bytes() == (tmp_path / "whole").read_bytes()

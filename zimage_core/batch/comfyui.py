@@ -275,10 +275,11 @@ def read_workflow(path: Path) -> dict[str, Any]:
     """A workflow in API form; ValueError for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a workflow as JSON ({error})") from None
     nodes = found.values() if isinstance(found, dict) else [None]
-    if not all(isinstance(node, dict) and {"class_type", "inputs"} <= node.keys() for node in nodes):
+    kinds = {"class_type": str, "inputs": dict}
+    if not all(isinstance(node, dict) and all(isinstance(node.get(n), t) for n, t in kinds.items()) for node in nodes):
         raise ValueError(f"{path}: expected a workflow in API form; export it in ComfyUI with File > Export (API)")
     return found
 

@@ -143,8 +143,9 @@ class Sink:
         for _, record in parse(self.store.read_lines(MANIFEST)):
             found.ids.add(digest(record["id"]))
             found.made_with = record
-            if digest(record["file"], str(record["bytes"])) in there and not (exact and record.get("together", 1) > 1):
-                found.keys.add(digest(record["id"], record["key"]))
+            file, size, key = (str(record.get(name)) for name in ("file", "bytes", "key"))
+            if digest(file, size) in there and not (exact and record.get("together", 1) != 1):
+                found.keys.add(digest(record["id"], key))
         return found
 
     def records(self) -> Iterator[Record]:
@@ -157,7 +158,7 @@ def parse(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Record]]:
     for line in lines:
         if not line.endswith(b"\n"):
             return
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("id"), str):
                 yield line, record

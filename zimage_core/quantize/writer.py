@@ -313,7 +313,7 @@ class StreamedFile:
             digests = {name: digest for name, digest in found["sha256"].items() if name not in gone}
             same = all(hashlib.sha256(self._read(name)).hexdigest() == digest for name, digest in digests.items())
             return str(found["section"]) if same else None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def _warn(self, what: str) -> None:
