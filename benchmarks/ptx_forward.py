@@ -87,10 +87,10 @@ def check_linears(n: int, k: int, rank: int, device: torch.device, dtype: torch.
     prepared = backend.prepare(weights, "w4a8")
     # A driver that translates sm_89's PTX for Hopper converts to fp8 by way of fp16, cut off: 2**-7 of a step more.
     rounding = 0.509 if backend.capability(device) == 89 else 0.501
-    codes = backend.requantize(prepared, eight)
+    codes = backend.requantize(prepared, eight)[:, :k]
     residual = reference.dequantize_codes(weights.qweight, weights.wscales.float())
-    largest = residual.abs().amax(1, keepdim=True)
-    yield f"requantize {shape}", steps_off(codes, residual / largest * backend.LIMITS[eight]), rounding
+    scale = prepared["wide_scale" if eight.is_floating_point else "channel_scale"] * backend.to_code(eight)
+    yield f"requantize {shape}", steps_off(codes, residual / scale[:, None]), rounding
     codes, _ = backend.quantize_rows(x, weights.smooth_factor, eight)
     smoothed = x.float() / weights.smooth_factor.float()
     largest = smoothed.abs().amax(1, keepdim=True)

@@ -32,8 +32,7 @@ from quality_layers import PRECISIONS, ROOT, fp8, measure_demo_layers, measure_l
 from torch import Tensor
 
 from zimage_core import report
-from zimage_core.linear.backends import Backend
-from zimage_core.linear.backends.reference import dequantize_codes
+from zimage_core.linear.backends import Backend, triton
 from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
 
 PLAIN, CALIBRATED, BUILT_IN = "plain", "calibrated", "calibrated, built-in prompts"
@@ -144,7 +143,8 @@ def use_fp8(transformer: torch.nn.Module) -> None:
     """Have every INT4 linear compute as w4a8 with fp8 does, in plain torch."""
 
     def prepare(weights: SVDQWeights, precision: str) -> dict[str, Tensor]:
-        return weights.tensors() | {"rounded": fp8(dequantize_codes(weights.qweight, weights.wscales.float()))}
+        scale = triton.prepare(weights, precision)["wide_scale"][:, None]
+        return weights.tensors() | {"rounded": fp8(weights.residual(), scale)}
 
     def linear(x: Tensor, prepared: dict[str, Tensor], precision: str) -> Tensor:
         y = F.linear(fp8(x / prepared["smooth_factor"]), prepared["rounded"], prepared.get("bias"))

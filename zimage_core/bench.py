@@ -34,6 +34,7 @@ from .linear.backends import Backend
 from .linear.svdq import SVDQLinear, SVDQWeights
 from .memory.graphs import Graphs
 from .memory.offload import BlockStreamer
+from .memory.placement import weights
 from .models import ops
 from .models.config import ZImageConfig
 from .models.transformer import ZImageTransformer
@@ -164,12 +165,12 @@ def randomize(model: AnyModule, device: torch.device, dtype: torch.dtype) -> Any
     return model.eval()
 
 
-def step_of(model: ZImageTransformer, device: torch.device, dtype: torch.dtype) -> Step:
+def step_of(model: ZImageTransformer, device: torch.device, dtype: torch.dtype, codes: bool = False) -> Step:
     """Steps of this project's transformer as the pipeline runs them, with CUDA graphs where it uses them.
 
-    `prepare`, which runs once per prompt, is not included."""
+    `prepare`, which runs once per prompt, is not included. codes: keep 8-bit codes."""
     streamer = BlockStreamer(model.blocks, model)
-    streamer.place(device, math.inf)
+    streamer.place(device, math.inf if codes else weights(model.blocks, model).total)
 
     def at(size: int, batch: int) -> Call:
         graphs = Graphs(model, streamer)
@@ -189,17 +190,17 @@ def own_sides(
 
     Weights are random, or a file's if `model` is given."""
 
-    def loaded(path: Path, name: str, precision: str) -> Step:
-        return step_of(
-            load_transformer(path, device=device, dtype=dtype, backend=name, precision=precision), device, dtype
-        )
-
-    def made(backend: Backend | None) -> Step:
-        return step_of(random_model(config, device, dtype, backend, rank), device, dtype)
+    def made(backend: Backend | None, codes: bool = False) -> Step:
+        if model and backend:
+            ways = {"backend": backend.name, "precision": backend.precision}
+            return step_of(load_transformer(model, device=device, dtype=dtype, **ways), device, dtype, codes)
+        return step_of(random_model(config, device, dtype, backend, rank), device, dtype, codes)
 
     sides: dict[str, Callable[[], Step]] = {f"dense {dtype_name(dtype)}": partial(made, None)}
     for name, way in every_way(device, dtype).items() if rank else ():
-        sides[name] = partial(loaded, model, way.name, way.precision) if model else partial(made, way)
+        sides[name] = partial(made, way)
+        if way.precision == "w4a8":
+            sides[f"{name}, codes kept"] = partial(made, way, codes=True)
     return sides
 
 
@@ -213,7 +214,7 @@ def bench_steps(
     warm_up: int = WARM_UP,
     together: bool = False,
 ) -> list[dict]:
-    """A row for every side, size and batch: ms of one step and peak GiB on a GPU.
+    """A row for every side, size and batch: ms of one step, and on a GPU ms to launch one without a graph and peak GiB.
 
     Models are built and measured one after the other, or all `together`, taking turns. After an out-of-memory error a
     side's row has no time."""
@@ -229,18 +230,28 @@ def bench_steps(
                     if on_gpu:
                         torch.cuda.reset_peak_memory_stats(device)
                     calls = {name: at(size, batch) for name, at in steps.items()}
+                    host = {name: launch_ms(call, device) for name, call in calls.items()} if on_gpu else {}
                     found: Mapping[str, float | None] = medians_ms(calls, device, repeats, warm_up, flush=False)
                     del calls
                 except torch.cuda.OutOfMemoryError:
                     found = dict.fromkeys(group)
                 for name, ms in found.items():
                     peak = torch.cuda.max_memory_allocated(device) / GIB if on_gpu and ms else None
-                    rows.append({"what": name, **row, "ms": ms, "peak_gib": peak})
+                    rows.append({"what": name, **row, "ms": ms, "host_ms": host.get(name), "peak_gib": peak})
         del steps
         if on_gpu:
             gc.collect()
             torch.cuda.empty_cache()
     return sorted(rows, key=lambda row: (row["batch"], row["size"]))
+
+
+def launch_ms(call: Call, device: torch.device) -> float:
+    """Milliseconds that the host takes for the second of two calls, before which no step has a graph."""
+    call()
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    call()
+    return (time.perf_counter() - begun) * 1e3
 
 
 def add_ratios(rows: list[dict], bases: Mapping[str, str], same: Sequence[str]) -> None:
@@ -333,6 +344,7 @@ STEP_COLUMNS = {
     "ms": "ms|.1f",
     "vs_dense": "vs dense|.2f",
     "vs_comfyui": "vs ComfyUI|.2f",
+    "host_ms": "host ms|.1f",
     "peak_gib": "peak GiB|.2f",
 }
 

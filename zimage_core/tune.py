@@ -210,10 +210,10 @@ def time_ways(
 def _call(way: Way, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, coded: bool) -> Callable[[], torch.Tensor]:
     """A linear as a block runs it: where x comes from a kernel of ours, `coded`, that has quantized it."""
     module = backends.load(way[0])
-    smooth = module.smoothing(prepared, way[1]) if coded and hasattr(module, "smoothing") else None
+    smooth, columns = backends.Backend(*way, module, "").smoothing(prepared, len(x)) if coded else (None, 0)
     if smooth is None:
         return partial(module.linear, x, prepared, way[1])
-    quantized = backends.Quantized(x, *module.quantize_rows(x, smooth, module.eight_bit(x.device)))
+    quantized = backends.Quantized(x, *module.quantize_rows(x, smooth, module.eight_bit(x.device), columns))
     return partial(module.linear, quantized, prepared, way[1])
 
 

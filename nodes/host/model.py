@@ -295,10 +295,17 @@ class ZImagePatcher(StreamingPatcher):
             allowance = min(allowance, self.budget - self.model.expected - self.model.shared)
         if self.model.loaded_for >= self.model.too_much:
             allowance = 0
+        allowance = min(allowance, max(self.model_size(), self._free(device)))
         self.module.budgeted = self.budget is not None
         if self.module.budgeted or allowance < self.model_size():
             self.module.graphs.clear()
         return super()._place(device, allowance)
+
+    def _free(self, device: torch.device) -> float:
+        """Bytes that the model can have on a device now, beside a run's activations and what ComfyUI reserves."""
+        memory = comfy.model_management
+        need = max(memory.minimum_inference_memory(), self.model.expected + memory.extra_reserved_memory())
+        return memory.get_free_memory(device) + self.module.streamer.used - need
 
     def stream_all(self) -> None:
         """Move every block off the device during a run, and for all runs as large until the model is unloaded."""

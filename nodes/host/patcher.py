@@ -52,6 +52,8 @@ def describe_need(patcher: StreamingPatcher, need: float, purpose: str) -> str:
     resident, held = weights.within(allowance)
     streamed = len(weights.blocks) - resident
     how = f"{streamed} of {len(weights.blocks)} blocks streamed" if streamed else "nothing streamed"
+    if weights.kept_codes(allowance):
+        how += ", 8-bit codes kept"
     return f"{readable(held)} weights + {readable(need)} {purpose}; {limit}{how}"
 
 
@@ -231,13 +233,15 @@ class StreamingPatcher(AdapterPatcher):
 
     def _place(self, device, allowance: float) -> int:
         """Move blocks to fit an allowance (bytes) and return how many bytes more than before are on the device."""
-        streamer, before = self.module.streamer, self.model.model_loaded_weight_memory
-        self.model.model_loaded_weight_memory = size = streamer.place(device, allowance)
+        streamer, before = self.module.streamer, self.module.streamer.used
+        size = streamer.place(device, allowance) - streamer.codes  # ComfyUI knows the weights alone
+        self.model.model_loaded_weight_memory = size
         self.model.model_lowvram = bool(streamer.host)
         self.model.device = device
         found = streamer.resident, len(streamer.blocks), device, size / 2**20
-        logger.info("%s: %d of %d blocks on %s, %.0f MiB", self.what, *found)
-        return size - before
+        kept = ", 8-bit codes kept" if streamer.codes else ""
+        logger.info("%s: %d of %d blocks on %s, %.0f MiB%s", self.what, *found, kept)
+        return streamer.used - before
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(None, unpatch_weights=False)  # object patches and injections
@@ -261,8 +265,7 @@ class StreamingPatcher(AdapterPatcher):
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
         with self.use_ejected():
-            used = self.model.model_loaded_weight_memory
-            return -self._place(self.load_device, used - memory_to_free)
+            return -self._place(self.load_device, self.module.streamer.used - memory_to_free)
 
     def patch_hooks(self, hooks):
         super().patch_hooks(hooks)

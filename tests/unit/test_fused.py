@@ -90,7 +90,7 @@ def test_kernels_compile(gpu):
     row = {"tokens": "i32", "width": "i32", "eps": "fp32"}
     kernels = (
         (fused._norm_scale, {"x": stream, "weight": half, "scale": half, "out": half, "scale_stride": "i32", **row},
-         {"SCALED": True, "BLOCK": 4096, **dict.fromkeys(("smooth", "codes", "row_scale", "LIMIT"))}),
+         {"SCALED": True, "BLOCK": 4096, **dict.fromkeys(("smooth", "codes", "row_scale", "code_stride", "LIMIT"))}),
         (fused._norm_gate_add,
          {"x": stream, "h": half, "weight": half, "gate": half, "out": stream, "gate_stride": "i32", **row},
          {"GATED": True, "SATURATE": old, "BLOCK": 4096}),

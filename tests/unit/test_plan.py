@@ -19,7 +19,8 @@ from zimage_core.formats.vae import load_vae
 from zimage_core.linear import backends
 from zimage_core.linear.adapters import Linear
 from zimage_core.linear.backends import Backend
-from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
+from zimage_core.linear.svdq import SVDQLinear, SVDQWeights, svdq_linears
+from zimage_core.lora.read import Lora
 from zimage_core.memory import plan
 from zimage_core.memory.meta import META
 from zimage_core.memory.offload import BlockStreamer
@@ -309,6 +310,18 @@ def test_more_budget_streams_less_and_none_streams_nothing(full_plan):
     assert "no limit" in free.table()
 
 
+def test_eight_bit_codes_are_kept_where_the_budget_holds_them(full_plan):
+    """7 GiB beside the weights: a byte for each, and three for each number of the low-rank branch."""
+    plans = {budget: full_plan(budget).stage("transformer") for budget in (None, 80, 12.5, 11.5, 5.5, 4.0)}
+    assert [bool(stage.codes) for stage in plans.values()] == [True, True, True, False, False, False]
+    assert plans[None].codes / GIB == pytest.approx(
+        34 * sum(n * (k + 768) for n, k in bench.block_linears(ZImageConfig()).values()) / GIB, rel=0.01
+    )
+    assert plans[12.5].on_device == plans[11.5].on_device + plans[12.5].codes
+    assert "8-bit codes kept" in full_plan(12.5).table() and "kept" not in full_plan(11.5).table()
+    assert full_plan(12.5).peak <= full_plan(12.5).usable
+
+
 @pytest.mark.parametrize("budget", [None, 4.0, 5.5, 80])
 def test_a_budget_holds_one_model_at_a_time(full_plan, budget):
     """Whatever its size and whatever is there from the picture before: the peak is that of the largest stage alone."""
@@ -456,6 +469,41 @@ def test_a_budget_changes_nothing_in_the_picture(unlimited, small):
         assert found.plan.stage("transformer").resident == 0
     (again,) = small("a dog", **SIZE, guidance_scale=2.0, negative_prompt="a cat")
     assert again.tobytes() == unlimited("a dog", **SIZE, guidance_scale=2.0, negative_prompt="a cat")[0].tobytes()
+
+
+def test_kept_codes_change_nothing_in_the_picture(tiny_files, monkeypatch):
+    """With comfy-kitchen's 8 bits, which run on a CPU: made once, anew with a LoRA, or in every call."""
+    pytest.importorskip("comfy_kitchen")
+    kitchen, made = backends.load("kitchen"), []
+    plain = kitchen.codes
+
+    def codes(prepared):
+        made.extend([] if prepared["qweight"].is_meta else [1])  # the plan's are not made
+        return plain(prepared)
+
+    monkeypatch.setattr(kitchen, "codes", codes)
+    monkeypatch.setattr(plan, "reserve", lambda budget: 0)
+    options = {"device": "cpu", "dtype": "bfloat16", "backend": "kitchen", "precision": "w4a8"}
+    kept, anew = (load_pipeline(**tiny_files, **options, vram_budget=budget) for budget in (None, None))
+    first = kept("a cat", **SIZE)
+    stage = first.plan.stage("transformer")
+    linears = len(svdq_linears(kept.transformer))
+    assert "8-bit codes kept" in first.plan.table() and len(made) == linears
+    anew.vram_budget = stage.peak - 1
+    expected = kept("a dog", **SIZE)[0].tobytes()
+    assert len(made) == linears
+    assert anew("a dog", **SIZE)[0].tobytes() == expected
+    assert not anew.last.plan.stage("transformer").codes and len(made) > 2 * linears
+    pair = {"lora_A.weight": torch.randn(16, 384), "lora_B.weight": torch.randn(384, 16)}
+    lora = Lora.from_tensors({f"layers.0.attention.to_out.0.{name}": t for name, t in pair.items()})
+    changed = []
+    for pipe in (kept, anew):
+        pipe.set_loras([(lora, 1.0)])
+        changed.append(pipe("a dog", **SIZE)[0].tobytes())
+    assert changed[0] == changed[1] != expected
+    kept.vram_budget = anew.vram_budget
+    assert kept("a dog", **SIZE)[0].tobytes() == changed[0]
+    assert all(linear.codes is None for linear in svdq_linears(kept.transformer))
 
 
 @pytest.fixture

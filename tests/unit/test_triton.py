@@ -38,7 +38,7 @@ def test_kernels_compile_for(gpu):
         if gpu not in AMD:  # 8 bytes or more at a time
             assert re.search(r"ld\.global\.v[24]|cp\.async", code) and "st.global.v4" in code
     for block_k in (4096, 16384):
-        rows = {"x": half, "smooth_factor": half, "codes": byte, "row_scale": "*fp32", "k": "i32"}
+        rows = {"x": half, "smooth_factor": half, "codes": byte, "row_scale": "*fp32", "k": "i32", "code_stride": "i32"}
         compiled(kernels.quantize_rows, gpu, rows, {"LIMIT": 448.0, "BLOCK_K": block_k}, {"num_warps": 16})
     ahead = {"x": "*fp32" if sm == 75 else half, "weight": half, "scale": half, "out": half, "smooth": half}
     ahead |= {
@@ -47,23 +47,31 @@ def test_kernels_compile_for(gpu):
         "tokens": "i32",
         "scale_stride": "i32",
         "width": "i32",
+        "code_stride": "i32",
         "eps": "fp32",
     }
-    tiles = fused._row(3840)
+    tiles = dict(fused._row(3840))
     options = {"num_warps": tiles.pop("num_warps")}
     code = compiled(fused._norm_scale, gpu, ahead, {"SCALED": True, "LIMIT": 448.0} | tiles, options)
     if gpu not in AMD:
         assert "st.global.v4" in code and "st.global.v2" in code  # eight activations of two bytes, eight codes of one
-    ahead = {"x": half, "out": half, "smooth": half, "codes": byte, "row_scale": "*fp32", "width": "i32"}
-    tiles = fused._head_and_tail(10240)
+    ahead = {"x": half, "out": half, "smooth": half, "codes": byte, "row_scale": "*fp32"}
+    ahead |= {"width": "i32", "code_stride": "i32"}
+    tiles = dict(fused._head_and_tail(10240))
     options = {"num_warps": tiles.pop("num_warps")}
     assert sum(tiles.values()) == 10240
     compiled(fused._swiglu_codes, gpu, ahead, {"SATURATE": sm == 75, "LIMIT": 448.0} | tiles, options)
     for codes in (int4, fp4):
-        signature = codes | {"channel_scale": "*fp32", "weight": byte, "k": "i32"}
+        signature = codes | {"channel_scale": "*fp32", "weight": byte, "k": "i32", "stride": "i32"}
         compiled(kernels.requantize, gpu, signature, {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_C": 128}, {})
     rescale = {"products": "*i32", "row_scale": "*fp32", "channel_scale": "*fp32", "y": half, "n": "i32"}
     compiled(kernels.rescale_add, gpu, rescale, {"TO_CODE": 448 / 127, "BLOCK": 1024}, {})
+    if byte != "*i8":
+        branch = {"values": half, "rank_scale": "*fp32", "row_scale": "*fp32", "codes": byte}
+        branch |= {"k": "i32", "r": "i32", "part": "i32"}
+        for up in (False, True):
+            code = compiled(kernels.code_branch, gpu, branch, {"UP": up, "BLOCK_R": 512}, {})
+            assert gpu in AMD or "f16x2.e4m3x2" not in code, "ptxas of CUDA 12.8 gets that wrong"
 
 
 def compiled(

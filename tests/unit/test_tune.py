@@ -158,11 +158,11 @@ def test_kernels_between_the_linears_are_tried_too(monkeypatch):
         norm_gate_add, norm_rope = ops.norm_gate_add, ops.norm_rope
 
         @staticmethod
-        def norm_scale(*given, smooth=None):
+        def norm_scale(*given, smooth=None, columns=0):
             return Fused.coded(ops.norm_scale(*given), smooth)
 
         @staticmethod
-        def swiglu(x, smooth=None):
+        def swiglu(x, smooth=None, columns=0):
             return Fused.coded(ops.swiglu(x), smooth)
 
         @staticmethod
@@ -322,7 +322,7 @@ def test_few_rows_may_go_another_way_than_many(monkeypatch):
         prepare = staticmethod(
             lambda weights, level: {**weights.tensors(), **({"extra": torch.ones(1)} if level == "w4a8" else {})}
         )
-        smoothing = staticmethod(lambda prepared, level: prepared["smooth_factor"] if level == "w4a8" else None)
+        smoothing = staticmethod(lambda prepared, level: (prepared["smooth_factor"] if level == "w4a8" else None, 0))
 
         @staticmethod
         def linear(x, prepared, level):
@@ -334,7 +334,7 @@ def test_few_rows_may_go_another_way_than_many(monkeypatch):
     linear.load(trial.random_weights(128, 128, 16, CPU, BF16), backend)
     for rows in (4, 5):
         x = torch.zeros(1, rows, 128, dtype=BF16)
-        assert (smoothing(linear, x) is not None) is (rows == 5)
+        assert (smoothing(linear, x)[0] is not None) is (rows == 5)
         linear(x)
     assert seen == [(4, "w4a16"), (5, "w4a8")] and "extra" in dict(linear.named_buffers())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def golden(path: Path) -> tuple[dict[str, torch.Tensor], SVDQWeights]:
     return tensors, SVDQWeights.from_packed(tensors, "packed.")
 
 
-def wide_weights(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> SVDQWeights:
+def wide_weights(n: int, k: int, dtype: torch.dtype = torch.bfloat16, rank: int = RANK) -> SVDQWeights:
     """A real layer's width (in the interpreter N and the rank are cut), both branches of about equal norms."""
     draw = torch.Generator().manual_seed(n + k)
     codes = (torch.randn(n, k, generator=draw) * 2.6).round_().clamp_(-8, 7).to(torch.int8)
@@ -53,8 +54,8 @@ def wide_weights(n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> SVDQWei
         layout.pack_nibbles(codes),
         (torch.rand(n, k // 64, generator=draw) * 0.002 + 0.002),
         (torch.randn(k, generator=draw) * 0.3).exp_(),
-        (torch.randn(RANK, k, generator=draw) * 0.1),
-        (torch.randn(n, RANK, generator=draw) * 0.08 / RANK**0.5),
+        (torch.randn(rank, k, generator=draw) * 0.1),
+        (torch.randn(n, rank, generator=draw) * 0.08 / rank**0.5),
     ).to(DEVICE, dtype)
 
 
@@ -126,12 +127,21 @@ def test_any_rank_that_the_format_allows(rank):
 def test_requantized_weight_is_the_nearest_code(make, codes):
     weights = make(64, 3840)
     prepared = backend.prepare(weights, "w4a8")
-    found = backend.requantize(prepared, codes)
-    residual = weights.residual()
-    exact = residual / residual.abs().amax(1, keepdim=True) * backend.LIMITS[codes]
+    found = backend.requantize(prepared, codes).float()
+    scale = prepared["wide_scale" if codes == FP8 else "channel_scale"][:, None] * 448 / backend.LIMITS[codes]
+    exact = weights.residual() / scale
     step = 1.0 if codes == INT8 else 2.0 ** exact.abs().clamp(min=2**-6).log2().floor().sub(3)
-    assert ((found.float() - exact).abs() / step).max() < 0.501
-    assert found.float().abs().max() == backend.LIMITS[codes]
+    assert ((found[:, :3840] - exact).abs() / step).max() < 0.501
+    assert (found.abs().amax(1) == backend.LIMITS[codes]).all()
+    if not backend.columns(prepared, codes):  # of int8, and these FP4 weights are far smaller than their branch
+        assert (codes == INT8 or make is fp4_weights) and found.shape[1] == 3840
+        return
+    high, again, low = found[:, 3840:].split(RANK, 1)
+    exact = weights.proj_up.float() * prepared["rank_scale"] / scale
+    assert torch.equal(high, again)
+    step = 2.0 ** exact.abs().clamp(min=2**-6).log2().floor().sub(3)
+    assert ((high - exact).abs() / step).max() < 0.501
+    assert ((high + low - exact).abs() <= exact.abs() * 2**-8 + 2**-10).all()  # as a bf16, and half the smallest code
 
 
 def test_rows_are_the_nearest_codes(codes):
@@ -167,6 +177,83 @@ def test_w4a8_error_on_the_golden_linears_is_below_w4a4s(path, codes):
     ratio = relative(y, tensors["y_w4a16"]) / relative(tensors["y_w4a4"], tensors["y_w4a16"])
     print(f"{path.stem} {codes}: {ratio:.2f}")
     assert ratio < 1  # the `range` cases hold scales that differ 100-fold within a channel
+
+
+def w4a8_error(x: torch.Tensor, weights: SVDQWeights, prepared: dict[str, torch.Tensor]) -> float:
+    exact = x.double() @ weights.dequantize().double().T + (0 if weights.bias is None else weights.bias.double())
+    return relative(backend.linear(x, prepared, "w4a8"), exact)
+
+
+def without_columns(prepared: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return prepared | {"rank_scale": prepared["rank_scale"][:0], "wide_scale": prepared["channel_scale"]}
+
+
+@pytest.fixture
+def fp8(monkeypatch):
+    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs sm_89")
+    monkeypatch.setattr(backend, "capability", lambda device: 90)
+
+
+@pytest.mark.parametrize(("n", "k"), WIDTHS)
+@pytest.mark.parametrize("rank", [32, 128, 256])
+def test_the_branch_as_columns_is_as_precise_as_in_16_bits(n, k, rank, fp8):
+    """Over the real widths 0.0252 either way: two fp8 have a bf16's bits, and the codes lose none to the scale."""
+    weights = wide_weights(64 if INTERPRETED else n, k, rank=rank)
+    x, prepared = rows(40, weights), backend.prepare(weights, "w4a8")
+    assert prepared["rank_scale"].shape == (rank,)
+    growth = prepared["wide_scale"] / prepared["channel_scale"]
+    assert 1 < growth.max() <= backend.MOST_GROWTH
+    found, plain = w4a8_error(x, weights, prepared), w4a8_error(x, weights, without_columns(prepared))
+    assert found < 1.04 * plain and max(found, plain) < 0.0265  # 40 x 64 numbers: 2 % of chance
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_branch_as_columns_on_the_golden_linears(path, fp8):
+    """Their K is 128 to 640: a channel's few products do not average out what a larger scale rounds."""
+    tensors, weights = golden(path)
+    x, prepared = tensors["x"], backend.prepare(weights, "w4a8")
+    found, plain = w4a8_error(x, weights, prepared), w4a8_error(x, weights, without_columns(prepared))
+    assert found <= 1.35 * plain and found < 0.03, f"{found:.4f}, {plain:.4f}"
+
+
+def test_the_residuals_codes_bear_a_large_branch(fp8):
+    """Near the largest growth of a channel's scale that is allowed; from there on small codes are subnormal."""
+    weights = wide_weights(64, 3840, rank=32)
+    weights = replace(weights, proj_up=weights.proj_up * 7)
+    prepared, errors = backend.prepare(weights, "w4a8"), []
+    assert 0.8 < (prepared["wide_scale"] / prepared["channel_scale"]).max() / backend.MOST_GROWTH < 1
+    for one in (prepared, without_columns(prepared)):
+        codes = backend.requantize(one, FP8)[:, :3840].float()
+        errors.append(relative(codes * one["wide_scale"][:, None], weights.residual()))
+    assert errors[0] < 1.05 * errors[1]
+
+
+def test_no_code_of_the_branch_overflows(fp8):
+    """Rows that are the worst for one rank: every channel at the row's maximum, with the sign of `down`."""
+    weights = wide_weights(64, 3840)
+    signs = weights.proj_down[:5].sign()
+    x, prepared = (signs * weights.smooth_factor * 3).bfloat16(), backend.prepare(weights, "w4a8")
+    assert w4a8_error(x, weights, prepared) < 0.027
+
+
+def test_a_branch_too_large_for_the_codes_stays_in_16_bits(fp8):
+    weights = wide_weights(64, 3840)
+    weights = replace(weights, proj_up=weights.proj_up * 64)
+    x, prepared = rows(8, weights), backend.prepare(weights, "w4a8")
+    assert not len(prepared["rank_scale"]) and torch.equal(prepared["wide_scale"], prepared["channel_scale"])
+    assert backend.smoothing(prepared, "w4a8")[1] == 0 and w4a8_error(x, weights, prepared) < 0.027
+
+
+def test_an_adapter_in_the_branch_takes_columns_too(fp8):
+    weights = wide_weights(64, 3840)
+    prepared, x = backend.prepare(weights, "w4a8"), rows(8, weights)
+    pair = torch.randn(16, 3840).to(x) / 10, torch.randn(64, 16).to(x) / 100
+    joined = prepared | backend.join(prepared, RANK, pair)
+    larger = replace(weights, **{name: joined[name] for name in ("proj_down", "proj_up")})
+    assert len(joined["rank_scale"]) == RANK + 16 and w4a8_error(x, larger, joined) < 0.027
+    parted = joined | backend.join(joined, RANK, None)
+    assert all(torch.equal(parted[name], tensor) for name, tensor in prepared.items())
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -257,11 +344,13 @@ def test_the_kernels_in_front_make_the_codes_of_quantize_rows(codes, dtype, stre
     for scale in (None, random(1, 1, width).to(dtype), random(2, 1, 2 * width).to(dtype)[..., width:]):
         asked.append(lambda *smooth, scale=scale: fused.norm_scale(x, weight, 1e-5, scale, *smooth))
     for make in asked:
-        plain, found = make(), make(smooth)
+        plain, found = make(), make(smooth, 48)
         assert torch.equal(found.x, plain) and found.shape == (2, 3, width) and plain.dtype == dtype
-        expected, row_scale = backend.quantize_rows(plain.flatten(0, 1), smooth, codes)
-        assert found.codes.dtype == codes and torch.equal(found.codes.view(torch.uint8), expected.view(torch.uint8))
-        assert torch.equal(found.row_scale, row_scale) and found.codes.float().abs().amax(1)[:4].all()
+        expected, row_scale = backend.quantize_rows(plain.flatten(0, 1), smooth, codes, 48)
+        assert found.codes.dtype == codes and found.codes.shape == expected.shape == (6, width + 48)
+        made, expected = found.codes[:, :width], expected[:, :width]
+        assert torch.equal(made.view(torch.uint8), expected.view(torch.uint8))
+        assert torch.equal(found.row_scale, row_scale) and made.float().abs().amax(1)[:4].all()
 
 
 def narrow_block(dtype: torch.dtype) -> Block:
@@ -284,7 +373,7 @@ def use(block: Block, chosen: ops.Ops) -> None:
 
 
 FUSED = ops.Ops(*(getattr(fused, name) for name in ops.Ops._fields))
-APART = FUSED._replace(norm_scale=lambda *args: fused.norm_scale(*args[:4]), swiglu=lambda x, smooth: fused.swiglu(x))
+APART = FUSED._replace(norm_scale=lambda *args: fused.norm_scale(*args[:4]), swiglu=lambda x, *_: fused.swiglu(x))
 
 
 def test_a_block_is_the_same_bit_for_bit_with_codes_from_the_kernels_in_front(codes, monkeypatch):
@@ -298,7 +387,7 @@ def test_a_block_is_the_same_bit_for_bit_with_codes_from_the_kernels_in_front(co
         return plain(x, *args)
 
     def requantize(prepared, dtype):
-        shape = prepared["qweight"].shape
+        shape = prepared["qweight"].shape, prepared["proj_up"].shape
         if shape not in requantized:
             requantized[shape] = slow(prepared, dtype)
         return requantized[shape]
@@ -335,14 +424,28 @@ def test_a_block_is_the_same_bit_for_bit_with_codes_from_the_kernels_in_front(co
     assert not torch.equal(check(3), expected)
 
 
+def test_a_compiled_block_is_the_same_bit_for_bit(codes):
+    """By dynamo and functionalization in one graph: the kernels and linears are operators with fakes that fit them."""
+    dtype, stream = DTYPES[codes == INT8]
+    block = narrow_block(dtype)
+    use(block, FUSED)
+    x, t_emb = torch.randn(1, 5, 384).to(DEVICE, stream), torch.randn(1, 256).to(DEVICE, dtype)
+    angles = [y.to(DEVICE) for y in rope_angles(torch.arange(15.0).view(1, 5, 3), ZImageConfig(384, n_heads=3))]
+    with torch.no_grad():
+        expected = block(x, *angles, None, t_emb)
+        found = torch.compile(block, backend="aot_eager", fullgraph=True)(x, *angles, None, t_emb)
+    assert torch.equal(found, expected)
+
+
 def test_only_eight_bit_linears_without_an_adapter_beside_them_ask_for_codes():
     linear, weights = SVDQLinear(384, 128, rank=RANK), wide_weights(128, 384)
     ask, x = {}, torch.empty(3, 384)
     for name, module, precision in (("w4a8", backend, "w4a8"), ("w4a16", backend, "w4a16"), ("cpu", reference, "w4a4")):
         linear.load(weights, Backend("", precision, module, ""))
         ask[name] = smoothing(linear, x)
-    assert torch.equal(ask["w4a8"], weights.smooth_factor) and ask["w4a16"] is ask["cpu"] is None
-    assert smoothing(Linear(384, 128), x) is None
+    smooth, columns = ask["w4a8"]
+    assert torch.equal(smooth, weights.smooth_factor) and columns in (0, 3 * RANK)  # of int8, of fp8
+    assert ask["w4a16"] == ask["cpu"] == smoothing(Linear(384, 128), x) == (None, 0)
 
 
 if INTERPRETED:

@@ -18,9 +18,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from ..sizes import round_up
 from . import layout
 from .adapters import Adapter, Terms
-from .backends import Backend, Quantized
+from .backends import NO_SMOOTHING, Backend, Quantized, Smoothing
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class SVDQLinear(nn.Module):
 
     backend: Backend  # set by `load`
     adapter: Adapter | None
+    codes: torch.Tensor | None = None  # the weight in 8 bits, while it is kept
 
     def __init__(
         self,
@@ -189,13 +191,28 @@ class SVDQLinear(nn.Module):
         """The weight (N, K) in fp32, without the adapter."""
         return self.weights().dequantize()
 
+    def keep_codes(self, keep: bool) -> None:
+        """Keep the weight in 8 bits, or let the backend make it in every call; results are the same, bit for bit."""
+        if not keep:
+            self.codes = None
+        elif self.codes is None:
+            self.codes = self.backend.codes(self._held)
+
+    @property
+    def codes_bytes(self) -> int:
+        """Bytes of the weight in 8 bits at most, 0 where the backend does not multiply it."""
+        if not hasattr(self, "backend") or "w4a8" not in self.backend.levels:
+            return 0
+        return self.out_features * (self.in_features + 3 * round_up(self._held["proj_up"].shape[1], 32))
+
     def forward(self, x: torch.Tensor | Quantized) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         y = self._linear(rows) if self.adapter is None else self.adapter(rows, self._linear, self._buffers.get("bias"))
         return y.view(*x.shape[:-1], self.out_features)
 
     def _linear(self, rows: torch.Tensor | Quantized) -> torch.Tensor:
-        return self.backend.linear(rows, self._held)
+        held = self._held if self.codes is None else {**self._held, "codes": self.codes}
+        return self.backend.linear(rows, held)
 
     @property
     def _held(self) -> dict[str, torch.Tensor]:
@@ -208,14 +225,20 @@ class SVDQLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}{form}"
 
     def _hold(self, **tensors: torch.Tensor | None) -> None:
+        self.codes = None  # are of other tensors
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
 
-def smoothing(linear: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """Smoothing vector (K,) for quantizing inside the preceding kernel, or None; x (..., any) has the linear's rows.
+def svdq_linears(module: nn.Module) -> list[SVDQLinear]:
+    """Those in a module."""
+    return [part for part in module.modules() if isinstance(part, SVDQLinear)]
 
-    None for dense linears, 16-bit activations, and linears with an adapter beside them, which needs x itself."""
+
+def smoothing(linear: nn.Module, x: torch.Tensor) -> Smoothing:
+    """What quantizing inside the preceding kernel needs; x (..., any) has the linear's rows.
+
+    Nothing for dense linears, 16-bit activations, and linears with an adapter beside them, which needs x itself."""
     if not isinstance(linear, SVDQLinear) or linear.adapter is not None:
-        return None
+        return NO_SMOOTHING
     return linear.backend.smoothing(linear._held, x.shape[:-1].numel())

@@ -17,21 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
-from .placement import slots, typed_like
+from ..linear.svdq import SVDQLinear
+from .placement import allocated, slots, typed_like
 
 M = TypeVar("M", bound=nn.Module)
 META = torch.device("meta")
-MIB = 2**20
-
-
-def allocated(count: int) -> int:
-    """Bytes that torch's CUDA allocator counts for a tensor of `count` bytes.
-
-    From 10 MiB on it asks for multiples of 2 MiB, and splits nothing off that is no larger than 1 MiB
-    (c10/cuda/CUDACachingAllocator.cpp, `get_allocation_size` and `should_split`).
-    """
-    rest = -count % (2 * MIB)
-    return count + rest if count >= 10 * MIB and rest <= MIB else count
 
 
 class LiveBytes(TorchDispatchMode):
@@ -112,6 +102,8 @@ def peak_bytes(run: Callable[[LiveBytes], object]) -> int:
 def on_meta(module: M) -> M:
     """A copy of a module whose parameters and buffers are on the meta device, not counted; all else is shared."""
     twin = copy.copy(module)
+    if isinstance(twin, SVDQLinear):
+        twin.codes = None
     with _disable_current_modes():
         for kind in ("_parameters", "_buffers"):
             held = {

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..linear.svdq import SVDQLinear, svdq_linears
 from .copies import CPU, CopyAtOnce, DeviceSlot, HostBlock, copier, put
-from .placement import BUFFERS, change, fit, flat_bytes, module_bytes, slots
+from .placement import BUFFERS, change, codes_bytes, fit, flat_bytes, module_bytes, slots
 
 
 class BlockStreamer:
@@ -38,6 +39,7 @@ class BlockStreamer:
         self.device = CPU
         self.host: dict[int, HostBlock] = {}  # the blocks that are streamed
         self.used = 0  # bytes on the device
+        self.codes = 0  # of them, those of kept 8-bit codes
         self.addresses: int | None = None  # a digest of where all tensors lie, None where blocks are streamed
         self._model = model
         self._index = {id(block): i for i, block in enumerate(self.blocks)}
@@ -59,13 +61,17 @@ class BlockStreamer:
         """Put as many blocks on the device as the allowance (bytes) holds; returns the bytes now used there.
 
         The two slots and the model's other parts count; with an allowance smaller than they are, no block is
-        resident. Cheap where nothing changes.
+        resident. With one that holds more than all blocks, 8-bit codes are kept. Cheap where nothing changes.
         """
         device = torch.device(device)
         rest = self._place_rest(device)
         sizes = [module_bytes(block) for block in self.blocks]
         buffer = max(map(flat_bytes, self.blocks), default=0)
         keep = fit(sizes, buffer, allowance - rest)
+        codes = sum(map(codes_bytes, self.blocks))
+        self.codes = codes if rest + sum(sizes) + codes <= allowance else 0
+        if not self.codes or device != self.device:
+            self._keep_codes(False)
         self._last = None
         self._in_buffer.clear()
         if device != self.device or len(keep) == len(self.blocks) or self._size() != buffer:
@@ -86,7 +92,9 @@ class BlockStreamer:
         self._next = dict(zip(order, order[1:] + order[:1]))
         if self.host and not self._buffers:
             self._make_slots(buffer)
-        self.used = rest + sum(sizes[i] for i in keep) + BUFFERS * self._size()
+        if self.codes:
+            self._keep_codes(True)
+        self.used = rest + sum(sizes[i] for i in keep) + BUFFERS * self._size() + self.codes
         self.addresses = None if self.host else self._digest()
         return self.used
 
@@ -95,13 +103,16 @@ class BlockStreamer:
     def leave(self) -> None:
         """Move everything to the host; `place` brings it back."""
         self._drop_slots()
+        self._keep_codes(False)
         for i in range(len(self.blocks)):
             self._go_home(i, self.device.type == "cuda")
         self._place_rest(CPU)
-        self.device, self.host, self.used, self.addresses = CPU, {}, 0, None
+        self.device, self.host, self.used, self.codes, self.addresses = CPU, {}, 0, 0, None
 
     def run_block(self, stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
         """`run` with the signature of the models' hooks."""
+        if not self.host:  # torch.compile takes all blocks for one while none is told from the others
+            return block(x, *args)
         return self.run(self._index[id(block)], functools.partial(block, x, *args))
 
     def run(self, index: int, compute: Callable[[], Tensor]) -> Tensor:
@@ -131,7 +142,16 @@ class BlockStreamer:
 
     def _digest(self) -> int:
         parts = [self._model] if self._model else self.blocks
-        return hash(tuple(tensor.data_ptr() for part in parts for _, _, tensor in slots(part)))
+        held = [tensor for part in parts for _, _, tensor in slots(part)]
+        held += [linear.codes for linear in self._linears() if linear.codes is not None]
+        return hash(tuple(tensor.data_ptr() for tensor in held))
+
+    def _linears(self) -> list[SVDQLinear]:
+        return [linear for block in self.blocks for linear in svdq_linears(block)]
+
+    def _keep_codes(self, keep: bool) -> None:
+        for linear in self._linears():
+            linear.keep_codes(keep)
 
     def _place_rest(self, device: torch.device) -> int:
         """Move the model's other parts, and count their bytes."""

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..linear.svdq import svdq_linears
 from ..sizes import round_up
 
 ALIGNMENT = 256
+MIB = 2**20
 BUFFERS = 2  # on the device, each as large as the largest block
 
 Slot = tuple[dict[str, Any], str, Tensor]
@@ -52,6 +54,21 @@ def aligned_bytes(tensor: Tensor) -> int:
     return round_up(tensor.numel() * tensor.element_size(), ALIGNMENT)
 
 
+def allocated(count: int) -> int:
+    """Bytes that torch's CUDA allocator counts for a tensor of `count` bytes.
+
+    From 10 MiB on it asks for multiples of 2 MiB, and splits nothing off that is no larger than 1 MiB
+    (c10/cuda/CUDACachingAllocator.cpp, `get_allocation_size` and `should_split`).
+    """
+    rest = -count % (2 * MIB)
+    return count + rest if count >= 10 * MIB and rest <= MIB else count
+
+
+def codes_bytes(module: nn.Module) -> int:
+    """Bytes of the 8-bit codes that a module's linears can keep."""
+    return sum(allocated(linear.codes_bytes) for linear in svdq_linears(module))
+
+
 def flat_bytes(module: nn.Module) -> int:
     """Bytes of a module's tensors behind one another in a flat buffer."""
     return sum(aligned_bytes(tensor) for _, _, tensor in slots(module))
@@ -59,21 +76,29 @@ def flat_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model: what is always on the device, each block, and the largest block as a slot needs it."""
+    """Bytes of a model: what is always on the device, each block, and the largest block as a slot needs it.
+
+    codes: of the 8-bit codes that are kept where all blocks stay and there is space beside them.
+    """
 
     rest: int
     blocks: tuple[int, ...] = ()
     slot: int = 0
+    codes: int = 0
 
     @property
     def total(self) -> int:
         return self.rest + sum(self.blocks)
 
     def within(self, allowance: float) -> tuple[int, int]:
-        """How many blocks stay on the device within an allowance, and the bytes that are then there, slots included."""
+        """How many blocks stay on the device within an allowance, and the bytes there, with slots or kept codes."""
         kept = self.kept(allowance)
-        slots = BUFFERS * self.slot if len(kept) < len(self.blocks) else 0
-        return len(kept), self.rest + sum(kept) + slots
+        beside = BUFFERS * self.slot if len(kept) < len(self.blocks) else self.kept_codes(allowance)
+        return len(kept), self.rest + sum(kept) + beside
+
+    def kept_codes(self, allowance: float) -> int:
+        """The bytes of the 8-bit codes that are kept within an allowance: of all or of none."""
+        return self.codes if self.total + self.codes <= allowance else 0
 
     def kept(self, allowance: float) -> list[int]:
         """The bytes of each block that stays on the device within an allowance."""
@@ -84,7 +109,8 @@ def weights(blocks: Iterable[nn.Module], model: nn.Module) -> Weights:
     """The bytes of a model as it is now."""
     blocks = list(blocks)
     sizes = tuple(map(module_bytes, blocks))
-    return Weights(module_bytes(model) - sum(sizes), sizes, max(map(flat_bytes, blocks), default=0))
+    slot = max(map(flat_bytes, blocks), default=0)
+    return Weights(module_bytes(model) - sum(sizes), sizes, slot, sum(map(codes_bytes, blocks)))
 
 
 def fit(sizes: Sequence[int], buffer: int, allowance: float) -> set[int]:

@@ -21,11 +21,9 @@ from ..models.text_encoder import TextEncoder
 from ..models.transformer import ZImageTransformer
 from ..models.vae import VAE, tile_sizes
 from ..sizes import GIB, readable
-from .meta import allocated
-from .placement import Weights, slots, weights
+from .placement import MIB, Weights, allocated, slots, weights
 from .stages import decoding_bytes, encoding_bytes, remembered, sampling_bytes
 
-MIB = 2**20
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": MIB, "mib": MIB, "mb": 10**6}
 
 
@@ -86,8 +84,8 @@ class Limits:
 class Stage:
     """One model's time on the device.
 
-    on_device: its weights there, slots included; activations: what running it takes beside them; other: what else lies
-    there; allowance: bytes of weights, as `offload.BlockStreamer.place` takes it; beside: the models that stay, too.
+    on_device: its weights there, with slots or kept codes; activations: what running it takes beside them; other: what
+    else lies there; allowance: bytes of weights, as `offload.BlockStreamer.place` takes it; beside: models that stay.
     """
 
     name: str
@@ -101,6 +99,7 @@ class Stage:
     beside: tuple[str, ...] = ()
     note: str = ""
     streamed: int = 0  # bytes of the blocks that wait on the host
+    codes: int = 0  # bytes of kept 8-bit codes
 
     @property
     def needed(self) -> int:
@@ -141,6 +140,7 @@ class Plan:
             parts = (stage.weights, stage.on_device, stage.activations, stage.other, stage.peak)
             streamed = stage.blocks - stage.resident
             notes = [f"{streamed} of {stage.blocks} blocks streamed"] if streamed else []
+            notes += ["8-bit codes kept"] if stage.codes else []
             note = ", ".join((*notes, *filter(None, (stage.note,)), *(f"{other} stays" for other in stage.beside)))
             rows.append((stage.name, *(f"{part / count:.{digits}f}" for part in parts), note))
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -156,7 +156,7 @@ class Plan:
         for stage in self.stages:
             found = asdict(stage) | {"peak": stage.peak}
             del found["allowance"]
-            sizes = ("weights", "on_device", "activations", "other", "peak", "streamed")
+            sizes = ("weights", "on_device", "activations", "other", "peak", "streamed", "codes")
             stages.append({k: round(v / GIB, 4) if k in sizes else v for k, v in found.items()})
         budget = None if self.budget is None else round(self.budget / GIB, 4)
         return {"budget_gib": budget, "peak_gib": round(self.peak / GIB, 4), "stages": stages}
@@ -274,6 +274,7 @@ def _stage(
         allowance=allowance,
         beside=tuple(others),
         streamed=sum(found.blocks) - sum(found.kept(allowance)),
+        codes=found.kept_codes(allowance),
     )
 
 

@@ -1,8 +1,8 @@
 """The operations between a block's linears: norms with modulation, gates, rotary positions, SwiGLU. Plain torch.
 
 `backends.fused` has the same four functions as Triton kernels; `ZImageTransformer.use` sets which of the two `Ops` a
-model runs. Two of them take the smoothing vector of a following linear with 8-bit activations (`svdq.smoothing`): the
-kernels then return `backends.Quantized`; plain torch ignores it.
+model runs. Two of them take what a following linear with 8-bit activations asks for (`svdq.smoothing`): the kernels
+then return `backends.Quantized`; plain torch ignores it.
 
 Formulas: huggingface/diffusers `transformer_z_image.py@v0.42.1`.
 
@@ -44,7 +44,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(dtype)
 
 
-def norm_scale(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None, smooth: Tensor | None = None) -> Tensor:
+def norm_scale(
+    x: Tensor, weight: Tensor, eps: float, scale: Tensor | None, smooth: Tensor | None = None, columns: int = 0
+) -> Tensor:
     """norm(x) * (1 + scale): x (B, L, D), scale (1 or B, 1, D) or None -> (B, L, D) in the weight's dtype."""
     y = rms_norm(x, weight, eps, weight.dtype)
     return y if scale is None else y * (1 + scale)
@@ -73,7 +75,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def swiglu(x: Tensor, smooth: Tensor | None = None) -> Tensor:
+def swiglu(x: Tensor, smooth: Tensor | None = None, columns: int = 0) -> Tensor:
     """[values, gates] (..., 2F) -> values * silu(gates) (..., F)."""
     value, gate = x.chunk(2, dim=-1)
     return finite(finite(value) * F.silu(finite(gate)))

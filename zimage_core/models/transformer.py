@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(config.head_dim, eps=1e-5)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, attend: Attend = sdpa) -> Tensor:
-        qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, H, K)
+        qkv = self.to_qkv(x).view(*x.shape[:-1], 3, self.heads, -1)  # (B, L, 3, H, K)
         q, k, v = self.ops.norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps, cos, sin)
         return self.to_out(attend(q, k, v, mask))
 
@@ -140,7 +140,7 @@ class FeedForward(nn.Module):
         self.w2 = linear(config.ffn_dim, config.dim, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.ops.swiglu(self.w3_w1(x), smoothing(self.w2, x)))
+        return self.w2(self.ops.swiglu(self.w3_w1(x), *smoothing(self.w2, x)))
 
 
 class Block(nn.Module):
@@ -177,12 +177,12 @@ class Block(nn.Module):
         if t_emb is not None:
             modulation = self.adaLN_modulation(t_emb).unsqueeze(1)
             scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
-        norm1, norm2, smooth = self.attention_norm1, self.attention_norm2, smoothing(self.attention.to_qkv, x)
-        h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_attn, smooth)
+        norm1, norm2, coded = self.attention_norm1, self.attention_norm2, smoothing(self.attention.to_qkv, x)
+        h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_attn, *coded)
         h = self.attention(h, cos, sin, mask, attend)
         x = self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_attn)
-        norm1, norm2, smooth = self.ffn_norm1, self.ffn_norm2, smoothing(self.feed_forward.w3_w1, x)
-        h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_ffn, smooth)
+        norm1, norm2, coded = self.ffn_norm1, self.ffn_norm2, smoothing(self.feed_forward.w3_w1, x)
+        h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_ffn, *coded)
         h = self.feed_forward(h)
         return self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_ffn)
 

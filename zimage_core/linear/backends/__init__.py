@@ -15,7 +15,10 @@ same weights in memory, if any) and five functions:
 A backend with 8-bit activations also has:
 
     smoothing(prepared, precision)                the smoothing vector (K,) for quantizing inside the preceding kernel,
-                                                  whose result `linear` takes as `Quantized`; None for other precisions
+                                                  whose result `linear` takes as `Quantized`, and the columns that its
+                                                  codes need beside K; (None, 0) for other precisions
+    codes(prepared) -> tensor                     the weight in 8 bits; `linear` takes it as prepared["codes"], and
+                                                  makes it in every call where there is none
 
 On the meta device `prepare` and `linear` allocate what they allocate on the real one, in the same order, so that a plan
 can count the memory of a picture.
@@ -28,7 +31,7 @@ first for up to FEW_ROWS rows and the second for more.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -38,6 +41,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...sizes import round_up
+from ..operators import operator
 
 if TYPE_CHECKING:
     from ..svdq import SVDQWeights
@@ -58,11 +62,15 @@ BACKENDS = ("nunchaku", "triton", "kitchen", "reference")
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
 
 
+Smoothing = tuple["torch.Tensor | None", int]  # a vector (K,), and how many columns codes have beside K
+NO_SMOOTHING: Smoothing = (None, 0)  # activations stay in 16 bits
+
+
 class Quantized(NamedTuple):
     """Activations in 16 and in 8 bits, both written by the kernel in front of a linear."""
 
     x: torch.Tensor  # (..., K) in 16 bits, for the low-rank branch
-    codes: torch.Tensor  # (M, K) fp8 or int8 of x / smooth
+    codes: torch.Tensor  # (M, K + columns) fp8 or int8 of x / smooth; the columns are for `linear` to fill
     row_scale: torch.Tensor  # (M,) fp32
 
     @property
@@ -71,7 +79,7 @@ class Quantized(NamedTuple):
 
     def reshape(self, *shape: int) -> Quantized:
         """The same rows under another shape of x."""
-        return self._replace(x=self.x.reshape(shape))
+        return Quantized(self.x.reshape(shape), self.codes, self.row_scale)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class Backend:
 
     def level(self, rows: int) -> str:
         """The precision for a number of rows."""
-        return self.levels[rows > FEW_ROWS]
+        few, many = self.levels
+        return many if few == many or rows > FEW_ROWS else few
 
     def prepare(self, weights: SVDQWeights) -> dict[str, torch.Tensor]:
         """The tensors that `linear` takes."""
@@ -110,15 +119,53 @@ class Backend:
         """proj_down and proj_up of the first `rank` and a pair behind them, if given; None if it cannot join."""
         return self.module.join(prepared, rank, pair)
 
-    def smoothing(self, prepared: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor | None:
-        """Smoothing vector (K,) for quantizing so many rows inside the preceding kernel, or None."""
+    def smoothing(self, prepared: Mapping[str, torch.Tensor], rows: int) -> Smoothing:
+        """What quantizing so many rows inside the preceding kernel needs."""
         function = getattr(self.module, "smoothing", None)
-        return function and function(prepared, self.level(rows))
+        return function(prepared, self.level(rows)) if function else NO_SMOOTHING
+
+    def codes(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """The weight in 8 bits, if the backend multiplies that."""
+        return self.module.codes(prepared) if "w4a8" in self.levels else None
 
     def linear(self, x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """x (M, K) -> (M, N)."""
-        rows = x.codes if isinstance(x, Quantized) else x
-        return self.module.linear(x, prepared, self.level(len(rows)))
+        rows, codes, row_scale = x if isinstance(x, Quantized) else (x, None, None)
+        level = self.level(rows.shape[0])
+        if torch.compiler.is_compiling():
+            return _linear(rows, codes, row_scale, list(prepared.values()), " ".join(prepared), self.name, level)
+        return self.module.linear(x, prepared, level)
+
+
+def _fake_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    held: Sequence[torch.Tensor],
+    names: str,
+    backend: str,
+    precision: str,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], held[names.split().index("qweight")].shape[0])
+
+
+@operator(
+    "linear(Tensor x, Tensor? codes, Tensor? row_scale, Tensor[] held, str names, str backend, str precision)"
+    " -> Tensor",
+    _fake_linear,
+)
+def _linear(
+    x: torch.Tensor,
+    codes: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    held: Sequence[torch.Tensor],
+    names: str,
+    backend: str,
+    precision: str,
+) -> torch.Tensor:
+    """A backend's `linear` with the tensors of `prepared` and of `Quantized` one by one."""
+    rows = x if codes is None or row_scale is None else Quantized(x, codes, row_scale)
+    return load(backend).linear(rows, dict(zip(names.split(), held)), precision)
 
 
 def select(backend: str = "auto", precision: str = "auto", *, device, dtype: torch.dtype, fp4: bool = False) -> Backend:

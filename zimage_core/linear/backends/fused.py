@@ -4,92 +4,117 @@ Eager torch reads and writes the residual stream and the feed-forward activation
 Inside, everything is fp32 and rounded once, so results differ from `ops` by its intermediate roundings.
 
 With a smoothing vector a kernel also writes the 8-bit codes for the w4a8 linear behind it, bit for bit those that
-`triton.quantize_rows` computes from the rounded result, without reading it again.
+`triton.quantize_rows` computes from the rounded result, without reading it again, and leaves `columns` behind them.
 
 Legend: that of `ops`; M = B * L rows.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Quantized, guard
-from .triton import LIMITS, eight_bit
-from .triton_kernels import smoothed, store_codes, store_scale
+from ..operators import operator
+from . import Quantized
+from .triton import LIMITS, empty_codes
+from .triton_kernels import launch, smoothed, store_codes, store_scale
 
 
 def norm_scale(
-    x: Tensor, weight: Tensor, eps: float, scale: Tensor | None, smooth: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, scale: Tensor | None, smooth: Tensor | None = None, columns: int = 0
 ) -> Tensor | Quantized:
     """See `ops.norm_scale`."""
-    x = x.contiguous()
-    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    quantized = None if smooth is None else _empty_codes(out)
-    codes, row_scale = (None, None) if quantized is None else quantized[1:]
-    limit = None if codes is None else LIMITS[codes.dtype]
-    width = x.shape[-1]
-    _launch(
-        _norm_scale, (x.numel() // width,), x, weight, weight if scale is None else scale, out, smooth, codes,
-        row_scale, x.shape[1], _stride(scale), width, eps, scale is not None, limit, **_row(width),
-    )  # fmt: skip
-    return out if quantized is None else quantized
+    made = _normed_scaled(x.contiguous(), weight, eps, scale, smooth, columns)
+    return made[0] if smooth is None else Quantized(*made)
 
 
 def norm_gate_add(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor | None) -> Tensor:
     """See `ops.norm_gate_add`."""
-    x, h = x.contiguous(), h.contiguous()
-    out = torch.empty_like(x)
+    return _normed_added(x.contiguous(), h.contiguous(), weight, eps, gate)
+
+
+def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """See `ops.norm_rope`; overwrites q and k where they lie, in fp16 also v, whose infinities saturate."""
+    qkv = qkv.contiguous()
+    _turn(qkv, norm_q, norm_k, eps, cos.contiguous(), sin.contiguous())
+    return qkv.unbind(2)
+
+
+def swiglu(x: Tensor, smooth: Tensor | None = None, columns: int = 0) -> Tensor | Quantized:
+    """See `ops.swiglu`."""
+    made = _gated_values(x.contiguous(), smooth, columns)
+    return made[0] if smooth is None else Quantized(*made)
+
+
+def _outputs(x: Tensor, width: int, dtype: torch.dtype, coded: bool, columns: int) -> list[Tensor]:
+    """Uninitialized results (..., width) for x (..., any); if coded with codes (M, width + columns) and scales (M,)."""
+    out = torch.empty(*x.shape[:-1], width, dtype=dtype, device=x.device)
+    return [out, *empty_codes(out.numel() // width, width + columns, x.device)] if coded else [out]
+
+
+@operator(
+    "norm_scale(Tensor x, Tensor weight, float eps, Tensor? scale, Tensor? smooth, int columns) -> Tensor[]",
+    lambda x, weight, eps, scale, smooth, columns: _outputs(x, x.shape[-1], weight.dtype, smooth is not None, columns),
+)
+def _normed_scaled(
+    x: Tensor, weight: Tensor, eps: float, scale: Tensor | None, smooth: Tensor | None, columns: int
+) -> list[Tensor]:
     width = x.shape[-1]
-    _launch(
+    made = _outputs(x, width, weight.dtype, smooth is not None, columns)
+    out, codes, row_scale = made if smooth is not None else (*made, None, None)
+    limit = None if codes is None else LIMITS[codes.dtype]
+    launch(
+        _norm_scale, (x.numel() // width,), x, weight, weight if scale is None else scale, out, smooth, codes,
+        row_scale, x.shape[1], _stride(scale), width, width + columns, eps, scale is not None, limit, **_row(width),
+    )  # fmt: skip
+    return made
+
+
+@operator(
+    "norm_gate_add(Tensor x, Tensor h, Tensor weight, float eps, Tensor? gate) -> Tensor",
+    lambda x, h, weight, eps, gate: torch.empty_like(x),
+)
+def _normed_added(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor | None) -> Tensor:
+    out, width = torch.empty_like(x), x.shape[-1]
+    launch(
         _norm_gate_add, (x.numel() // width,), x, h, weight, weight if gate is None else gate, out, x.shape[1],
         _stride(gate), width, eps, gate is not None, h.dtype is torch.float16, **_row(width),
     )  # fmt: skip
     return out
 
 
-def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    """See `ops.norm_rope`; overwrites q and k where they lie, in fp16 also v, whose infinities saturate."""
+@operator(
+    "norm_rope(Tensor(a!) qkv, Tensor norm_q, Tensor norm_k, float eps, Tensor cos, Tensor sin) -> ()",
+    lambda qkv, norm_q, norm_k, eps, cos, sin: None,
+)
+def _turn(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, sin: Tensor) -> None:
     batch, tokens, _, heads, width = qkv.shape
     half = qkv.dtype is torch.float16
-    qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
-    _launch(
-        _norm_rope, (batch * tokens, 2 + half), qkv, norm_q, norm_k, cos, sin, tokens, 0 if len(cos) == 1 else tokens,
-        heads, eps, half, triton.next_power_of_2(heads), width, num_warps=4,
+    launch(
+        _norm_rope, (batch * tokens, 2 + half), qkv, norm_q, norm_k, cos, sin, tokens,
+        0 if cos.shape[0] == 1 else tokens, heads, eps, half, 1 << (heads - 1).bit_length(), width, num_warps=4,
     )  # fmt: skip
-    return qkv.unbind(2)
 
 
-def swiglu(x: Tensor, smooth: Tensor | None = None) -> Tensor | Quantized:
-    """See `ops.swiglu`."""
-    x = x.contiguous()
+@operator(
+    "swiglu(Tensor x, Tensor? smooth, int columns) -> Tensor[]",
+    lambda x, smooth, columns: _outputs(x, x.shape[-1] // 2, x.dtype, smooth is not None, columns),
+)
+def _gated_values(x: Tensor, smooth: Tensor | None, columns: int) -> list[Tensor]:
     width, saturate = x.shape[-1] // 2, x.dtype is torch.float16
-    out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
-    rows = out.numel() // width
+    made = _outputs(x, width, x.dtype, smooth is not None, columns)
+    rows = made[0].numel() // width
     if smooth is None:
-        _launch(_swiglu, (rows, triton.cdiv(width, 2048)), x, out, width, saturate, 2048, num_warps=4)
-        return out
-    _, codes, row_scale = quantized = _empty_codes(out)
-    limit, tiles = LIMITS[codes.dtype], _head_and_tail(width)
-    _launch(_swiglu_codes, (rows,), x, out, smooth, codes, row_scale, width, saturate, limit, **tiles)
-    return quantized
-
-
-def _launch(
-    kernel: triton.runtime.JITFunction, grid: tuple[int, ...], x: Tensor, *arguments: object, **options: object
-) -> None:
-    """Run a kernel on x's device; on the meta device, where memory is counted, there is nothing to run."""
-    if not x.is_meta:
-        with guard(x.device):
-            kernel[grid](x, *arguments, **options)
-
-
-def _empty_codes(out: Tensor) -> Quantized:
-    """`out` (..., K) with uninitialized codes (M, K) and scales (M,)."""
-    codes = torch.empty_like(out, dtype=eight_bit(out.device)).flatten(0, -2)
-    return Quantized(out, codes, torch.empty(len(codes), dtype=torch.float32, device=out.device))
+        launch(_swiglu, (rows, -(-width // 2048)), x, *made, width, saturate, 2048, num_warps=4)
+    else:
+        out, codes, row_scale = made
+        given = x, out, smooth, codes, row_scale, width, width + columns
+        launch(_swiglu_codes, (rows,), *given, saturate, LIMITS[codes.dtype], **_head_and_tail(width))
+    return made
 
 
 def _stride(scale: Tensor | None) -> int:
@@ -97,11 +122,13 @@ def _stride(scale: Tensor | None) -> int:
     return 0 if scale is None or scale.shape[0] == 1 else scale.stride(0)
 
 
+@cache
 def _row(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
 
 
+@cache
 def _head_and_tail(width: int) -> dict[str, int]:
     """A row as two powers of two: of one block of 16384 for 10240 columns, three eighths would be idle."""
     head = triton.next_power_of_2(width) // 2
@@ -110,7 +137,7 @@ def _head_and_tail(width: int) -> dict[str, int]:
 
 @triton.jit
 def _norm_scale(
-    x, weight, scale, out, smooth, codes, row_scale, tokens, scale_stride, width, eps,
+    x, weight, scale, out, smooth, codes, row_scale, tokens, scale_stride, width, code_stride, eps,
     SCALED: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LIMIT is the largest code, or None without codes."""
@@ -127,7 +154,7 @@ def _norm_scale(
     if LIMIT is not None:
         values = smoothed(y, smooth, columns, inside)
         factor = store_scale(row_scale + row, tl.max(tl.abs(values)), LIMIT)
-        store_codes(codes + row * width + columns, values, factor, inside)
+        store_codes(codes + row * code_stride + columns, values, factor, inside)
 
 
 @triton.jit
@@ -204,7 +231,7 @@ def _swiglu(
 
 @triton.jit
 def _swiglu_codes(
-    x, out, smooth, codes, row_scale, width,
+    x, out, smooth, codes, row_scale, width, code_stride,
     SATURATE: tl.constexpr, LIMIT: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Grid (M,): the scale needs the whole row, which is HEAD columns and at most TAIL more."""
@@ -215,8 +242,8 @@ def _swiglu_codes(
     second = _gated_smoothed(x, out, smooth, row, width, tail, SATURATE)
     largest = tl.maximum(tl.max(tl.abs(first)), tl.max(tl.abs(second)))
     factor = store_scale(row_scale + row, largest, LIMIT)
-    store_codes(codes + row * width + head, first, factor, head < width)
-    store_codes(codes + row * width + tail, second, factor, tail < width)
+    store_codes(codes + row * code_stride + head, first, factor, head < width)
+    store_codes(codes + row * code_stride + tail, second, factor, tail < width)
 
 
 @triton.jit

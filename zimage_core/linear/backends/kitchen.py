@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import layout
-from . import allocate_w4a4, amd_architecture, capability, guard, triton
+from . import allocate_w4a4, amd_architecture, capability, guard, reference, triton
 from .reference import CHUNK, FIELDS, add_low_rank, low_rank
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def _refusal(precision: str, device: torch.device) -> str | None:
 def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
     """For w4a4 qweight (N, K/2) int8 in pairs of channels, wscales (G, N), proj_down (K, R), the others unchanged.
 
-    For w4a8 what `triton` takes."""
+    For w4a8 the weights' tensors and their `channel_scale`."""
     if precision == "w4a8":
-        return triton.prepare(weights, precision)
+        return weights.tensors() | {"channel_scale": triton.channel_scale(weights)}
     pairs = layout.unpack_nibbles(weights.qweight).view(weights.out_features, -1, 2)
     return weights.tensors() | {
         "qweight": layout.pack_pairs(pairs),
@@ -85,7 +85,7 @@ def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
 def restore(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The fields of SVDQWeights."""
     if "channel_scale" in prepared:
-        return triton.restore(prepared)
+        return reference.restore(prepared)
     return {name: prepared[name] for name in FIELDS if name in prepared} | {
         "qweight": layout.pack_nibbles(layout.unpack_pairs(prepared["qweight"]).flatten(1)),
         "wscales": prepared["wscales"].t().contiguous(),
@@ -98,7 +98,7 @@ def join(
 ) -> dict[str, torch.Tensor] | None:
     """The low-rank branch with a pair behind its first `rank`, or without."""
     if "channel_scale" in prepared:
-        return triton.join(prepared, rank, pair)
+        return reference.join(prepared, rank, pair)
     own_down, own_up = prepared["proj_down"][:, :rank], prepared["proj_up"][:, :rank]
     if pair is None:
         return {"proj_down": own_down.contiguous(), "proj_up": own_up.contiguous()}
@@ -126,7 +126,8 @@ def _w4a4(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor
 
 
 def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    weight, smoothed = requantize(prepared), x / prepared["smooth_factor"]
+    weight = prepared["codes"] if "codes" in prepared else codes(prepared)
+    smoothed = x / prepared["smooth_factor"]
     if x.is_meta:
         n = len(weight)
         _ = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), n, dtype=torch.int32)
@@ -139,7 +140,7 @@ def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor
     return add_low_rank(y, low_rank(x, prepared["proj_down"]), prepared["proj_up"])
 
 
-def requantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def codes(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """q * s (N, K) in int8, by Triton where it runs."""
     qweight, wscales = prepared["qweight"], prepared["wscales"]
     if triton.unavailable(qweight.device, wscales.dtype) is None:

@@ -5,9 +5,14 @@ of x and of the weight, which costs M * (N + K) * R products. For more rows a ke
 which costs N * K * R for any M.
 
 w4a8: activations x / smooth in 8 bits with a scale per row, weights in 8 bits with a scale per output channel, fp8
-(e4m3) from sm_89 on and int8 before. The low-rank branch stays in 16 bits, as rounding it to fp8 inside the weight
-would raise the error by half. In a block `quantize_rows` is left for the attention's result only: `fused` writes the
-codes for the other three linears. Times of each part and their lower bounds: benchmarks/README.md.
+(e4m3) from sm_89 on and int8 before. In a block `quantize_rows` is left for the attention's result only: `fused` writes
+the codes for the other three linears. Times of each part and their lower bounds: benchmarks/README.md.
+
+In fp8 the low-rank branch is 3 R more channels of the same product, so that it needs no pass over y of its own. One fp8
+for a number would raise the error by half, so each is two that add up to it, with the bits of a bf16: x @ down.T takes
+the columns hi, lo, hi, and up hi, hi, lo. Three scales meet there: a row's (from x), an output channel's, and
+`rank_scale` of each rank, the most that x @ down.T can be of the row's, so that no code overflows. In int8 the branch
+stays a product in 16 bits.
 
 FP4 weights take the same kernels, which read their codes and scales otherwise.
 
@@ -19,13 +24,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 
-from . import Quantized, amd_architecture, capability, guard
-from .reference import join, restore
+from ...sizes import round_up
+from . import NO_SMOOTHING, Quantized, Smoothing, amd_architecture, capability, load, reference
+from .reference import restore
 
 if TYPE_CHECKING:
     from ..svdq import SVDQWeights
@@ -33,8 +40,11 @@ if TYPE_CHECKING:
 __all__ = ["PRECISIONS", "FP4", "MIXED", "unavailable", "prepare", "restore", "join", "smoothing", "linear"]
 PRECISIONS = FP4 = MIXED = ("w4a8", "w4a16")
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest code
+TO_FP8 = 1 / LIMITS[torch.float8_e4m3fn]
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")  # with matrix units; the kernels are compiled for some, unrun
 OLDEST_TRITON = (3, 2)  # comes with torch 2.6; before it the kernels fail to compile or to compute
+PART = 32  # columns of the low-rank branch come in so many: K of a tensor core's instruction
+MOST_GROWTH = 4096.0  # of a channel's scale by the low-rank columns: its smallest codes are subnormal beyond
 FEW_ROWS = 2048  # w4a16 multiplies up to so many rows by the low-rank branch, instead of adding it to the weight
 
 
@@ -65,25 +75,68 @@ def unavailable(
 
 
 def prepare(weights: SVDQWeights, precision: str) -> dict[str, torch.Tensor]:
-    """The weights' tensors; for w4a8 also `channel_scale` (N,) fp32, a row's largest weight / 448."""
+    """The weights' tensors; for w4a8 also `channel_scale` and what `branch_scales` makes."""
     prepared = weights.tensors()
     if precision == "w4a8":
-        largest = (weights.largest_codes() * weights.scales().abs()).amax(1)
-        # Multiplied, not divided: CUDA rounds a division by a constant differently from the CPU, and a model prepared
-        # on the CPU for streaming must be equal.
-        prepared["channel_scale"] = largest.clamp_(min=1e-12) * (1 / LIMITS[torch.float8_e4m3fn])
+        prepared["channel_scale"] = channel_scale(weights)
+        prepared |= branch_scales(prepared)
     return prepared
 
 
-def smoothing(prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor | None:
-    """The smoothing vector for w4a8."""
-    return prepared["smooth_factor"] if precision == "w4a8" else None
+def channel_scale(weights: SVDQWeights) -> torch.Tensor:
+    """Each row's largest |q * s| / 448, (N,) fp32."""
+    largest = (weights.largest_codes() * weights.scales().abs()).amax(1)
+    # Multiplied, not divided: CUDA rounds a division by a constant differently from the CPU, and a model prepared on
+    # the CPU for streaming must be equal.
+    return largest.clamp_(min=1e-12) * TO_FP8
+
+
+def branch_scales(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`rank_scale` (R,) and `wide_scale` (N,), the channels' with the low-rank columns, both fp32.
+
+    rank_scale is empty, and there are no such columns, where they would raise a channel's scale beyond MOST_GROWTH.
+    In fp64 and rounded up to 4 bits, so that CPU and GPU, which sum in another order, agree."""
+    channel, down = prepared["channel_scale"], prepared["proj_down"].double().abs()
+    mantissa, exponent = torch.frexp(1.01 * (down @ prepared["smooth_factor"].double().abs()))
+    rank_scale = torch.ldexp((16 * mantissa).ceil() / 16, exponent).float().clamp_(min=1e-12)
+    largest = (prepared["proj_up"].float().abs() * rank_scale).amax(1)
+    wide = torch.maximum(channel, largest * TO_FP8)
+    if not wide.is_meta and not bool((wide <= MOST_GROWTH * channel).all()):
+        return {"rank_scale": rank_scale[:0], "wide_scale": channel}
+    return {"rank_scale": rank_scale, "wide_scale": wide}
+
+
+def join(
+    prepared: Mapping[str, torch.Tensor], rank: int, pair: tuple[torch.Tensor, torch.Tensor] | None
+) -> dict[str, torch.Tensor] | None:
+    """`reference.join`, for w4a8 with the scales of the new branch."""
+    branch = reference.join(prepared, rank, pair)
+    if branch is None or "channel_scale" not in prepared:
+        return branch
+    return branch | branch_scales({**prepared, **branch})
+
+
+def smoothing(prepared: Mapping[str, torch.Tensor], precision: str) -> Smoothing:
+    """The smoothing vector for w4a8, and the columns of the low-rank branch."""
+    if precision != "w4a8":
+        return NO_SMOOTHING
+    smooth = prepared["smooth_factor"]
+    return smooth, columns(prepared, eight_bit(smooth.device))
+
+
+def columns(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> int:
+    """How many columns of the 8-bit product are the low-rank branch's."""
+    return 3 * round_up(prepared["rank_scale"].shape[0], PART) if dtype is torch.float8_e4m3fn else 0
+
+
+def codes(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """`requantize` in the device's 8-bit type."""
+    return requantize(prepared, eight_bit(prepared["qweight"].device))
 
 
 def linear(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
     """x (M, K), with w4a8 also `Quantized` by the preceding kernel -> (M, N)."""
-    with guard(prepared["qweight"].device):
-        return _w4a8(x, prepared) if precision == "w4a8" else _w4a16(cast(torch.Tensor, x), prepared)
+    return _w4a8(x, prepared) if precision == "w4a8" else _w4a16(cast(torch.Tensor, x), prepared)
 
 
 def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -109,12 +162,15 @@ def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
 
 
 def launch(kernel: str, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
-    """Run one of `triton_kernels`; on the meta device, where memory is counted, there is nothing to run."""
-    if isinstance(arguments[0], torch.Tensor) and arguments[0].is_meta:
-        return
-    from . import triton_kernels
+    """Run one of `triton_kernels`."""
+    kernels = _kernels()
+    kernels.launch(getattr(kernels, kernel), grid, *arguments, **options)
 
-    getattr(triton_kernels, kernel)[grid](*arguments, **options)
+
+@cache
+def _kernels() -> ModuleType:
+    """The kernels, which need triton to import."""
+    return load("triton_kernels")
 
 
 def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: int) -> None:
@@ -131,27 +187,49 @@ def eight_bit(device: torch.device) -> torch.dtype:
     return torch.float8_e4m3fn if (capability(device) or 0) >= 89 else torch.int8
 
 
-def quantize_rows(
-    x: torch.Tensor, smooth_factor: torch.Tensor, dtype: torch.dtype
+def empty_codes(
+    rows: int, width: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (M, K) -> codes (M, K) fp8 or int8 of x / smooth and their scales (M,) fp32."""
+    """Uninitialized codes (rows, width), of the device's 8-bit type if none is given, and scales (rows,)."""
+    codes = torch.empty(rows, width, dtype=dtype or eight_bit(device), device=device)
+    return codes, torch.empty(rows, dtype=torch.float32, device=device)
+
+
+def quantize_rows(
+    x: torch.Tensor, smooth_factor: torch.Tensor, dtype: torch.dtype, columns: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (M, K) -> codes (M, K + columns) fp8 or int8 of x / smooth and their scales (M,) fp32."""
     (m, k), x = x.shape, x.contiguous()
-    codes, scale = torch.empty_like(x, dtype=dtype), torch.empty(m, dtype=torch.float32, device=x.device)
+    codes, scale = empty_codes(m, k + columns, x.device, dtype)
     block = 1 << (k - 1).bit_length()
     warps = min(16, max(4, block // 512))
-    launch("quantize_rows", (m,), x, smooth_factor, codes, scale, k, LIMITS[dtype], block, num_warps=warps)
+    given = x, smooth_factor, codes, scale, k, k + columns
+    launch("quantize_rows", (m,), *given, LIMITS[dtype], block, num_warps=warps)
     return codes, scale
 
 
 def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """The residual q * s (N, K) in fp8 or int8; its scale is channel_scale * 448 / the largest code."""
-    qweight = prepared["qweight"]
+    """The weight of the 8-bit product: q * s (N, K) and the low-rank branch's columns behind it.
+
+    Its scale is channel_scale * 448 / the largest code, of fp8 wide_scale."""
+    qweight, extra = prepared["qweight"], columns(prepared, dtype)
     n, half = qweight.shape
-    weight = torch.empty(n, 2 * half, dtype=dtype, device=qweight.device)
+    weight = torch.empty(n, 2 * half + extra, dtype=dtype, device=qweight.device)
     block_c = 128 if half % 128 == 0 else 64
-    scales = prepared["wscales"], prepared.get("outer_scale"), prepared["channel_scale"]
-    launch("requantize", (n // 32, half // block_c), qweight, *scales, weight, 2 * half, to_code(dtype), 32, block_c)
+    scale = prepared["wide_scale"] if dtype is torch.float8_e4m3fn else prepared["channel_scale"]
+    given = qweight, prepared["wscales"], prepared.get("outer_scale"), scale, weight, 2 * half, 2 * half + extra
+    launch("requantize", (n // 32, half // block_c), *given, to_code(dtype), 32, block_c)
+    if extra:
+        _code_branch(prepared["proj_up"], prepared["rank_scale"], scale, weight, extra // 3, up=True)
     return weight
+
+
+def _code_branch(
+    values: torch.Tensor, rank_scale: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, part: int, up: bool
+) -> None:
+    """Write the low-rank columns of codes (rows, K + 3 part), whose rows have a scale, for values (rows, R)."""
+    (rows, width), r, block = codes.shape, values.shape[1], 1 << (part - 1).bit_length()
+    launch("code_branch", (rows,), values, rank_scale, scale, codes, width - 3 * part, r, part, up, block)
 
 
 def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -172,28 +250,35 @@ def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 
 def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    channel_scale, up, bias = prepared["channel_scale"], prepared["proj_up"].T, prepared.get("bias")
+    down, up, bias = prepared["proj_down"], prepared["proj_up"], prepared.get("bias")
     dtype = eight_bit(up.device)
-    with _aside(up.device) as join:
-        weight = requantize(prepared, dtype)
+    extra = columns(prepared, dtype)
+    if "codes" in prepared:
+        weight, join = prepared["codes"], None
+    else:
+        with _aside(up.device) as join:
+            weight = requantize(prepared, dtype)
     if not isinstance(x, Quantized):
-        x = Quantized(x, *quantize_rows(x, prepared["smooth_factor"], dtype))
+        x = Quantized(x, *quantize_rows(x, prepared["smooth_factor"], dtype, extra))
     x, codes, row_scale = x
-    rank = x @ prepared["proj_down"].T
-    join()
-    if dtype == torch.float8_e4m3fn:
-        y = torch._scaled_mm(
-            codes, weight.T, row_scale[:, None], channel_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
-        ).to(x.dtype)
-        y.addmm_(rank, up)
+    rank = F.linear(x, down)
+    if extra:
+        _code_branch(rank, prepared["rank_scale"], row_scale, codes, extra // 3, up=False)
+    if join:
+        join()
+    if dtype is torch.float8_e4m3fn:
+        scales = row_scale.unsqueeze(1), prepared["wide_scale"].unsqueeze(0)
+        y = torch._scaled_mm(codes, weight.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True).to(x.dtype)
+        if not extra:
+            y.addmm_(rank, up.T)
         return y if bias is None else y.add_(bias)
     m, n = len(x), len(weight)
     if m < 17:  # _int_mm takes no fewer
         codes = F.pad(codes, (0, 0, 0, 32 - m))
     products = torch._int_mm(codes, weight.T)
-    y = rank @ up if bias is None else torch.addmm(bias, rank, up)
+    y = F.linear(rank, up, bias)
     grid = m, -(-n // 1024)
-    launch("rescale_add", grid, products, row_scale, channel_scale, y, n, to_code(dtype), 1024)
+    launch("rescale_add", grid, products, row_scale, prepared["channel_scale"], y, n, to_code(dtype), 1024)
     return y
 
 
@@ -202,20 +287,19 @@ def multiply_8bit(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bia
 
     codes (N, K) fp8 (e4m3) or int8, scale (N,) fp32.
     """
-    with guard(x.device):
-        rows, row_scale = quantize_rows(x, x.new_ones(x.shape[1]), codes.dtype)
-        if codes.dtype == torch.float8_e4m3fn:
-            y = torch._scaled_mm(
-                rows, codes.T, row_scale[:, None], scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
-            ).to(x.dtype)
-            return y if bias is None else y.add_(bias)
-        (m, _), n = x.shape, len(codes)
-        if m < 17:  # _int_mm takes no fewer
-            rows = F.pad(rows, (0, 0, 0, 32 - m))
-        products = torch._int_mm(rows, codes.T)
-        y = x.new_zeros(m, n) if bias is None else bias.expand(m, n).contiguous()
-        launch("rescale_add", (m, -(-n // 1024)), products, row_scale, scale, y, n, 1.0, 1024)
-        return y
+    rows, row_scale = quantize_rows(x, x.new_ones(x.shape[1]), codes.dtype)
+    if codes.dtype == torch.float8_e4m3fn:
+        y = torch._scaled_mm(
+            rows, codes.T, row_scale[:, None], scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
+        ).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+    (m, _), n = x.shape, len(codes)
+    if m < 17:  # _int_mm takes no fewer
+        rows = F.pad(rows, (0, 0, 0, 32 - m))
+    products = torch._int_mm(rows, codes.T)
+    y = x.new_zeros(m, n) if bias is None else bias.expand(m, n).contiguous()
+    launch("rescale_add", (m, -(-n // 1024)), products, row_scale, scale, y, n, 1.0, 1024)
+    return y
 
 
 @contextmanager

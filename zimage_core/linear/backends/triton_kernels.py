@@ -12,10 +12,47 @@ Legend: M rows, N out, K in, R rank, G = K / 64 groups (K / 16 of FP4).
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from . import guard
+
+OPTIONS = ("num_warps", "num_stages")
+DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # a compiled kernel takes all arguments by place
+_compiled: dict[tuple, tuple[triton.compiler.CompiledKernel, tuple]] = {}
+
 FP4_OFFSET = tl.constexpr(2.0 ** (14 + 8))  # of e2m1, whose exponents are offset by 1 and not 15, and of e4m3's 7
+
+
+def launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """Run a kernel on its first argument's device; on the meta device, which counts memory, there is nothing to run.
+
+    Triton's own launch specializes and looks its arguments up anew each time, which takes the host three times as long:
+    what it compiled is kept here by everything that it may depend on, for arguments whose places are aligned."""
+    first = arguments[0]
+    assert isinstance(first, torch.Tensor)
+    if first.is_meta:
+        return
+    key: list[object] = [id(kernel), first.get_device(), *options.values()]
+    places = 0
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            key.append(argument.dtype)
+            places |= argument.data_ptr()
+        else:
+            key.append(argument)
+    known = _compiled.get(tuple(key)) if places % 16 == 0 else None
+    with guard(first.device):
+        if known is not None:
+            compiled, constants = known
+            stream = triton.runtime.driver.active.get_current_stream(key[1])
+            given = stream, compiled.function, compiled.packed_metadata, None, None, None
+            compiled.run(*(*grid, 1, 1)[:3], *given, *arguments, *constants)
+            return
+        compiled = kernel[grid](*arguments, **options)
+    if DIRECT and places % 16 == 0 and isinstance(compiled, triton.compiler.CompiledKernel):
+        _compiled[tuple(key)] = compiled, tuple(value for name, value in options.items() if name not in OPTIONS)
 
 
 @triton.jit
@@ -78,15 +115,17 @@ def dequantize(
 
 @triton.jit
 def requantize(
-    qweight, wscales, outer_scale, channel_scale, weight, k, TO_CODE: tl.constexpr,
+    qweight, wscales, outer_scale, channel_scale, weight, k, stride, TO_CODE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """weight (N, K) fp8 or int8 = q * s / (channel_scale * TO_CODE). Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
+    """weight (N, K) fp8 or int8, its rows `stride` apart, = q * s / (channel_scale * TO_CODE).
+
+    Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     packed = tl.load(qweight + rows[:, None] * (k // 2) + columns[None, :]).to(tl.int32)
     to_code = (1 / (tl.load(channel_scale + rows) * TO_CODE))[:, None]
-    out = weight + rows[:, None] * k + (columns // 32 * 64 + columns % 32)[None, :]
+    out = weight + rows[:, None] * stride + (columns // 32 * 64 + columns % 32)[None, :]
     q, s = _residual(packed & 15, wscales, outer_scale, rows, tl.program_id(1), k, 0, BLOCK_N, BLOCK_C)
     low = _to_8bit(q * (s * to_code), weight.dtype.element_ty)
     q, s = _residual(packed >> 4, wscales, outer_scale, rows, tl.program_id(1), k, 1, BLOCK_N, BLOCK_C)
@@ -95,16 +134,52 @@ def requantize(
 
 
 @triton.jit
-def quantize_rows(
-    x, smooth_factor, codes, row_scale, k, LIMIT: tl.constexpr, BLOCK_K: tl.constexpr,
+def code_branch(
+    values, rank_scale, row_scale, codes, k, r, part, UP: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """codes (M, K) fp8 or int8 and row_scale (M,) fp32 of x / smooth; LIMIT is the largest code. Grid (M,)."""
+    """The columns of fp8 codes (rows, K + 3 part) behind K for values (rows, R) of the low-rank branch. Grid (rows,).
+
+    x @ down.T gets hi, lo, hi, with hi + lo = values / (rank_scale * row_scale); up gets hi, hi, lo, with hi + lo =
+    values * rank_scale / row_scale: together all of the product but lo * lo. A part is R columns and zeros."""
+    row = tl.program_id(0).to(tl.int64)
+    ranks = tl.arange(0, BLOCK_R)
+    inside = ranks < r
+    x = tl.load(values + row * r + ranks, mask=inside, other=0.0).to(tl.float32) / tl.load(row_scale + row)
+    scale = tl.load(rank_scale + ranks, mask=inside, other=1.0)
+    if UP:
+        x *= scale
+    else:
+        x /= scale
+    rounded = _to_e4m3(x)
+    high, low = rounded.to(codes.dtype.element_ty), (x - rounded).to(codes.dtype.element_ty)
+    out = codes + row * (k + 3 * part) + k + ranks
+    tl.store(out, high, mask=ranks < part)
+    tl.store(out + part, high if UP else low, mask=ranks < part)
+    tl.store(out + 2 * part, low if UP else high, mask=ranks < part)
+
+
+@triton.jit
+def _to_e4m3(x):
+    """fp32 rounded to the nearest e4m3, in fp32: ptxas of CUDA 12.8 converts another register than the e4m3 back."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # 3 bits of the mantissa stay, ties to even
+    subnormal = (x + 24576.0) - 24576.0  # whose last bit is 2**-9
+    return tl.where(tl.abs(x) < 0.015625, subnormal, normal.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def quantize_rows(
+    x, smooth_factor, codes, row_scale, k, code_stride, LIMIT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """codes (M, K) fp8 or int8, rows code_stride apart, and row_scale (M,) fp32 of x / smooth; LIMIT: the largest code.
+
+    Grid (M,)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     inside = columns < k
     values = smoothed(tl.load(x + row * k + columns, mask=inside, other=0.0), smooth_factor, columns, inside)
     factor = store_scale(row_scale + row, tl.max(tl.abs(values)), LIMIT)
-    store_codes(codes + row * k + columns, values, factor, inside)
+    store_codes(codes + row * code_stride + columns, values, factor, inside)
 
 
 @triton.jit
