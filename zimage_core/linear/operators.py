@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +24,10 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
     name = schema.partition("(")[0]
 
     def wrap(function: F) -> F:
-        _library.define(schema)
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        with suppress(RuntimeError):  # this package was imported before, and what it defined then still serves
+            _library.define(schema)
+            _library.impl(name, function, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         compiled = getattr(getattr(torch.ops, NAMESPACE), name)
 
         @functools.wraps(function)
