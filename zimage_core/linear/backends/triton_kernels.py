@@ -12,6 +12,8 @@ Legend: M rows, N out, K in, R rank, G = K / 64 groups (K / 16 of FP4).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from . import guard
 
 OPTIONS = ("num_warps", "num_stages")
 DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # a compiled kernel takes all arguments by place
-_compiled: dict[tuple, tuple[triton.compiler.CompiledKernel, tuple]] = {}
+_compiled: dict[tuple, tuple[Callable[..., None], tuple, tuple]] = {}
 
 FP4_OFFSET = tl.constexpr(2.0 ** (14 + 8))  # of e2m1, whose exponents are offset by 1 and not 15, and of e4m3's 7
 
@@ -34,7 +36,8 @@ def launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *arguments
     assert isinstance(first, torch.Tensor)
     if first.is_meta:
         return
-    key: list[object] = [id(kernel), first.get_device(), *options.values()]
+    device = first.get_device()
+    key: list[object] = [id(kernel), device, *options.values()]
     places = 0
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
@@ -43,16 +46,17 @@ def launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *arguments
         else:
             key.append(argument)
     known = _compiled.get(tuple(key)) if places % 16 == 0 else None
+    if known is not None and device == torch.cuda.current_device():
+        run, given, constants = known
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        run(*grid, *(1,) * (3 - len(grid)), stream, *given, *arguments, *constants)
+        return
     with guard(first.device):
-        if known is not None:
-            compiled, constants = known
-            stream = triton.runtime.driver.active.get_current_stream(key[1])
-            given = stream, compiled.function, compiled.packed_metadata, None, None, None
-            compiled.run(*(*grid, 1, 1)[:3], *given, *arguments, *constants)
-            return
         compiled = kernel[grid](*arguments, **options)
     if DIRECT and places % 16 == 0 and isinstance(compiled, triton.compiler.CompiledKernel):
-        _compiled[tuple(key)] = compiled, tuple(value for name, value in options.items() if name not in OPTIONS)
+        constants = tuple(value for name, value in options.items() if name not in OPTIONS)
+        given = compiled.function, compiled.packed_metadata, None, None, None  # without hooks of launches
+        _compiled[tuple(key)] = compiled.run, given, constants
 
 
 @triton.jit
