@@ -44,7 +44,7 @@ class ZImageQuantize:
         "Writes an SVDQuant INT4 file from a BF16 Z-Image model, such as a fine-tune, with a LoRA merged if you like. "
         "Connect a CLIP to calibrate: it takes longer, with a smaller error. An interrupted run is resumed."
     )
-    SEARCH_ALIASES = ["z-image", "zimage", "quantize", "int4", "svdquant", "svdq", "nunchaku", "convert", "merge lora"]
+    SEARCH_ALIASES = ["z-image", "zimage", "quantize", "int4", "convert", "merge lora"]
     CATEGORY = CATEGORY
     FUNCTION = "quantize"
     OUTPUT_NODE = True

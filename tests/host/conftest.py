@@ -154,5 +154,8 @@ def real_names(server):
     }
     (models / "loras").mkdir(exist_ok=True)
     save_file(lora, models / "loras" / "zimage_lora.safetensors")
+    sdxl = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    other = {f"{sdxl}.{leaf}.weight": np.zeros((4, 4), np.float32) for leaf in ("lora_down", "lora_up")}
+    save_file(other, models / "loras" / "sdxl_lora.safetensors")
     Image.linear_gradient("L").convert("RGB").save(server.base / "input" / "example.png")
     return models

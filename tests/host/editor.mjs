@@ -2,8 +2,11 @@
 //   node editor.mjs URL JOBS.json REPORT.json
 // A job: {graph: FILE, shot: PNG, crop: [node types], run: true, help: node type, replace: true}; crop takes pictures of
 // single nodes (PNG-<type>.png), run presses the editor's own queue button and waits, help opens a node's help page,
-// replace has the editor replace the nodes of other packs. Or {blueprint: NAME, widgets: {name: value}, picture: {width, height}, shot, run}: adds a
-// subgraph blueprint from the search box to an empty graph, with a picture as its input and its output shown.
+// replace has the editor replace the nodes of other packs.
+// Or {blueprint: NAME, widgets: {name: value}, picture: {width, height}, shot, run}: adds a subgraph blueprint from the
+// search box to an empty graph, with a picture as its input and its output shown.
+// Or {nodes: [types], shot, search: [words]}: each of these nodes in an empty graph, its help page 260 pixels wide, how it
+// grows with lora_count; and what the node search finds for each of the words, in order.
 // env: PLAYWRIGHT_CORE a folder whose node_modules holds playwright-core; CHROMIUM the browser (/usr/bin/chromium).
 import { createRequire } from 'node:module'
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -19,6 +22,7 @@ const context = await chromium.launchPersistentContext(folder, {
   args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
     '--disable-component-update', '--disable-sync', '--use-gl=swiftshader', '--enable-unsafe-swiftshader'],
 })
+const TOAST = '.p-toast-message, li[role=alert][data-state]' // newer editors have the second
 const log = []
 const reports = []
 const look = () => {
@@ -53,6 +57,52 @@ const addEnds = ({ widgets, picture }) => {
   node.connect(0, add('PreviewImage', 500), 0)
   return graph.nodes.map(n => n.type)
 }
+// What does not fit into an element: text that is cut off at its right.
+const cutOff = ([selector, width]) => {
+  const frame = document.querySelector(selector)
+  frame.style.cssText += `; width: ${width}px; max-width: none`
+  const edge = frame.getBoundingClientRect().right, found = []
+  const walk = document.createTreeWalker(frame, NodeFilter.SHOW_TEXT)
+  while (walk.nextNode()) {
+    const range = document.createRange()
+    range.selectNodeContents(walk.currentNode)
+    if ([...range.getClientRects()].some(r => r.right > edge + 1)) found.push(walk.currentNode.textContent)
+  }
+  return { text: frame.innerText, width: frame.clientWidth, cut: found }
+}
+// Words of the lines that our nodes show that are broken in two, and the lines.
+const brokenWords = toast => {
+  const lines = [], broken = []
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+  while (walk.nextNode()) {
+    const node = walk.currentNode, text = node.textContent
+    if (!/\b(GiB|MiB)\b/.test(text) || node.parentElement.closest(`${toast}, script, style, textarea`)) continue
+    if (!node.parentElement.getClientRects().length) continue
+    lines.push(text)
+    for (const { index, 0: word } of text.matchAll(/\S+/g)) {
+      const range = document.createRange()
+      range.setStart(node, index)
+      range.setEnd(node, index + word.length)
+      if (new Set([...range.getClientRects()].map(r => Math.round(r.top))).size > 1) broken.push(word)
+    }
+  }
+  return { lines, broken }
+}
+const add = type => {
+  const made = window.LiteGraph.createNode(type)
+  window.app.graph.add(made)
+  const count = made.widgets?.find(w => w.name === 'lora_count')
+  return count && [1, 4].map(slots => {
+    count.value = slots
+    count.callback(slots)
+    return { slots, shown: made.widgets.filter(w => !w.hidden && /_\d+$/.test(w.name)).map(w => w.name), height: made.size[1] }
+  })
+}
+const search = words => {
+  const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s
+  const service = stores.get('nodeDef').nodeSearchService
+  return Object.fromEntries(words.map(word => [word, service.searchNode(word).map(found => found.name)]))
+}
 const queue = ms => new Promise(done => {
   const end = (how, detail) => done({ how, detail })
   window.app.api.addEventListener('execution_error', e => end('error', e.detail.exception_message), { once: true })
@@ -84,6 +134,31 @@ try {
     const graph = job.graph ? JSON.parse(readFileSync(job.graph, 'utf8')) : { nodes: [], links: [], version: 0.4 }
     await page.evaluate(w => window.app.loadGraphData(w, true, true), graph)
     await page.waitForTimeout(1200)
+    if (job.nodes) {
+      report.grown = await page.evaluate(add, job.nodes[0])
+      report.search = await page.evaluate(search, job.search)
+      report.pages = {}
+      for (const type of job.nodes) {
+        await page.evaluate(t => {
+          window.app.graph.clear()
+          const node = window.LiteGraph.createNode(t)
+          node.pos = [500, 300]
+          window.app.graph.add(node)
+          window.app.canvas.selectNodes([node])
+          window.app.canvas.setDirty(true, true)
+        }, type)
+        const button = page.locator('[data-testid="info-button"]')
+        await button.first().waitFor({ timeout: 5000 }).catch(() => {})
+        if (!await button.count()) break
+        await button.first().click({ timeout: 5000 })
+        await page.waitForSelector('.node-help-content h1', { timeout: 10000 })
+        await page.waitForTimeout(700)
+        report.pages[type] = await page.evaluate(cutOff, ['.node-help-content', 260])
+        if (job.shot) await page.locator('.node-help-content').screenshot({ path: job.shot.replace(/\.png$/, `-${type}.png`) })
+      }
+      reports.push(report)
+      continue
+    }
     if (job.blueprint) {
       for (let i = 0; i < 4 && !await page.evaluate(() => document.activeElement.tagName === 'INPUT'); i++) {
         await page.mouse.dblclick(700, 600 + 20 * i) // the first may only close what the last job left open
@@ -160,13 +235,14 @@ try {
       report.run = await page.evaluate(queue, 300000)
       await page.waitForTimeout(1500)
       report.boxes = await page.evaluate(() => window.app.graph.nodes.map(n => [n.type, ...n.pos, ...n.size]))
-      report.covered = await page.evaluate(() => [...document.querySelectorAll('button')]
+      report.covered = await page.evaluate(toast => [...document.querySelectorAll('button')]
         .filter(b => /view details/i.test(b.innerText)).filter(b => {
           const box = b.getBoundingClientRect()
           const top = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2)
-          return top && !b.contains(top) && top.closest('.p-toast')
-        }).map(b => b.innerText))
-      report.toasts = await page.evaluate(() => [...document.querySelectorAll('.p-toast-message')].map(t => t.innerText))
+          return top && !b.contains(top) && top.closest(toast)
+        }).map(b => b.innerText), TOAST)
+      report.toasts = await page.evaluate(toast => [...document.querySelectorAll(toast)].map(t => t.innerText), TOAST)
+      report.said = await page.evaluate(brokenWords, TOAST)
       if (job.shot) await page.screenshot({ path: job.shot.replace(/\.png$/, '-run.png') })
     }
     reports.push(report)

@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_server import IDS
 from workflows import api_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +24,24 @@ LACKING = ["Depth to image (Z-Image INT4)", "Image upscale (Z-Image INT4)"]  # o
 if not (ROOT / "zimage_core" / "demo" / "controlnet.safetensors").is_file():
     LACKING += [f"{name} (Z-Image INT4)" for name in ("Canny to image", "ControlNet", "Pose to image")]
 SMALL = {"width": 128, "height": 128}
+WRONG = {  # name: graph, {node: {place of a widget: a wrong value}}
+    "backend": ("Z-Image demo", {"ZImageINT4ModelLoader": {1: "nunchaku"}}),
+    "size": ("Z-Image demo", {"ZImageSampler": {3: 130}}),
+    "gone": ("Z-Image demo", {"ZImageINT4ModelLoader": {0: "gone.safetensors"}}),
+    "lora": ("Z-Image LoRA", {"ZImageLoraLoader": {0: "sdxl_lora.safetensors"}}),
+}
+SENTENCES = {  # name: how it ends, the node's title, what our toast says
+    "backend": ("error", "Z-Image INT4 Model Loader", "backend 'nunchaku' with precision 'auto' cannot run on cpu"),
+    "size": ("error", "Z-Image Sampler", "width 130: it must be a multiple of 16 from 16 to 4096; try 128"),
+    "gone": ("refused", "Z-Image INT4 Model Loader", "'gone.safetensors' is not in"),
+    "lora": ("refused", "Z-Image LoRA Loader", "expected a LoRA for Z-Image, found one for Stable Diffusion"),
+}
+LORAS = {"ZImageLoraLoader", "ZImageLoraStack", "ZImageLoraSwitches"}
+WORDS = {  # what is typed into the node search: which nodes come first among ours
+    **dict.fromkeys(("svdquant", "gguf", "awq", "dit loader"), {"ZImageINT4ModelLoader"}),
+    **dict.fromkeys(("lora", "nunchaku lora"), LORAS),
+    "nunchaku": {"ZImageINT4ModelLoader", *LORAS},
+}
 BROWSER = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(
     not (shutil.which("node") and os.environ.get("PLAYWRIGHT_CORE") and Path(BROWSER).exists()),
@@ -72,19 +91,13 @@ def seen(request, server, real_names, tmp_path_factory):
         widgets = {"prompt": "a red circle on a blue background", **sizes}
         job = {"blueprint": path.stem, "widgets": widgets, "picture": SMALL, "run": runs}
         jobs.append({**job, "shot": str(shots / f"{path.stem}.png")})
-    demo = json.loads((ROOT / "example_workflows" / "Z-Image demo.json").read_text(encoding="utf-8"))
-    for node in demo["nodes"]:
-        if node["type"] == "ZImageINT4ModelLoader":
-            node["widgets_values"][1] = "nunchaku"
-    bad = work / "error.json"
-    bad.write_text(json.dumps(demo))
-    jobs.append({"graph": str(bad), "run": True, "shot": str(shots / "error.png")})
-    for node in demo["nodes"]:
-        if node["type"] == "ZImageINT4ModelLoader":
-            node["widgets_values"][:2] = ["gone.safetensors", "auto"]
-    invalid = work / "invalid.json"
-    invalid.write_text(json.dumps(demo))
-    jobs.append({"graph": str(invalid), "run": True, "shot": str(shots / "invalid.png")})
+    for name, (graph, changes) in WRONG.items():
+        wrong = json.loads((ROOT / "example_workflows" / f"{graph}.json").read_text(encoding="utf-8"))
+        for node in wrong["nodes"]:
+            for place, value in changes.get(node["type"], {}).items():
+                node["widgets_values"][place] = value
+        (work / f"{name}.json").write_text(json.dumps(wrong))
+        jobs.append({"graph": str(work / f"{name}.json"), "run": True, "shot": str(shots / f"{name}.png")})
     moved = work / "nunchaku.json"
     moved.write_text(json.dumps(nunchaku_graph()))
     jobs.insert(0, {"graph": str(moved), "replace": True, "shot": str(shots / "nunchaku.png")})  # before any toast
@@ -162,19 +175,22 @@ def test_queue_button_runs_the_graph_and_no_node_grows_over_another(seen, path):
             assert apart, f"{kind} lies over {other}"
 
 
-def test_toast_shows_the_packs_own_sentence(seen):
-    report = seen[0]["error"]
-    assert report["run"]["how"] == "error" and "nunchaku" in report["run"]["detail"]
-    ours = [toast for toast in report["toasts"] if "cannot run on" in toast]
-    assert ours and "Z-Image INT4 Model Loader" in ours[0], report["toasts"]
-
-
-def test_toast_shows_what_is_refused_before_the_run_below_comfyuis_own_box(seen):
-    report = seen[0]["invalid"]
-    assert report["run"]["how"] == "refused"
-    ours = {toast for toast in report["toasts"] if "gone.safetensors" in toast}
-    assert len(ours) == 1 and ours.pop().startswith("Z-Image INT4 Model Loader\n'gone.safetensors' is not in")
+@pytest.mark.parametrize("name", WRONG)
+def test_toast_shows_the_packs_own_sentence_below_comfyuis_own_box(seen, name):
+    """Whether it is refused before the run or ends it; with "View details" free to be clicked."""
+    report, (how, title, words) = seen[0][name], SENTENCES[name]
+    assert report["run"]["how"] == how, report["run"]
+    ours = {toast for toast in report["toasts"] if words in toast}
+    assert len(ours) == 1 and ours.pop().startswith(title), report["toasts"]
     assert report["covered"] == []
+
+
+def test_no_word_of_a_nodes_lines_is_broken(seen):
+    """In any graph; ComfyUI shows no lines on nodes whose results it kept from an earlier one."""
+    said = [report["said"] for report in seen[0].values() if "said" in report]
+    if not any(one["lines"] for one in said):
+        pytest.skip("this frontend clears a node's lines when the run ends")
+    assert sum(len(one["lines"]) for one in said) > 10 and not any(one["broken"] for one in said)
 
 
 def test_one_click_replaces_the_nodes_of_nunchakus_packs(seen):
@@ -204,6 +220,40 @@ def test_help_page_in_chinese(server, tmp_path):
         pytest.skip("this frontend's selection toolbox has no info button")
     assert "中断会在模型的两块之间停止" in report["help"]
     assert any("ZImageSampler.png" in src and width > 100 for src, width in report["pictures"]), report["pictures"]
+
+
+@pytest.fixture(scope="module")
+def listed(server, tmp_path_factory):
+    """What one browser session found of each node: its help page, its place in the search."""
+    work = tmp_path_factory.mktemp("nodes")
+    shots = Path(os.environ.get("EDITOR_SHOTS", work)) / "help"
+    shots.mkdir(parents=True, exist_ok=True)
+    types = ["ZImageLoraSwitches", *sorted(IDS - {"ZImageLoraSwitches"})]
+    job = {"nodes": types, "search": list(WORDS), "shot": str(shots / "help.png")}
+    (work / "jobs.json").write_text(json.dumps([job]))
+    command = ["node", str(Path(__file__).with_name("editor.mjs")), server.url]
+    subprocess.run([*command, str(work / "jobs.json"), str(work / "report.json")], check=True, timeout=600)
+    return json.loads((work / "report.json").read_text())["reports"][0]
+
+
+@pytest.mark.parametrize("node", sorted(IDS))
+def test_help_pages_fit_the_side_panel(listed, node):
+    if not listed["pages"]:
+        pytest.skip("this frontend's selection toolbox has no info button")
+    page = listed["pages"][node]
+    assert page["width"] == 260 and len(page["text"]) > 200 and page["cut"] == []
+
+
+@pytest.mark.parametrize("words, nodes", WORDS.items(), ids=lambda p: p if isinstance(p, str) else "")
+def test_the_search_finds_our_nodes(listed, words, nodes):
+    ours = [name for name in listed["search"][words] if name in IDS]
+    assert set(ours[: len(nodes)]) == nodes
+
+
+def test_the_lora_switches_grow(listed):
+    few, many = listed["grown"]
+    assert few["shown"] == ["enabled_1", "lora_name_1", "lora_strength_1"]
+    assert len(many["shown"]) == 12 and many["height"] > few["height"] + 100
 
 
 def test_help_page_with_its_picture(seen):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
+from comfyui_server import Server
 from test_server import api, outcome, pixels
 
 LORA = "zimage_lora.safetensors"
@@ -81,3 +86,45 @@ def test_a_switch_and_the_count_leave_loras_out(server):
 def test_unknown_nodes_of_others_stay_unknown(server):
     status, answer = server.post("/prompt", {"prompt": old(api(), "UnetLoaderGGUF"), "client_id": "test"})
     assert status == 400 and "UnetLoaderGGUF" in str(answer)
+
+
+def test_a_v1_stack_with_more_slots_than_ours_has_stays_theirs(server):
+    slot = {"enabled": True, "lora_name": LORA, "lora_strength": 0.1}
+    workflow = api()
+    stack = {"model": ["1", 0], **{f"lora_{i}": slot for i in range(1, 12)}}
+    workflow["20"] = {"class_type": "NunchakuZImageTurboLoraStackV1", "inputs": stack}
+    workflow["5"]["inputs"]["model"] = ["20", 0]
+    status, answer = server.post("/prompt", {"prompt": workflow, "client_id": "test"})
+    assert status == 400 and "NunchakuZImageTurboLoraStackV1" in str(answer)
+
+
+THEIRS = """
+class Theirs:
+    CATEGORY, FUNCTION, RETURN_TYPES = "theirs", "load", ("STRING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model_name": ("STRING", {})}}
+
+    def load(self, model_name, **rest):
+        return (f"theirs: {model_name}",)
+
+
+names = ("NunchakuZImageDiTLoader", "NunchakuZImageTurboLoraStackV4", "NunchakuZImageTurboLoraStackV1")
+NODE_CLASS_MAPPINGS = {name: type(name, (Theirs,), {}) for name in names}
+"""
+
+
+def test_workflows_of_a_pack_that_is_installed_are_left_alone(tmp_path):
+    pack = tmp_path / "custom_nodes" / "theirs"
+    pack.mkdir(parents=True)
+    (pack / "__init__.py").write_text(THEIRS)
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    server = Server(Path(os.environ["COMFYUI_PATH"]), tmp_path, "--cpu", python=python)
+    try:
+        for name in ("NunchakuZImageDiTLoader", "NunchakuZImageTurboLoraStackV4", "NunchakuZImageTurboLoraStackV1"):
+            workflow = {"1": {"class_type": name, "inputs": {"model_name": "a file"}}}
+            entry = server.run(workflow | {"2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}})
+            assert outcome(entry) == "success" and "theirs: a file" in str(entry["outputs"]["2"])
+    finally:
+        server.stop()
