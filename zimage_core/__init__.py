@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .lora.read import load_lora
     from .pipeline import Pipeline, load_pipeline
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 _HOME = {
     "load_pipeline": "pipeline",
