@@ -626,6 +626,25 @@ def test_steps_are_replayed_only_where_nothing_is_changed(host, small_device, mo
     assert dropped, "their memory goes before blocks do"
 
 
+def test_kept_codes_leave_before_blocks_do(host, monkeypatch):
+    """comfy-kitchen's 8 bits on the CPU, where there is space for all; ComfyUI counts the weights alone."""
+    import comfy.model_management
+
+    pytest.importorskip("comfy_kitchen")
+    monkeypatch.setattr(comfy.model_management, "unet_dtype", lambda **_: torch.bfloat16)
+    patcher, cpu = host.model.load_model(TINY, "kitchen", "w4a8"), torch.device("cpu")
+    patcher.load(cpu, full_load=True)
+    streamer = patcher.module.streamer
+    kept = streamer.codes
+    assert kept and patcher.loaded_size() == patcher.model_size() == streamer.used - kept
+    assert "8-bit codes kept" in host.model.describe_plan(patcher, 64, 64)
+    assert patcher.partially_unload(cpu, kept // 2) == kept
+    assert not streamer.codes and not streamer.host and patcher.loaded_size() == patcher.model_size()
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
+    patcher.load(cpu, full_load=True)
+    assert not streamer.codes and not streamer.host, "nothing is free beside the weights"
+
+
 def test_live_previews_have_the_colours_of_the_picture(host, ours, monkeypatch):
     """The demo's latents have their own colours; those of a file for Flux's VAE keep ComfyUI's."""
     import comfy.latent_formats
