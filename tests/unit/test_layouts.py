@@ -16,6 +16,7 @@ from zimage_core.demo import demo_files
 from zimage_core.formats.identify import identify
 from zimage_core.formats.layouts import to_kitchen
 from zimage_core.formats.load import check_transformer, load_transformer
+from zimage_core.formats.safetensors import read_header
 from zimage_core.linear import layout
 from zimage_core.linear.svdq import SVDQWeights
 from zimage_core.models.config import ZImageConfig
@@ -110,6 +111,21 @@ def lite_folder(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     return folder
+
+
+def test_inspect_reads_how_a_linear_is_stored(tiny_files, tmp_path, capsys):
+    """Another format or layout in a linear's own description: inspect does not say that it runs here."""
+    convert(tiny_files["model"], tmp_path / "k.safetensors", "kitchen")
+    tensors = load_file(tmp_path / "k.safetensors")
+    key = next(name for name in tensors if name.endswith(".comfy_quant"))
+    said = json.loads(bytes(tensors[key].tolist()))
+    for change in ({"format": "svdquant_w4a8"}, {"act_unsigned": True}, {"layout": "columns"}):
+        text = json.dumps(said | change).encode()
+        tensors[key] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        save_file(tensors, tmp_path / "x.safetensors", read_header(tmp_path / "k.safetensors").metadata)
+        assert cli.main(["inspect", str(tmp_path / "x.safetensors")]) == 2
+        found = capsys.readouterr()
+        assert "runs here" not in found.out and key in found.err
 
 
 def test_a_nunchaku_lite_folder_is_the_same_model(tmp_path):

@@ -60,6 +60,8 @@ def present(files: TensorFiles) -> None:
         fused.parts[module] = [parts[part] for part in names]
         shown = _shapes(files, module, fused.parts[module])
         for keys in parts.values():
+            if "comfy_quant" in keys:
+                files.checks.append(partial(_described, files, keys["comfy_quant"]))
             for key in keys.values():
                 del files.tensors[key]
         files.tensors |= {f"{module}.{leaf}": entry for leaf, entry in shown.items()}
@@ -104,7 +106,7 @@ class _Fused:
             return SVDQWeights.from_packed(tensors)
         described: dict[str, object] = {}
         if "comfy_quant" in keys:
-            described = _described(self.files, keys["comfy_quant"], tensors["comfy_quant"])
+            described = _described(self.files, keys["comfy_quant"])
         return from_kitchen(tensors, described.get("lowrank_branch_input_basis") == "post_smoothing")
 
 
@@ -224,10 +226,10 @@ def _part_shapes(files: TensorFiles, module: str, keys: Keys) -> tuple[int, int,
     return n, k, rank, expected
 
 
-def _described(files: TensorFiles, key: str, text: Tensor) -> dict[str, object]:
+def _described(files: TensorFiles, key: str) -> dict[str, object]:
     """What a layer says of itself. ValueError unless it is SVDQuant with signed activations in a known layout."""
     try:
-        found = json.loads(bytes(text.tolist()))
+        found = json.loads(bytes(files.stored(key).tolist()))
     except (ValueError, TypeError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:

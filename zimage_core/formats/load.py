@@ -287,6 +287,8 @@ def check_transformer(path: str | Path) -> ModelInfo:
     """Format, rank and sizes of a file, from its header; ValueError unless `load_transformer` would take it."""
     with open_transformer(path) as (info, files):
         match_transformer(files, build_transformer(info), info)
+        for check in files.checks:
+            check()
     return info
 
 

@@ -146,6 +146,7 @@ class TensorFiles:
         self.metadata: dict[str, str] = {}
         self.prefix = ""  # taken off the names, see `narrow`
         self.derived: dict[str, Callable[[], Tensor]] = {}  # tensors that are made of others, see `layouts.present`
+        self.checks: list[Callable[[], object]] = []  # of values, for `load.check_transformer`
         self._file: dict[str, Path] = {}
         folder = self.path if self.path.is_dir() else None
         if folder and not list(folder.glob("*.safetensors*")) and (folder / "transformer").is_dir():
