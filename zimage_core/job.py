@@ -263,13 +263,6 @@ def read_variety(asked: float | Variety) -> Variety | None:
     return found if found.strength else None
 
 
-def check_sampler(name: str) -> str:
-    """The name of a sampler. ValueError for another than SAMPLERS."""
-    if not isinstance(name, str) or name not in sampler.SAMPLERS:
-        raise ValueError(f"sampler: expected one of {', '.join(sampler.SAMPLERS)}, found {name!r}")
-    return name
-
-
 def check_tile(edge: object) -> int | None:
     """The most pixels of a tile's edge, None for whole pictures. ValueError unless a multiple of 16 from 128 on."""
     if edge is not None and (integer("tile", edge) < MIN_TILE or integer("tile", edge) % PIXELS_MULTIPLE):

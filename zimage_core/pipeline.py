@@ -37,7 +37,6 @@ from .job import (
     check_guidance,
     check_limit,
     check_output,
-    check_sampler,
     check_tile,
     choose_noise,
     choose_sigmas,
@@ -58,6 +57,7 @@ from .models.vae import decode_image
 from .pictures import FEATHER, checked_picture, checked_pictures, composite, fit, to_tensor
 from .recorder import OnStage, Recorder, StageRecord
 from .residents import Residents
+from .sampler import check_sampler
 from .sizes import DEMO_SIZE, REAL_SIZE
 from .sources import Sources
 from .tune import select_attention

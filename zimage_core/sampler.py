@@ -64,13 +64,13 @@ def _simple(steps: int, shift: float) -> Tensor:
     return 1 - (torch.arange(steps, dtype=torch.float64) * (TIMES / steps)).floor() / TIMES
 
 
-def _beta(steps: int, shift: float, alpha: float = 0.6) -> Tensor:
+def _beta(steps: int, shift: float) -> Tensor:
     """(steps,) at quantiles of the beta distribution (0.6, 0.6), denser at both ends (arXiv 2407.12173).
 
-    Its distribution function is the integral of (sin a cos a)^(2 alpha - 1) over a, at sin(a)^2.
+    Its distribution function is the integral of (sin a cos a)^(2 * 0.6 - 1) over a, at sin(a)^2.
     """
     angle = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
-    reached = torch.cumulative_trapezoid((angle.sin() * angle.cos()).clamp(min=0) ** (2 * alpha - 1), angle)
+    reached = torch.cumulative_trapezoid((angle.sin() * angle.cos()).clamp(min=0) ** (2 * 0.6 - 1), angle)
     wanted = (1 - torch.arange(steps, dtype=torch.float64) / steps) * reached[-1]
     above = torch.searchsorted(reached, wanted).clamp(1, len(reached) - 1)
     part = (wanted - reached[above - 1]) / (reached[above] - reached[above - 1])
@@ -223,6 +223,13 @@ def _multistep(now: Point, last: Point | None, after: float, weight: Callable[[f
 SAMPLERS = {"euler": euler, "heun": heun, "res_multistep": res_multistep, "dpmpp_2m": dpmpp_2m}
 
 
+def check_sampler(name: str) -> str:
+    """The name of a sampler. ValueError for another than SAMPLERS."""
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {name!r}")
+    return name
+
+
 def denoise(
     model: Model,
     latents: Tensor,
@@ -249,8 +256,7 @@ def denoise(
     """
     if guidance > 0 and negative is None:
         raise ValueError(f"guidance {guidance}: a negative prompt's conditioning is needed, none was given")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}")
+    take_step = SAMPLERS[check_sampler(sampler)]
     latents = latents.float()
     total = len(sigmas) - 1
     steps = sigmas.tolist()
@@ -270,7 +276,7 @@ def denoise(
     last = None
     for i in range(total):
         now = Point(steps[i], latents, flow_at(i, latents))
-        latents = SAMPLERS[sampler](now, last, steps[i + 1], functools.partial(flow_at, i + 1))
+        latents = take_step(now, last, steps[i + 1], functools.partial(flow_at, i + 1))
         if hold:
             latents = hold(latents, steps[i + 1])
         if on_step_end:

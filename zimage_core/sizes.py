@@ -13,10 +13,9 @@ def readable(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB / 4 else f"{count / 2**20:.0f} MiB"
 
 
-def of_aspect(ratio: float, side: int, multiple: int = 16) -> tuple[int, int]:
+def of_aspect(ratio: float, side: int) -> tuple[int, int]:
     """Width and height, multiples of 16, of about the area of a square of `side`, the first `ratio` of the second."""
-    width, height = ((side * share / multiple) for share in (ratio**0.5, ratio**-0.5))
-    return round(width) * multiple, round(height) * multiple
+    return round(side * ratio**0.5 / 16) * 16, round(side * ratio**-0.5 / 16) * 16
 
 
 def round_up(count: int, multiple: int) -> int:

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.config import ControlNetConfig, ZImageConfig
-from .identify import EXPECTED, FLOATS, STORED, branch_rank, identify, unexpected
-from .load import Sources, fill, match_tensors
+from .identify import EXPECTED, STORED, FileInfo, block_count, header_facts, identify, rotary_axes, unexpected
+from .load import Sources, build, fill_blocks, match_tensors
 from .names import CONTROL, control_tensor
 from .safetensors import Shape, TensorFiles, open_tensors
 from .weights import find_weights
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from ..models.controlnet import ControlNet
@@ -35,16 +34,10 @@ REFINERS = {None: "alone", "control_layers": "layers", "control_noise_refiner": 
 
 
 @dataclass(frozen=True)
-class ControlNetInfo:
-    """A ControlNet that can be loaded. format: one of `FORMATS`; rank 0 without SVDQuant."""
+class ControlNetInfo(FileInfo):
+    """A ControlNet that can be loaded. format: one of `FORMATS`."""
 
-    path: Path
-    format: str
-    rank: int
-    quantized_refiner: bool
     config: ControlNetConfig
-    dtype: str
-    metadata: Mapping[str, str]
 
     @property
     def variant(self) -> str:
@@ -76,16 +69,7 @@ def control_info(source: str | Path | TensorFiles) -> ControlNetInfo:
             shapes[target[0].removesuffix("._data")] = shape
         elif found.form.id not in STORED:  # which have marks of their own; the loader checks them
             raise unexpected(files.path, key, WHAT, remedy)
-    downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
-    return ControlNetInfo(
-        files.path,
-        found.form.id,
-        rank=branch_rank(files.path, downs),
-        quantized_refiner=any(name.startswith("noise_refiner") for name in downs),
-        config=_config(files, shapes),
-        dtype="/".join(sorted({dtype for dtype, _ in files.tensors.values() if dtype in FLOATS})),
-        metadata=files.metadata,
-    )
+    return ControlNetInfo(**header_facts(files, found.form.id, shapes), config=_config(files, shapes))
 
 
 def _config(files: TensorFiles, shapes: Mapping[str, Shape]) -> ControlNetConfig:
@@ -102,16 +86,14 @@ def _config(files: TensorFiles, shapes: Mapping[str, Shape]) -> ControlNetConfig
         raise ValueError(f"{files.path}: its metadata 'config' is no JSON object ({error}); get it again") from None
     dim, columns = shapes["x_embedder.weight"]
     head_dim = shapes["layers.0.attention.norm_q.weight"][0]
-    quarter = head_dim // 4
-    refiners, layers = _count(shapes, "noise_refiner."), _count(shapes, "layers.")
-    axes = given.get("axes_dims") or (quarter, (head_dim - quarter) // 2, (head_dim - quarter) // 2)
+    refiners, layers = block_count(shapes, "noise_refiner"), block_count(shapes, "layers")
     try:
         base = ZImageConfig(
             dim=dim,
             n_layers=given.get("n_layers", ZImageConfig.n_layers),
             n_refiner_layers=given.get("n_refiner_layers", refiners or ZImageConfig.n_refiner_layers),
             n_heads=dim // head_dim,
-            axes_dims=tuple(axes),
+            axes_dims=tuple(given.get("axes_dims") or rotary_axes(head_dim)),
         )
         step = max(round(base.n_layers / layers), 1)
         places = given.get("control_layers_places") or range(0, base.n_layers, step)
@@ -124,13 +106,9 @@ def _config(files: TensorFiles, shapes: Mapping[str, Shape]) -> ControlNetConfig
         raise ValueError(f"{files.path}: {error}; this ControlNet is none that is known for Z-Image") from None
 
 
-def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
-    return 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(prefix)), default=-1)
-
-
 def _refiner(files: TensorFiles, shapes: Mapping[str, Shape]) -> str:
     """The kind of refiner; of 2.0 and 2.1 by the values of the projections."""
-    if not _count(shapes, "noise_refiner."):
+    if not block_count(shapes, "noise_refiner"):
         return "layers"
     if not any(name.startswith("noise_refiner.0.after_proj.") for name in shapes):
         return "alone"
@@ -146,23 +124,9 @@ def _refiner(files: TensorFiles, shapes: Mapping[str, Shape]) -> str:
 
 def build_controlnet(info: ControlNetInfo) -> ControlNet:
     """The model of a ControlNet's file, on the meta device."""
-    import torch
-
-    from ..linear.adapters import Linear
-    from ..linear.svdq import SVDQLinear
     from ..models.controlnet import ControlNet
-    from .stored import StoredLinear
 
-    def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
-        return SVDQLinear(n_in, n_out, bias, rank=info.rank)
-
-    plain = StoredLinear if info.format in STORED else Linear
-    with torch.device("meta"):
-        return ControlNet(
-            info.config,
-            linear=svdq if info.rank else plain,
-            refiner_linear=svdq if info.quantized_refiner else plain,
-        )
+    return build(ControlNet, info, info.config)
 
 
 def match_controlnet(files: TensorFiles, info: ControlNetInfo, model: nn.Module) -> Sources:
@@ -177,28 +141,10 @@ def match_controlnet(files: TensorFiles, info: ControlNetInfo, model: nn.Module)
     return match_tensors(files, found, model, control_tensor, remedy, unneeded, WHAT, any_form=info.format in STORED)
 
 
-def load_controlnet(
-    path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    backend: str = "auto",
-    precision: str = "auto",
-    compute_device: str | torch.device | None = None,
-) -> ControlNet:
-    """The ControlNet of a file or folder on a device; everything else as `load_transformer`."""
-    import torch
-
-    from ..tune import select, select_ops
-
-    dtype = dtype or torch.bfloat16
-    device = torch.device(device)
-    compute_device = torch.device(compute_device or device)
+def load_controlnet(path: str | Path, **options: Any) -> ControlNet:
+    """The ControlNet of a file or folder; options as of `load_transformer`."""
     with open_tensors(path) as files:
         info = control_info(files)
         model = build_controlnet(info)
-        sources = match_controlnet(files, info, model)
-        model.backend = select(backend, precision, device=compute_device, dtype=dtype) if info.rank else None
-        model.use(select_ops(backend, compute_device, dtype, info.config.base.head_dim))
-        fill(model, sources, device, dtype)
+        fill_blocks(model, match_controlnet(files, info, model), info, info.config.base.head_dim, **options)
     return model

@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 
 from ..models.config import PRESETS, ZImageConfig
 from .gguf import QUANTIZED
-from .layouts import present
+from .layouts import GROUP, present
 from .names import UNUSED, canonical_tensor, is_lora, unwrapped
-from .safetensors import Shape, TensorFiles, Tensors, open_tensors
+from .safetensors import Shape, TensorFiles, Tensors, json_object, open_tensors
 
 FLOATS = ("BF16", "F16", "F32")
 LATENT_CHANNELS = 16
-GROUP_SIZE = 64
 MOST_RANK = 2**14
 
 # A stored form by the name of a tensor that only it has: id, in words, pattern. `dense` and `FP8` have none.
@@ -153,14 +152,13 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """A Z-Image transformer that can be loaded. format: one of `READ`; rank 0, no refiners without SVDQuant."""
+class FileInfo:
+    """What the header of a model of blocks says. format: one of `READ`; rank 0, no refiners without SVDQuant."""
 
     path: Path
     format: str
     rank: int
     quantized_refiners: bool
-    config: ZImageConfig
     dtype: str
     metadata: Mapping[str, str]
 
@@ -168,6 +166,13 @@ class ModelInfo:
     def fp4(self) -> bool:
         """Whether its SVDQuant linears have FP4 codes."""
         return self.format == "svdq-fp4"
+
+
+@dataclass(frozen=True)
+class ModelInfo(FileInfo):
+    """A Z-Image transformer that can be loaded."""
+
+    config: ZImageConfig
 
 
 def likely_variant(source: str | Path | TensorFiles) -> str | None:
@@ -253,12 +258,12 @@ def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> Form:
     dtypes = {dtype for dtype, _ in tensors.values()}
     for form, words, pattern in FORMATS:
         if key := _first(pattern, tensors):
-            described = _json(metadata.get("quantization_config")).get("weight")
+            described = (json_object(metadata.get("quantization_config")) or {}).get("weight")
             weight = described if isinstance(described, dict) else {}
-            kind, group = weight.get("dtype", "int4"), weight.get("group_size", GROUP_SIZE)
+            kind, group = weight.get("dtype", "int4"), weight.get("group_size", GROUP)
             if form == "svdq-int4" and (any(d.startswith("F8_") for d in dtypes) or "fp4" in str(kind)):
                 return Form("svdq-fp4", "SVDQuant NVFP4", key)
-            if form == "svdq-int4" and (kind, group) != ("int4", GROUP_SIZE):
+            if form == "svdq-int4" and (kind, group) != ("int4", GROUP):
                 return Form("svdq-other", f"SVDQuant (weights {kind} in groups of {group})", key)
             return Form(form, words, key)
     if blocks := sorted(dtypes & QUANTIZED.keys()):
@@ -275,13 +280,13 @@ def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> Form:
     return Form("dense", "/".join(sorted(dtypes)))
 
 
-def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = READ) -> ModelInfo:
-    """Format, rank and sizes of a transformer in one of some formats. ValueError names what the file is otherwise."""
+def model_info(source: str | Path | TensorFiles) -> ModelInfo:
+    """Format, rank and sizes of a transformer. ValueError names what the file is otherwise."""
     files = source if isinstance(source, TensorFiles) else open_part(source, "model")
     found = identify(files)
     found.require("model")
     form = found.form.id
-    if form not in formats:
+    if form not in READ:
         expected, remedy = EXPECTED["model"]
         raise ValueError(f"{files.path}: expected {expected}, found {found.what}; this format is not read, {remedy}")
     shapes: dict[str, Shape] = {}
@@ -290,33 +295,43 @@ def model_info(source: str | Path | TensorFiles, formats: tuple[str, ...] = READ
             shapes[target[0].removesuffix("._data")] = shape
         elif not key.endswith(UNUSED):
             raise unexpected(files.path, key, "a Z-Image transformer", EXPECTED["model"][1])
-    downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
-    rank = branch_rank(files.path, downs)
-    if form.startswith("svdq") and not downs:
+    facts = header_facts(files, form, shapes)
+    if form.startswith("svdq") and not facts["rank"]:
         raise ValueError(f"{files.path}: expected proj_down tensors beside qweight, found none; download it again")
     try:
         config = ZImageConfig(**_config_fields(files, shapes))
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}; download the file again") from None
-    return ModelInfo(
-        files.path,
-        form,
-        rank=rank,
-        quantized_refiners=any("refiner" in name for name in downs),
-        config=config,
-        dtype="/".join(sorted({dtype for dtype, _ in files.tensors.values() if dtype in FLOATS})),
-        metadata=files.metadata,
-    )
+    return ModelInfo(**facts, config=config)
 
 
-def branch_rank(path: Path, downs: Mapping[str, Shape]) -> int:
-    """The rank that the shapes (K, R) of low-rank branches tell, 0 without any; ValueError for others."""
-    if not downs:
-        return 0
-    name, shape = next(iter(downs.items()))
-    if len(shape) != 2 or not 0 < shape[1] <= MOST_RANK:
-        raise ValueError(f"{path}: {name!r}: expected a rank from 1 to {MOST_RANK}, found {shape}; download it again")
-    return shape[1]
+def header_facts(files: TensorFiles, form: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The fields of a `FileInfo`. ValueError for low-rank branches (K, R) of no such shape."""
+    downs = {name: shape for name, shape in shapes.items() if name.endswith(".proj_down")}
+    name, shape = next(iter(downs.items()), ("", (0, 0)))
+    if downs and (len(shape) != 2 or not 0 < shape[1] <= MOST_RANK):
+        raise ValueError(
+            f"{files.path}: {name!r}: expected a rank from 1 to {MOST_RANK}, found {shape}; download it again"
+        )
+    return {
+        "path": files.path,
+        "format": form,
+        "rank": shape[1],
+        "quantized_refiners": any("refiner" in name for name in downs),
+        "dtype": "/".join(sorted({dtype for dtype, _ in files.tensors.values() if dtype in FLOATS})),
+        "metadata": files.metadata,
+    }
+
+
+def block_count(names: Iterable[str], stack: str) -> int:
+    """How many blocks a stack, "layers" say, has by the names of its tensors."""
+    return 1 + max((int(name.split(".")[1]) for name in names if name.startswith(f"{stack}.")), default=-1)
+
+
+def rotary_axes(head_dim: int) -> tuple[int, int, int]:
+    """`ZImageConfig.axes_dims` as every published model has them."""
+    quarter = head_dim // 4
+    return quarter, (head_dim - quarter) // 2, (head_dim - quarter) // 2
 
 
 def unexpected(path: Path, key: str, what: str, remedy: str) -> ValueError:
@@ -336,19 +351,15 @@ def _config_fields(files: TensorFiles, shapes: Mapping[str, Shape]) -> dict[str,
             raise ValueError(f"expected tensor {name!r} of {axes} axes, found {found}")
         return shapes[name]
 
-    def count(prefix: str) -> int:
-        return 1 + max((int(n.split(".")[1]) for n in shapes if n.startswith(prefix)), default=-1)
-
     dim = shape("x_embedder.weight", 2)[0]
     head_dim = shape("layers.0.attention.norm_q.weight", 1)[0]
-    quarter = head_dim // 4
     found: dict[str, Any] = {
         "dim": dim,
         "n_heads": dim // head_dim,
-        "n_layers": count("layers."),
-        "n_refiner_layers": count("noise_refiner."),
+        "n_layers": block_count(shapes, "layers"),
+        "n_refiner_layers": block_count(shapes, "noise_refiner"),
         "cap_feat_dim": shape("cap_embedder.0.weight", 1)[0],
-        "axes_dims": (quarter, (head_dim - quarter) // 2, (head_dim - quarter) // 2),
+        "axes_dims": rotary_axes(head_dim),
     }
     raw = files.metadata.get("config")
     if not raw:
@@ -374,15 +385,6 @@ def _config_fields(files: TensorFiles, shapes: Mapping[str, Shape]) -> dict[str,
 def _first(pattern: str, keys: Iterable[str]) -> str | None:
     """The first name that a pattern is found in."""
     return next(filter(re.compile(pattern).search, keys), None)
-
-
-def _json(text: str | None) -> dict[str, Any]:
-    """A JSON object, empty for anything else."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _article(words: str) -> str:

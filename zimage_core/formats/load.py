@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from .identify import EXPECTED, FLOATS, GROUP_SIZE, READ, STORED, ModelInfo, model_info, open_part, unexpected
+from .identify import EXPECTED, FLOATS, STORED, FileInfo, ModelInfo, model_info, open_part, unexpected
+from .layouts import GROUP, MICRO_GROUP, TILE
 from .names import FUSED_PARTS, UNUSED, canonical_tensor
 from .safetensors import Shape, TensorFiles
 
@@ -21,16 +22,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..linear.backends import Backend
-    from ..models.transformer import ZImageTransformer
+    from ..models.transformer import BlockModel, ZImageTransformer
     from .weights import Stored
 
-TILE = 128
 RANK_TILE = 16
 SMALL = 2**22  # numbers: scales, vectors, modulation
 HALVES = FLOATS[:2]
 CODES = ("I8", "U8")
 OPTIONAL = (".wtscale", ".wcscales")  # scales of FP4 beside those of its groups, 1 where there is none
-MICRO_GROUP = 16
+BlockModelT = TypeVar("BlockModelT", bound="BlockModel")
 Rename = Callable[[str], "tuple[str, str | None] | None"]
 """A file's name of a tensor -> the model's, and which part of a fused one it is; None where nothing matches."""
 
@@ -75,7 +75,7 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[Shape, tuple[str, ...]
             expected[f"{name}.weight"] = (module.shape, None)
         elif isinstance(module, SVDQLinear):
             n, k, rank = module.out_features, module.in_features, module.rank
-            group = MICRO_GROUP if module.fp4 else GROUP_SIZE
+            group = MICRO_GROUP if module.fp4 else GROUP
             if n % TILE or k % TILE or rank % RANK_TILE:
                 raise ValueError(
                     f"{name}: the SVDQuant layout needs widths divisible by {TILE} and ranks by {RANK_TILE}, "
@@ -234,14 +234,57 @@ def _check_numbers(sources: Sources, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{sources.files.path}: {key!r}: expected no zero, found one; download the file again")
 
 
+def build(kind: Callable[..., BlockModelT], info: FileInfo, config: object) -> BlockModelT:
+    """A model of blocks, as a file stores their linears, on the meta device."""
+    import torch
+
+    from ..linear.adapters import Linear
+    from ..linear.svdq import SVDQLinear
+    from .stored import StoredLinear
+
+    def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
+        return SVDQLinear(n_in, n_out, bias, rank=info.rank, fp4=info.fp4)
+
+    plain = StoredLinear if info.format in STORED else Linear
+    with torch.device("meta"):
+        return kind(
+            config, linear=svdq if info.rank else plain, refiner_linear=svdq if info.quantized_refiners else plain
+        )
+
+
+def fill_blocks(
+    model: BlockModel,
+    sources: Sources,
+    info: FileInfo,
+    head_dim: int,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+    compute_device: str | torch.device | None = None,
+) -> None:
+    """`fill` a model of blocks, for the backend that runs it; options as of `load_transformer`."""
+    import torch
+
+    from ..tune import select, select_ops
+
+    dtype = dtype or torch.bfloat16
+    compute_device = torch.device(compute_device or device)
+    if info.rank:
+        model.backend = select(backend, precision, device=compute_device, dtype=dtype, fp4=info.fp4)
+    model.use(select_ops(backend, compute_device, dtype, head_dim, info.fp4))
+    fill(model, sources, torch.device(device), dtype)
+
+
 # ---------------------------------------------------------------- transformers
 
 
 @contextmanager
-def open_transformer(path: str | Path, formats: tuple[str, ...] = READ) -> Iterator[tuple[ModelInfo, TensorFiles]]:
+def open_transformer(path: str | Path) -> Iterator[tuple[ModelInfo, TensorFiles]]:
     """What a transformer file is, and the file opened; `match_transformer` checks its tensors."""
     with open_part(path, "model") as files:
-        yield model_info(files, formats), files
+        yield model_info(files), files
 
 
 def match_transformer(files: TensorFiles, model: ZImageTransformer, info: ModelInfo) -> Sources:
@@ -264,23 +307,9 @@ def match_transformer(files: TensorFiles, model: ZImageTransformer, info: ModelI
 
 def build_transformer(info: ModelInfo) -> ZImageTransformer:
     """The model of a transformer file, on the meta device."""
-    import torch
-
-    from ..linear.adapters import Linear
-    from ..linear.svdq import SVDQLinear
     from ..models.transformer import ZImageTransformer
-    from .stored import StoredLinear
 
-    def svdq(n_in: int, n_out: int, bias: bool) -> nn.Module:
-        return SVDQLinear(n_in, n_out, bias, rank=info.rank, fp4=info.fp4)
-
-    plain = StoredLinear if info.format in STORED else Linear
-    with torch.device("meta"):
-        return ZImageTransformer(
-            info.config,
-            linear=svdq if info.rank else plain,
-            refiner_linear=svdq if info.quantized_refiners else plain,
-        )
+    return build(ZImageTransformer, info, info.config)
 
 
 def check_transformer(path: str | Path) -> ModelInfo:
@@ -310,20 +339,23 @@ def load_transformer(
     """
     import torch
 
-    from ..tune import select, select_ops
     from .stored import multiply_in_8_bits
 
-    dtype = dtype or torch.bfloat16
-    device = torch.device(device)
-    compute_device = torch.device(compute_device or device)
     with open_transformer(path) as (info, files):
         model = build_transformer(info)
-        sources = match_transformer(files, model, info)
-        if info.rank:
-            model.backend = select(backend, precision, device=compute_device, dtype=dtype, fp4=info.fp4)
-        model.use(select_ops(backend, compute_device, dtype, info.config.head_dim, info.fp4))
-        fill(model, sources, device, dtype)
+        fill_blocks(
+            model,
+            match_transformer(files, model, info),
+            info,
+            info.config.head_dim,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            precision=precision,
+            compute_device=compute_device,
+        )
         if precision == "w8a8" and not info.rank:
-            multiply_in_8_bits(model, compute_device, dtype, str(path))
+            where = torch.device(compute_device or device)
+            multiply_in_8_bits(model, where, dtype or torch.bfloat16, str(path))
     model.checkpoint = info
     return model

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,6 +247,15 @@ def _only_file(folder: Path) -> Path:
             f"{folder}: expected one .safetensors file or an index, found {len(files)}; name the file itself"
         )
     return files[0]
+
+
+def json_object(text: str | bytes | None) -> dict[str, Any] | None:
+    """The object that a text holds as JSON, or None for anything else."""
+    try:
+        found = json.loads(text or "")
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_text(path: Path) -> str:

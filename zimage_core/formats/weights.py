@@ -14,7 +14,6 @@ Legend: N out, K in.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from ..sizes import round_up
 from . import kitchen
 from .gguf import QUANTIZED
 from .identify import FLOATS
-from .safetensors import Shape, TensorFiles
+from .safetensors import Shape, TensorFiles, json_object
 from .stored import FORMS
 
 READ = "BF16, F16, F32, ComfyUI's FP8, NVFP4 or INT8, or quanto INT8"
@@ -225,7 +224,7 @@ class _Finder:
         comfy, key = described.get("format"), keys["weight"]
         dtype, (n, columns) = self.tensors[key]
         if comfy == "mxfp8" and dtype in ("F8_E4M3", "U8") and columns % 32 == 0:
-            tiled = (-(-n // 128) * 128, -(-columns // 32 // 4) * 4)
+            tiled = (round_up(n, 128), round_up(columns // 32, 4))
             scale = self._part(keys, "weight_scale", (tiled,), ("F8_E8M0", "U8"))
             return Stored(comfy, (n, columns), {"codes": key, "block_scale": scale})
         if dtype != "I8" or comfy not in ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"):
@@ -303,11 +302,7 @@ class _Finder:
         return isinstance(found, dict) and found.get("quant_method") == "modelopt"
 
     def _json(self, text: str | bytes, where: str) -> dict:
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+        if (found := json_object(text)) is None:
             self._refuse(where, "a JSON object", "otherwise")
         return found
 

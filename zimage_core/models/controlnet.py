@@ -18,20 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linear.adapters import Adapted, Linear
+from ..linear.adapters import Linear
 from . import ops
 from .attention import Attend, sdpa
 from .config import ControlNetConfig
-from .transformer import Block, Conditioning, LinearFactory, RunBlock, ZImageTransformer, patchify, use_ops
-
-if TYPE_CHECKING:
-    from ..linear.backends import Backend
+from .transformer import Block, BlockModel, Conditioning, LinearFactory, RunBlock, ZImageTransformer, patchify
 
 MASKED_CHANNELS = 33  # control latents, mask, inpainting latents
 
@@ -64,10 +60,10 @@ class ControlBlock(Block):
     def _narrow(self, x: Tensor) -> Tensor:
         """From the residual stream's dtype to the linears'; in fp16 that can saturate, as in `ops.finite`."""
         dtype = self.attention_norm1.weight.dtype
-        return x.clamp(-ops.FP16_MAX, ops.FP16_MAX).to(dtype) if dtype is torch.float16 else x.to(dtype)
+        return ops.finite(x, dtype).to(dtype)
 
 
-class ControlNet(Adapted):
+class ControlNet(BlockModel):
     """The model. `linear(in, out, bias)` builds the blocks' linears, `refiner_linear` the refiner's if given."""
 
     def __init__(
@@ -78,7 +74,6 @@ class ControlNet(Adapted):
     ):
         super().__init__()
         self.config = config
-        self.backend: Backend | None = None  # that of all quantized linears
         refiner_linear = refiner_linear or linear
         self.x_embedder = Linear(config.patch_dim, config.base.dim)
         refiner: list[Block] = []
@@ -88,10 +83,6 @@ class ControlNet(Adapted):
             refiner = [ControlBlock(config, refiner_linear, first=not i) for i in range(config.base.n_refiner_layers)]
         self.noise_refiner = nn.ModuleList(refiner)
         self.layers = nn.ModuleList(ControlBlock(config, linear, first=not i) for i in range(len(config.places)))
-
-    def use(self, chosen: ops.Ops) -> None:
-        """Have every block run these functions between its linears."""
-        use_ops(self, chosen)
 
     @property
     def blocks(self) -> list[Block]:

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..failures import number
+from .attention import Attend
 
 if TYPE_CHECKING:
     from .transformer import Conditioning
 
 MAX_SCALE = 100
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 @dataclass(frozen=True)

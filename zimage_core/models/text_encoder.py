@@ -165,20 +165,13 @@ class TextEncoder(Adapted):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
         run_block: Callable[..., Tensor] = run_block,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Hidden state (B, L, C) of token ids (B, L) on any device, without the final norm.
+        """Hidden state (B, L, C) of unpadded token ids (B, L) on any device, without the final norm.
 
-        `attention_mask` (B, L) is 1 on tokens and 0 on padding, which must be on the right: there the causal
-        mask alone keeps tokens from seeing it. The hidden state is zero on padding. ValueError for other masks.
         run_block replaces the function of that name; device: where it runs layers that are kept elsewhere.
         """
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool()
-            if (attention_mask[:, 1:] & ~attention_mask[:, :-1]).any():
-                raise ValueError("attention_mask: expected padding on the right, found a token after padding")
         x = self.embed_tokens(input_ids).to(device or self.device, self.dtype)
         cos, sin = (t.to(x.dtype) for t in rotary_table(input_ids.shape[1], self.config, x.device))
         if self.dtype is torch.float16:
@@ -187,7 +180,7 @@ class TextEncoder(Adapted):
             x = run_block("layers", i, layer, x, cos, sin)
         if self.dtype is torch.float16:
             x = finite(x, torch.float16).to(torch.float16)
-        return x if attention_mask is None else x * attention_mask.unsqueeze(-1).to(x.device)
+        return x
 
 
 @torch.no_grad()

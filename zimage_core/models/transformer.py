@@ -215,14 +215,21 @@ class FinalLayer(nn.Module):
         return self.linear(normed * scale)
 
 
-def use_ops(model: nn.Module, chosen: ops.Ops) -> None:
-    """Set the functions that every block of a model runs between its linears."""
-    for module in model.modules():
-        if isinstance(module, Attention | FeedForward | Block):
-            module.ops = chosen
+class BlockModel(Adapted):
+    """A model of blocks, whose quantized linears all have one backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend: Backend | None = None
+
+    def use(self, chosen: ops.Ops) -> None:
+        """Set the functions that every block runs between its linears."""
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward | Block):
+                module.ops = chosen
 
 
-class ZImageTransformer(Adapted):
+class ZImageTransformer(BlockModel):
     """The model. `linear(in, out, bias)` builds the blocks' linears, `refiner_linear` the refiners' if given."""
 
     def __init__(
@@ -233,7 +240,6 @@ class ZImageTransformer(Adapted):
     ):
         super().__init__()
         self.config = config
-        self.backend: Backend | None = None  # that of all quantized linears
         self.attention: Attend = sdpa
         self.checkpoint: Any = None  # what its file said: `formats.identify.ModelInfo`
         refiner_linear = refiner_linear or linear
@@ -251,10 +257,6 @@ class ZImageTransformer(Adapted):
         )
         self.layers = nn.ModuleList(Block(config, linear, True) for _ in range(config.n_layers))
         self.final_layer = FinalLayer(config)
-
-    def use(self, chosen: ops.Ops) -> None:
-        """Set the functions that every block runs between its linears."""
-        use_ops(self, chosen)
 
     @property
     def blocks(self) -> list[Block]:

@@ -71,7 +71,7 @@ def quantize_controlnet(
             raise ValueError(f"{dst}: is the source itself; choose another destination")
         check_packable(info.config.base, rank)
         sources = match_controlnet(files, info, build_controlnet(info))
-        header = header_of(build_controlnet(replace(info, rank=rank, quantized_refiner=True)), _stored)
+        header = header_of(build_controlnet(replace(info, rank=rank, quantized_refiners=True)), _stored)
         made: dict[str, object] = {"tool": "zimage-int4", "version": __version__, "method": "svd"}
         notes = None
         made["source"] = digest(sources.stored, lambda stored: files.get(stored.key))
