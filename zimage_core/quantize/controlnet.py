@@ -31,10 +31,10 @@ from ..models.transformer import Block, Conditioning, Hooks, ZImageTransformer
 from ..sampler import predict_flow
 from ..whole import check_target
 from . import calibrate
-from .run import RESUMED, noted_samples, read_weights
-from .solver import svdq_calibrated, svdq_from_dense
+from .run import Job, noted_samples
+from .solver import svdq_from_dense
 from .source import check_numbers, digest, files_digest
-from .writer import StreamedFile, check_packable, four_bits, header_of
+from .writer import StreamedFile, check_apart, check_packable, four_bits, header_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,8 +67,7 @@ def quantize_controlnet(
         info = control_info(files)
         if info.format != "dense":
             raise ValueError(f"{src}: expected a BF16 ControlNet, found {info.format}; quantize its BF16 original")
-        if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
-            raise ValueError(f"{dst}: is the source itself; choose another destination")
+        check_apart(dst, files)
         check_packable(info.config.base, rank)
         sources = match_controlnet(files, info, build_controlnet(info))
         header = header_of(build_controlnet(replace(info, rank=rank, quantized_refiners=True)), _stored)
@@ -185,8 +184,10 @@ class _Beside:
         module.load_state_dict(state, assign=True)
 
 
-class _Job:
+class _Job(Job):
     """Quantizes one ControlNet into one file."""
+
+    LINEAR_COST = 1
 
     def __init__(
         self,
@@ -198,15 +199,15 @@ class _Job:
         device: torch.device,
         progress: Progress | None,
     ):
-        self.files, self.sources, self.config, self.out = files, sources, info.config, out
-        self.rank, self.device, self.progress = rank, device, progress
+        super().__init__(out, rank, device, progress, _stored, str)
+        self.files, self.sources = files, sources
         with torch.device("meta"):
             self.net = ControlNet(info.config, linear=calibrate.TappedLinear)
         stacks = (("noise_refiner", self.net.noise_refiner), ("layers", self.net.layers))
         self.linears = [
             f"{stack}.{i}.{linear}" for stack, blocks in stacks for i, b in enumerate(blocks) for linear in _linears(b)
         ]
-        self.done, self.total = 0, len(self.linears)
+        self.total = len(self.linears)
 
     def get(self, name: str) -> Tensor:
         """A tensor on the device. ValueError if it holds NaN or too large numbers."""
@@ -224,7 +225,7 @@ class _Job:
                 self.out.write(stored, self.get(name).to(torch.bfloat16).reshape(self.out.header[stored][1]))
         if base is None:
             for linear in self.linears:
-                self._write(linear, svdq_from_dense(self.get(f"{linear}.weight"), self.rank))
+                self.write(linear, svdq_from_dense(self.get(f"{linear}.weight"), self.rank))
             return
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         model = load_transformer(base, device=self.device, dtype=dtype, precision="w4a16")
@@ -232,37 +233,15 @@ class _Job:
         self.total += calibrate.STEPS
         if self.out.finished:
             self.done += calibrate.STEPS
-        beside = _Beside(model, self.net, self.get, torch.stack(list(contexts)), partial(self._advance, "a step"))
+        beside = _Beside(model, self.net, self.get, torch.stack(list(contexts)), partial(self.advance, 1, "a step"))
         streamed = cast(calibrate.Streamed, beside)
         samples = noted_samples(self.out, streamed, cap_feats, size)
         calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
 
     def _visit(self, name: str, block: Block, chunks: list[calibrate.Chunk]) -> None:
-        """Quantize a block's linears in place, each for its inputs from those before it; or read an earlier run's."""
-        resumed = _stored(name) in self.out.finished
-        for linear in _linears(block):
-            module = cast(nn.Linear, block.get_submodule(linear))
-            if resumed:
-                weights = read_weights(self.out, _stored(f"{name}.{linear}"), self.device)
-                self._advance(f"{RESUMED} {name}.{linear}")
-            else:
-                weights = svdq_calibrated(module.weight, self.rank, calibrate.input_stats(block, linear, chunks))
-                self._write(f"{name}.{linear}", weights)
-            module.weight.copy_(weights.dequantize())
-        if not resumed:
-            self.out.finish(_stored(name))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.visit(name, block, chunks, _linears(block))
 
-    def _write(self, linear: str, weights: SVDQWeights) -> None:
+    def write(self, linear: str, weights: SVDQWeights) -> None:
         if f"{linear}.bias" in self.sources.stored:
             weights = replace(weights, bias=self.get(f"{linear}.bias").to(weights.wscales))
-        packed = weights.to_packed()
-        for leaf, tensor in (packed | {"smooth_factor_orig": packed["smooth_factor"]}).items():
-            self.out.write(f"{_stored(linear)}.{leaf}", tensor)
-        self._advance(linear)
-
-    def _advance(self, what: str) -> None:
-        self.done += 1
-        if self.progress:
-            self.progress(self.done, self.total, what)
+        super().write(linear, weights)

@@ -18,7 +18,7 @@ from ..formats.load import Sources, build_transformer, match_transformer, open_t
 from ..formats.names import FUSED_PARTS, comfy_module, diffusers_svdq_module
 from ..linear.svdq import SVDQLinear, SVDQWeights
 from ..whole import check_target
-from .writer import DTYPES, StreamedFile, aligned, file_metadata
+from .writer import DTYPES, StreamedFile, aligned, check_apart, file_metadata, nunchaku_tensors
 
 LAYOUTS = ("nunchaku", "kitchen", "kitchen-tiles")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -36,8 +36,7 @@ def convert(src: str | Path, dst: str | Path, layout: str, progress: Callable[[i
     with open_transformer(src) as (info, files):
         if info.format != "svdq-int4":
             raise ValueError(f"{src}: expected SVDQuant INT4, found {info.format}; other formats have one layout only")
-        if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
-            raise ValueError(f"{dst}: is the source itself; choose another destination")
+        check_apart(dst, files)
         model = build_transformer(info)
         sources = match_transformer(files, model, info)
         linears = {name for name, module in model.named_modules() if isinstance(module, SVDQLinear)}
@@ -77,8 +76,7 @@ def _quantized(module: str, packed: dict[str, Tensor], layout: str) -> Iterator[
     """The tensors of a SVDQuant linear under the layout's names."""
     weights = SVDQWeights.from_packed(packed)
     if layout == "nunchaku":
-        stored = weights.to_packed()
-        for leaf, tensor in (stored | {"smooth_factor_orig": stored["smooth_factor"]}).items():
+        for leaf, tensor in nunchaku_tensors(weights).items():
             yield f"{diffusers_svdq_module(module)}.{leaf}", tensor
         return
     names = _names(module, layout)

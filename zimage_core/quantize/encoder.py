@@ -23,7 +23,7 @@ from ..formats.encoder import ENCODER_REMEDY, EncoderFile, open_encoder
 from ..formats.weights import blocked
 from ..models.text_encoder import TextEncoderConfig
 from ..sizes import round_up
-from .writer import DTYPES, Header, StreamedFile
+from .writer import DTYPES, Header, StreamedFile, check_apart
 
 _LINEAR = re.compile(r"layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.weight")
 _HEAD = "lm_head.weight"
@@ -129,8 +129,7 @@ def _check_source(file: EncoderFile, dst: Path) -> None:
                 f"{file.files.path}: {name}: expected BF16, F16 or F32, found {stored.form}, small already; "
                 f"{ENCODER_REMEDY}"
             )
-    if any(dst.exists() and dst.samefile(header.path) for header in file.files.headers):
-        raise ValueError(f"{dst}: is the source itself; choose another destination")
+    check_apart(dst, file.files)
 
 
 def _planned(name: str, shape: tuple[int, ...], bits: int) -> Header:

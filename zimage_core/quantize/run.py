@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import cast
@@ -34,7 +34,7 @@ from ..whole import check_target
 from . import calibrate
 from .solver import svdq_calibrated, svdq_from_dense
 from .source import DenseSource, match_source
-from .writer import StreamedFile, block_names, file_metadata, plan_header
+from .writer import StreamedFile, block_names, check_apart, file_metadata, nunchaku_tensors, plan_header
 
 Progress = Callable[[int, int, str], None]
 
@@ -79,8 +79,7 @@ def quantize_checkpoint(
         raise ValueError("device mps: expected one with float64, which quantizing needs; use cpu")
     loras = [(load_lora(path), float(strength)) for path, strength in merge]
     with open_transformer(src) as (info, files):
-        if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
-            raise ValueError(f"{dst}: is the source itself; choose another destination")
+        check_apart(dst, files)
         header = plan_header(info.config, rank, skip_refiners)
         metadata = file_metadata(info.config, rank, skip_refiners)
         source = DenseSource(files, info, loras, device)
@@ -207,26 +206,69 @@ def noted_samples(
     return samples
 
 
-def read_weights(out: StreamedFile, module: str, device: torch.device) -> SVDQWeights:
-    """What an earlier run made of a linear, by its name in the file."""
-    leaves = [leaf for leaf in PACKED if f"{module}.{leaf}" in out.header]
-    return SVDQWeights.from_packed({leaf: out.read(f"{module}.{leaf}").to(device) for leaf in leaves})
+class Job:
+    """Quantizes a model's linears into one file.
+
+    stored: from the model's name of a module to the file's. words: what to report of a linear.
+    """
+
+    LINEAR_COST = 16  # of quantizing a linear, for the progress
+
+    def __init__(
+        self,
+        out: StreamedFile,
+        rank: int,
+        device: torch.device,
+        progress: Progress | None,
+        stored: Callable[[str], str],
+        words: Callable[[str], str],
+    ):
+        self.out, self.rank, self.device, self.progress = out, rank, device, progress
+        self.stored, self.words = stored, words
+        self.done = self.total = 0
+
+    def visit(self, name: str, block: Block, chunks: list[calibrate.Chunk], linears: Iterable[str]) -> None:
+        """Quantize a block's linears in place, each for its inputs from those before it; or read an earlier run's."""
+        resumed = self.stored(name) in self.out.finished
+        for linear in linears:
+            module, full = cast(nn.Linear, block.get_submodule(linear)), f"{name}.{linear}"
+            if resumed:
+                weights = self._read(self.stored(full))
+                self.advance(self.LINEAR_COST, f"{RESUMED} {self.words(full)}")
+            else:
+                weights = svdq_calibrated(module.weight, self.rank, calibrate.input_stats(block, linear, chunks))
+                self.write(full, weights)
+            module.weight.copy_(weights.dequantize())
+            _release(self.device)
+        if not resumed:
+            self.out.finish(self.stored(name))
+
+    def write(self, linear: str, weights: SVDQWeights) -> None:
+        for leaf, tensor in nunchaku_tensors(weights).items():
+            self.out.write(f"{self.stored(linear)}.{leaf}", tensor)
+        self.advance(self.LINEAR_COST, self.words(linear))
+
+    def _read(self, module: str) -> SVDQWeights:
+        """What an earlier run made of a linear."""
+        leaves = [leaf for leaf in PACKED if f"{module}.{leaf}" in self.out.header]
+        return SVDQWeights.from_packed({leaf: self.out.read(f"{module}.{leaf}").to(self.device) for leaf in leaves})
+
+    def advance(self, cost: int, what: str) -> None:
+        self.done += cost
+        if self.progress:
+            self.progress(self.done, self.total, what)
 
 
-class _Job:
-    """Quantizes one model into one file."""
+class _Job(Job):
+    """Quantizes one transformer into one file."""
 
-    BLOCK_COST, LINEAR_COST = 1, 16  # of running a block on the samples and of quantizing a linear, for the progress
+    BLOCK_COST = 1  # of running a block on the samples
 
     def __init__(
         self, source: DenseSource, out: StreamedFile, rank: int, skip_refiners: bool, progress: Progress | None
     ):
+        super().__init__(out, rank, source.device, progress, diffusers_svdq_module, self._at)
         self.source = source
-        self.out = out
-        self.rank = rank
-        self.progress = progress
-        self.done = 0
-        self.total = 0
         self.blocks = [b for b in block_names(source.config) if not (skip_refiners and "refiner" in b)]
         self.linears = [f"{block}.{linear}" for block in self.blocks for linear in source.config.linears]
 
@@ -236,10 +278,10 @@ class _Job:
         self._copy_plain()
         if cap_feats is None:
             for linear in self.linears:
-                self._write(linear, svdq_from_dense(self.source.get(f"{linear}.weight"), self.rank))
+                self.write(linear, svdq_from_dense(self.source.get(f"{linear}.weight"), self.rank))
         else:
             self._calibrated(cap_feats, size)
-        self._advance(0, self.out.path.name)
+        self.advance(0, self.out.path.name)
 
     def _copy_plain(self) -> None:
         """Write the tensors that stay in bf16."""
@@ -263,52 +305,26 @@ class _Job:
         config, generating = self.source.config, "generating calibration samples"
         resumed = f"{RESUMED} after block {len(self.out.finished)}/{len(self.blocks)}"
         if set(self.blocks) <= set(self.out.finished):
-            self._advance(self.total, resumed)
+            self.advance(self.total, resumed)
             return
         streamed = calibrate.Streamed(
-            config, self.source.get, device, dtype, on_block=lambda: self._advance(self.BLOCK_COST, generating)
+            config, self.source.get, device, dtype, on_block=lambda: self.advance(self.BLOCK_COST, generating)
         )
         cost = self.BLOCK_COST * calibrate.blocks_run(config)
         self.total += cost
         if self.out.finished:
-            self._advance(cost, resumed)
+            self.advance(cost, resumed)
         samples = noted_samples(self.out, streamed, cap_feats, size)
         calibrate.visit_blocks(streamed, cap_feats, samples, self._visit)
 
     def _visit(self, name: str, block: Block, chunks: list[calibrate.Chunk]) -> None:
-        """Quantize a block's linears in place, each for its inputs from those before it; or read an earlier run's."""
-        if name not in self.blocks:
-            return
-        resumed = name in self.out.finished
-        for linear in self.source.config.linears:
-            module = cast(nn.Linear, block.get_submodule(linear))
-            if resumed:
-                weights = read_weights(self.out, diffusers_svdq_module(f"{name}.{linear}"), self.source.device)
-                self._advance(self.LINEAR_COST, f"{RESUMED} {self._at(f'{name}.{linear}')}")
-            else:
-                stats = calibrate.input_stats(block, linear, chunks)
-                weights = svdq_calibrated(module.weight, self.rank, stats)
-                self._write(f"{name}.{linear}", weights)
-            module.weight.copy_(weights.dequantize())
-            _release(self.source.device)
-        if not resumed:
-            self.out.finish(name)
-
-    def _write(self, linear: str, weights: SVDQWeights) -> None:
-        packed = weights.to_packed()
-        for leaf, tensor in (packed | {"smooth_factor_orig": packed["smooth_factor"]}).items():
-            self.out.write(f"{diffusers_svdq_module(linear)}.{leaf}", tensor)
-        self._advance(self.LINEAR_COST, self._at(linear))
+        if name in self.blocks:
+            self.visit(name, block, chunks, self.source.config.linears)
 
     def _at(self, linear: str) -> str:
         """A linear's block number and name, in words."""
         stage, index, name = linear.split(".", 2)
         return f"block {self.blocks.index(f'{stage}.{index}') + 1}/{len(self.blocks)}, {name}"
-
-    def _advance(self, cost: int, name: str) -> None:
-        self.done += cost
-        if self.progress:
-            self.progress(self.done, self.total, name)
 
 
 def _provenance(

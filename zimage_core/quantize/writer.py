@@ -28,9 +28,10 @@ from torch import nn
 from .. import whole
 from ..formats.load import expected_tensors
 from ..formats.names import diffusers_svdq_module
+from ..formats.safetensors import TensorFiles
 from ..linear.adapters import Linear
 from ..linear.layout import GROUP
-from ..linear.svdq import SVDQLinear
+from ..linear.svdq import SVDQLinear, SVDQWeights
 from ..models.config import ZImageConfig
 from ..models.transformer import ZImageTransformer
 from ..sizes import readable
@@ -337,6 +338,18 @@ class StreamedFile:
     def _no_space(self, error: OSError) -> ValueError:
         needed = readable(self._full_size)
         return ValueError(f"{self.path}: {error.strerror}; free {needed} there or choose another folder")
+
+
+def nunchaku_tensors(weights: SVDQWeights) -> dict[str, torch.Tensor]:
+    """The tensors of a linear by their names in nunchaku's files."""
+    packed = weights.to_packed()
+    return packed | {"smooth_factor_orig": packed["smooth_factor"]}
+
+
+def check_apart(dst: Path, files: TensorFiles) -> None:
+    """ValueError where a destination is a file of the source."""
+    if dst.exists() and any(dst.samefile(header.path) for header in files.headers):
+        raise ValueError(f"{dst}: is the source itself; choose another destination")
 
 
 def check_packable(config: ZImageConfig, rank: int) -> None:
