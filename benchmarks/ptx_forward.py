@@ -26,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from zimage_core import bench, report
+from zimage_core.device import dtype_name
 from zimage_core.linear.backends import Backend, fused, reference
 from zimage_core.linear.backends import triton as backend
 from zimage_core.linear.svdq import SVDQLinear
@@ -163,7 +164,7 @@ def run(sm: int, device: torch.device) -> bool:
         checks += check_linears(n, k, rank, device, dtype)
     checks += [*check_ops(config, device, dtype), *check_block(config, device, dtype)]
     rows = [{"what": what, "error": off, "limit": limit, "good": str(off <= limit)} for what, off, limit in checks]
-    title = f"as sm_{sm}, {report.dtype_name(dtype)}"
+    title = f"as sm_{sm}, {dtype_name(dtype)}"
     columns = {"what": title, "error": "error|.5f", "limit": "limit|.5f", "good": ""}
     print(report.table(rows, columns))
     for name, count in sorted(taken.items()):

@@ -31,7 +31,7 @@ from torch import nn
 
 from zimage_core import bench, report
 from zimage_core.bench import CAPTION_TOKENS, Call, Step
-from zimage_core.device import choose_device, choose_dtype
+from zimage_core.device import choose_device, choose_dtype, dtype_name
 from zimage_core.formats.gguf import QUANTIZED
 from zimage_core.formats.identify import model_info
 from zimage_core.formats.load import load_transformer
@@ -291,7 +291,7 @@ def main() -> None:
     if args.forms:
         sides |= forms(config, rank or bench.RANK, device, dtype)
     if args.controlnet:
-        ways: dict[str, Backend | None] = {f"dense {report.dtype_name(dtype)}": None, **bench.every_way(device, dtype)}
+        ways: dict[str, Backend | None] = {f"dense {dtype_name(dtype)}": None, **bench.every_way(device, dtype)}
         for name, way in ways.items():
             build = partial(with_controlnet, args.controlnet, config, rank or bench.RANK, device, dtype, way)
             sides[f"{name} + ControlNet {args.controlnet}"] = build

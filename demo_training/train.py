@@ -154,6 +154,25 @@ def set_rate(optimizers, rate: float) -> None:
             group["lr"] = rate
 
 
+def make_optimizers(model: nn.Module, matrices: list[Tensor], lr: float) -> tuple[list, list[Tensor]]:
+    """Muon for a model's matrices, fused ones by their parts, and AdamW for the other parameters, which come too."""
+    for name, parameter in model.named_parameters():
+        parameter.fused = 3 if "to_qkv" in name else 2 if "w3_w1" in name else 1
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    others = torch.optim.AdamW(rest, lr, (0.9, 0.98), weight_decay=0.0, fused=True)
+    return [Muon(matrices, lr, 0.95, 0.01), others], rest
+
+
+def take_step(loss: Tensor, optimizers: list, rest: list[Tensor]) -> None:
+    """A step of every optimizer, the gradients of what is not Muon's clipped."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(rest, 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 # --- stage 1: the VAE ---------------------------------------------------------------------------------------------
 
 
@@ -469,13 +488,7 @@ def train_model(
         p for name, p in both.named_parameters()
         if p.ndim == 2 and ".layers." in name.replace("_refiner.", ".layers.") and "adaLN" not in name
     ]  # fmt: skip
-    for name, parameter in both.named_parameters():
-        parameter.fused = 3 if "to_qkv" in name else 2 if "w3_w1" in name else 1
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in both.parameters() if id(p) not in chosen]
-    optimizers = [
-        Muon(matrices, lr, 0.95, 0.01), torch.optim.AdamW(rest, lr, (0.9, 0.98), weight_decay=0.0, fused=True)
-    ]  # fmt: skip
+    optimizers, rest = make_optimizers(both, matrices, lr)
     params = list(both.parameters())
     if teacher:
         torch._foreach_copy_([p.data for p in params], teacher.average)
@@ -508,11 +521,7 @@ def train_model(
             target = teacher(x, 1 - sigma, ids, lengths, size) if teacher else clean - noise
             out = both["model"](x, 1 - sigma, conditioning(both, ids, lengths, size)).float()
         loss = F.mse_loss(out, target)
-        loss.backward()
-        nn.utils.clip_grad_norm_(rest, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(loss, optimizers, rest)
         step += 1
         if step % 10 == 0:  # the average reaches over some 2000 steps, or 500
             with torch.no_grad():

@@ -21,7 +21,7 @@ import scenes
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from train import Muon, official_tensors, set_rate
+from train import make_optimizers, official_tensors, set_rate, take_step
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -184,11 +184,7 @@ def train(path: Path, minutes: float, lr: float, tokens: int, device: str, pool:
     print(f"{pool} scenes of {len(base.pool)} sizes, {time.time() - started:.0f} s", flush=True)
     named = dict(net.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and "adaLN" not in name and "x_embedder" not in name]
-    for name, parameter in named.items():
-        parameter.fused = 3 if "to_qkv" in name else 2 if "w3_w1" in name else 1
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in named.values() if id(p) not in chosen]
-    optimizers = [Muon(matrices, lr, 0.95, 0.01), torch.optim.AdamW(rest, lr, (0.9, 0.98), weight_decay=0.0)]
+    optimizers, rest = make_optimizers(net, matrices, lr)
     average = [p.detach().clone() for p in named.values()]
     rng, generator = random.Random(SEED), torch.Generator(device).manual_seed(SEED)
     started, step, losses = time.time(), 0, []
@@ -200,11 +196,7 @@ def train(path: Path, minutes: float, lr: float, tokens: int, device: str, pool:
             cond = replace(cond, controls=(net.prepare(context, base.model, cond),))
             out = base.model((1 - mix) * clean + mix * noise, 1 - sigma, cond, base.hooks).float()
         loss = F.mse_loss(out, clean - noise)
-        loss.backward()
-        nn.utils.clip_grad_norm_(rest, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(loss, optimizers, rest)
         step += 1
         with torch.no_grad():
             torch._foreach_lerp_(average, list(named.values()), max(0.02, 1 / step))

@@ -129,3 +129,21 @@ def control_tensors():
         return named
 
     return make
+
+
+@pytest.fixture(scope="session")
+def dense_nets(control_tensors, tiny_files, tmp_path_factory) -> dict[str, Path]:
+    """Files of dense ControlNets for the tiny model, by variant."""
+    from dense_files import CONTROLNETS
+    from safetensors.torch import save_file
+
+    from zimage_core.formats.identify import model_info
+    from zimage_core.models.config import ControlNetConfig
+
+    base, folder, files = model_info(tiny_files["model"]).config, tmp_path_factory.mktemp("dense"), {}
+    for variant, (channels, refiner) in CONTROLNETS.items():
+        config = {"n_layers": base.n_layers, "n_refiner_layers": base.n_refiner_layers, "axes_dims": base.axes_dims}
+        files[variant] = folder / f"{refiner}.safetensors"
+        weights = control_tensors(ControlNetConfig(base, (0,), channels, refiner))
+        save_file(weights, files[variant], {"config": json.dumps(config | {"control_layers_places": [0]})})
+    return files

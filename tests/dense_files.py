@@ -13,6 +13,8 @@ from zimage_core.models.config import ZImageConfig
 CONFIG = ZImageConfig(
     dim=384, n_layers=1, n_refiner_layers=1, n_heads=6, cap_feat_dim=64, axes_dims=(16, 24, 24), axes_lens=(64, 64, 64)
 )
+CONTROLNETS = {"v1": (16, "alone"), "2.0": (33, "layers"), "2.1 lite": (33, "hints")}
+"""Variant -> channels and refiner, of the fixture `dense_nets`."""
 
 
 def diffusers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

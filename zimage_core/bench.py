@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .device import choose_device, choose_dtype
+from .device import choose_device, choose_dtype, dtype_name
 from .formats.identify import model_info
 from .formats.load import load_transformer
 from .linear import backends
@@ -38,7 +38,7 @@ from .memory.placement import weights
 from .models import ops
 from .models.config import ZImageConfig
 from .models.transformer import ZImageTransformer
-from .report import dtype_name, machine, print_json, print_machine, table
+from .report import machine, print_json, print_machine, table
 from .sampler import draw_noise
 from .sizes import GIB
 from .trial import random_weights

@@ -16,7 +16,6 @@ from .models.controlnet import MASKED_CHANNELS, control_context, inpainting_pict
 from .models.transformer import PIXELS_PER_CELL
 from .pictures import (
     FEATHER,
-    MAX_SIDE,
     check_mask,
     checked_picture,
     control_picture,
@@ -26,6 +25,7 @@ from .pictures import (
     soften,
     to_tensor,
 )
+from .sizes import MAX_SIDE
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -48,6 +48,11 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return chosen
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without the module: "bfloat16" of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def host_memory() -> int | None:
     """Bytes of memory and swap that this process may take at most; None where the system does not say."""
     limits = []

@@ -1,4 +1,4 @@
-"""What can go wrong while computing: memory runs out, numbers that are none. Without torch."""
+"""What can go wrong while computing: out of memory, and numbers that are NaN or infinite. Without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_MEMORY = re.compile(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the device or the host ran out.
+    """Whether an error says that the device or the host is out of memory.
 
     In the words of CUDA's and ROCm's allocators, of torch's for the CPU on Linux ("can't allocate memory") and Windows
     ("not enough memory"), of Apple's, of cuBLAS and cuDNN, which find no engine either, and of the system.

@@ -23,6 +23,7 @@ from .models.guidance import Nag
 from .models.tokenizer import MAX_TOKENS
 from .models.transformer import PIXELS_PER_CELL
 from .recorder import Recorder, StageRecord
+from .sizes import MAX_SIDE, MULTIPLE, check_multiple
 from .tiles import Tiles
 from .variety import Variety, seed_of
 
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
     import numpy
     from PIL import Image
 
-PIXELS_MULTIPLE = 16
-MAX_SIDE, MAX_PIXELS = 2**14, 2**31
-"""Of one picture's edge, and of all pictures of a call, whose noise is then 2 GiB."""
+MAX_PIXELS = 2**31  # of all pictures of a call, whose noise is then 2 GiB
 MIN_TILE, MIN_TOKENS, MAX_GUIDANCE = 128, 16, 100
 MAX_UPSCALE, LARGEST_WHOLE, TILE = 8, 2048, 1024
 """Of enlarged pictures: the factor; pixels of an edge up to which one is sampled whole, and of its tiles beyond."""
@@ -181,7 +180,7 @@ def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int, int
     """
     if not 1 <= number("upscale", factor) <= MAX_UPSCALE:
         raise ValueError(f"upscale: expected 1 to {MAX_UPSCALE}, found {factor}")
-    sides = [max(round(side * factor / PIXELS_MULTIPLE), 1) * PIXELS_MULTIPLE for side in (height, width)]
+    sides = [max(round(side * factor / MULTIPLE), 1) * MULTIPLE for side in (height, width)]
     height, width = picture_size(*sides, own=(width, height))
     return height, width, TILE if max(height, width) > LARGEST_WHOLE else None
 
@@ -265,8 +264,8 @@ def read_variety(asked: float | Variety) -> Variety | None:
 
 def check_tile(edge: object) -> int | None:
     """The most pixels of a tile's edge, None for whole pictures. ValueError unless a multiple of 16 from 128 on."""
-    if edge is not None and (integer("tile", edge) < MIN_TILE or integer("tile", edge) % PIXELS_MULTIPLE):
-        raise ValueError(f"tile: expected a multiple of {PIXELS_MULTIPLE} pixels from {MIN_TILE} on, found {edge}")
+    if edge is not None and (integer("tile", edge) < MIN_TILE or integer("tile", edge) % MULTIPLE):
+        raise ValueError(f"tile: expected a multiple of {MULTIPLE} pixels from {MIN_TILE} on, found {edge}")
     return None if edge is None else integer("tile", edge)
 
 
@@ -324,13 +323,7 @@ def picture_size(height: int | None, width: int | None, own: tuple[int, int]) ->
     """
     sides = []
     for name, side, default in (("height", height, own[1]), ("width", width, own[0])):
-        side = default // PIXELS_MULTIPLE * PIXELS_MULTIPLE if side is None else integer(name, side)
-        if side < PIXELS_MULTIPLE or side % PIXELS_MULTIPLE:
-            below = max(side // PIXELS_MULTIPLE, 1) * PIXELS_MULTIPLE
-            raise ValueError(
-                f"{name}: expected a multiple of {PIXELS_MULTIPLE} pixels, found {side}; the nearest are {below} "
-                f"and {below + PIXELS_MULTIPLE}"
-            )
+        side = check_multiple(name, default // MULTIPLE * MULTIPLE if side is None else integer(name, side))
         if side > MAX_SIDE:
             raise ValueError(
                 f"{name}: expected up to {MAX_SIDE} pixels, found {side}; 1024 is what the model was made for"

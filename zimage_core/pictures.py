@@ -21,6 +21,7 @@ from torch import Tensor
 from .failures import integer
 from .formats.safetensors import check_file
 from .models.transformer import PIXELS_PER_CELL
+from .sizes import MAX_SIDE, MULTIPLE
 
 FILE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
@@ -28,7 +29,6 @@ BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, Type
 ORIENTATION = 0x0112  # in EXIF data
 MODES = ("L", "LA", "RGB", "RGBA")
 FEATHER = 8  # pixels, by default
-MULTIPLE, MAX_SIDE = 16, 2**14  # of a side that is generated
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def control_picture(image: Image.Image, width: int, height: int) -> Image.Image:
-    """A control picture in RGB at a size: stretched to it, as the trainer's code does; a log line tells of it."""
+    """A control picture in RGB at a size: stretched to it, as the trainer's code does, which is logged."""
     if image.size != (width, height):
         logger.info("control picture: resized from %d x %d to %d x %d", *image.size, width, height)
     return to_rgb(image).resize((width, height), Image.Resampling.LANCZOS)

@@ -27,7 +27,6 @@ from .device import choose_device, choose_dtype
 from .failures import check_finite, number
 from .files import find_files
 from .job import (
-    PIXELS_MULTIPLE,
     Job,
     LoraChoice,
     OnStep,
@@ -58,7 +57,7 @@ from .pictures import FEATHER, checked_picture, checked_pictures, composite, fit
 from .recorder import OnStage, Recorder, StageRecord
 from .residents import Residents
 from .sampler import check_sampler
-from .sizes import DEMO_SIZE, REAL_SIZE
+from .sizes import DEMO_SIZE, MULTIPLE, REAL_SIZE
 from .sources import Sources
 from .tune import select_attention
 from .variety import Variety
@@ -281,7 +280,7 @@ class Pipeline:
         with self._lock:
             self._captions.wanted = len(texts)
             record = Recorder(self.device, on_stage)
-            self._encode(Job(texts, 1, PIXELS_MULTIPLE, PIXELS_MULTIPLE, self._loras, record))
+            self._encode(Job(texts, 1, MULTIPLE, MULTIPLE, self._loras, record))
 
     def upscale(
         self, pictures: Sequence[Image.Image], prompt: str | Sequence[str], factor: float = 2.0, **options: Any

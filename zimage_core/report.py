@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .device import dtype_name
 from .linear import backends
 from .sizes import GIB
 from .tune import cpu_clock, select
@@ -42,10 +43,6 @@ def _processor() -> str:
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
         return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def table(rows: Sequence[Mapping[str, object]], columns: Mapping[str, str]) -> str:

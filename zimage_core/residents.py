@@ -190,7 +190,7 @@ class Residents:
         self._encoder: ResidentEncoder | None = None
         self._transformer: ResidentTransformer | None = None
         self._vae: ResidentVAE | None = None
-        self._too_much: dict[str, int] = {}  # model -> pixels from which memory ran out with blocks of it resident
+        self._too_much: dict[str, int] = {}  # model -> pixels from which it was out of memory with resident blocks
 
     @property
     def transformer(self) -> ResidentTransformer | None:
@@ -252,7 +252,7 @@ class Residents:
     def encode(self, job: Job, where: str) -> None:
         """Caption features of the job's tokens; the encoder leaves the device. where names the tokenizer in errors."""
         self._sources.check_unchanged(self._sources.files.text_encoder)  # on a CPU it stays mapped
-        stage = self._make_room(job, "text encoder")
+        stage = self._clear_for(job, "text encoder")
         if self._encoder is None:
             with job.record("load text encoder"):
                 self._encoder = ResidentEncoder(self._sources, stage)
@@ -265,7 +265,7 @@ class Residents:
 
     def bring_transformer(self, job: Job) -> ResidentTransformer:
         """The transformer with the job's LoRAs and ControlNets, as far on the device as the plan says."""
-        stage = self._make_room(job, "transformer")
+        stage = self._clear_for(job, "transformer")
         self._sources.check_unchanged(*job.controlnets)
         if self._transformer is None:
             self._sources.check_unchanged(self._sources.files.model)
@@ -282,7 +282,7 @@ class Residents:
 
     def bring_vae(self, job: Job) -> VAE:
         """The VAE, on the device."""
-        self._make_room(job, "VAE")
+        self._clear_for(job, "VAE")
         if self._vae is None:
             self._sources.check_unchanged(self._sources.files.vae)
             with job.record("load VAE"):
@@ -290,7 +290,7 @@ class Residents:
         self._vae.place()
         return self._vae.model
 
-    def _make_room(self, job: Job, name: str) -> planning.Stage:
+    def _clear_for(self, job: Job, name: str) -> planning.Stage:
         """Send to the host what may not be on the device during a stage; returns its plan."""
         if job.plan.usable is not None:
             self._leave(name)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from dense_files import digest
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from zimage_core.formats.identify import model_info
+from zimage_core.formats.safetensors import read_header
 from zimage_core.quantize import run as quantize
+from zimage_core.quantize.controlnet import quantize_controlnet
 from zimage_core.quantize.run import quantize_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* tokens to calibrate linears of:UserWarning")
@@ -113,3 +120,88 @@ def test_a_failure_in_the_last_second_costs_nothing(outliers, captions, calibrat
     assert reports[-1][0] == reports[-1][1]
     assert sorted(os.listdir(tmp_path)) == [".q.zimage-lock", "q"]
     assert digest(tmp_path / "q") == digest(calibrated)
+
+
+def test_weights_that_changed_in_one_value_are_another_source(outliers, captions, tmp_path):
+    """Interrupted, one number changed, the same call: the file is that of the changed weights, not a mixture."""
+    source = tmp_path / "source.safetensors"
+    shutil.copy(outliers, source)
+
+    def stop(done, total, what):
+        if what.startswith("block 2"):
+            raise KeyboardInterrupt
+
+    options = {"rank": 16, "cap_feats": captions, "size": 96}
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, tmp_path / "q", **options, progress=stop)
+    tensors = load_file(source)
+    key = next(key for key in tensors if key.endswith("layers.0.attention.to_q.weight"))
+    tensors[key][1, 3] += 0.5
+    save_file(tensors, source, read_header(source).metadata)
+    with pytest.warns(UserWarning, match="are of a run with other settings"):
+        quantize_checkpoint(source, tmp_path / "q", **options)
+    quantize_checkpoint(source, tmp_path / "fresh", **options)
+    assert digest(tmp_path / "q") == digest(tmp_path / "fresh")
+
+
+def test_an_interrupted_calibration_of_a_controlnet_is_resumed(dense_nets, tiny_files, tmp_path):
+    """The file of an undisturbed run; another base is another run."""
+    gen, width = torch.Generator().manual_seed(0), model_info(tiny_files["model"]).config.cap_feat_dim
+    feats = [torch.randn(20, width, generator=gen) for _ in range(2)]
+    contexts = [torch.randn(33, 8, 8, generator=gen) for _ in feats]
+    options = {"rank": 16, "cap_feats": feats, "contexts": contexts, "size": 64}
+    other = tmp_path / "other.safetensors"
+    tensors = load_file(tiny_files["model"])
+    tensors["cap_pad_token"] += 1
+    with safe_open(tiny_files["model"], "pt") as file:
+        save_file(tensors, other, file.metadata())
+    seen = []
+
+    def run(name, base, stop=False):
+        def progress(done, total, what):
+            seen.append(what)
+            assert done <= total
+            if stop and what == "layers.0.attention.to_qkv":
+                raise KeyboardInterrupt
+
+        quantize_controlnet(dense_nets["2.1 lite"], tmp_path / name, base=base, **options, progress=progress)
+        return (tmp_path / name).read_bytes()
+
+    whole = run("whole", tiny_files["model"])
+    for again in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run("net", tiny_files["model"], stop=True)
+        seen.clear()
+        if again:
+            with pytest.warns(UserWarning, match="are of a run with other settings"):
+                assert run("net", other) != whole
+        else:
+            assert run("net", tiny_files["model"]) == whole
+            resumed = [what for what in seen if what.startswith("resumed")]
+            assert resumed and all(what.startswith("resumed noise_refiner.0.") for what in resumed)
+            assert "a step" not in seen
+
+
+def test_what_an_interrupted_calibration_of_a_controlnet_left_is_checked(dense_nets, tiny_files, tmp_path):
+    """A byte that flipped in a finished part: it is made afresh, the file is that of an undisturbed run."""
+    gen, width = torch.Generator().manual_seed(0), model_info(tiny_files["model"]).config.cap_feat_dim
+    feats = [torch.randn(20, width, generator=gen) for _ in range(2)]
+    contexts = [torch.randn(33, 8, 8, generator=gen) for _ in feats]
+    options = {"rank": 16, "cap_feats": feats, "contexts": contexts, "size": 64, "base": tiny_files["model"]}
+
+    def stop(done, total, what):
+        if what == "layers.0.attention.to_qkv":
+            raise KeyboardInterrupt
+
+    quantize_controlnet(dense_nets["2.1 lite"], tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_controlnet(dense_nets["2.1 lite"], tmp_path / "net", **options, progress=stop)
+    left = tmp_path / ".net.zimage-part"
+    name = "control_noise_refiner.0.attention.to_qkv.qweight"
+    raw = bytearray(left.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    raw[8 + length + json.loads(raw[8 : 8 + length])[name]["data_offsets"][0]] ^= 1
+    left.write_bytes(raw)
+    with pytest.warns(UserWarning, match="are damaged"):
+        quantize_controlnet(dense_nets["2.1 lite"], tmp_path / "net", **options)
+    assert (tmp_path / "net").read_bytes() == (tmp_path / "whole").read_bytes()

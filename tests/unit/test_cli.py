@@ -71,9 +71,10 @@ def full_size_file(tmp_path_factory) -> Path:
         (["--preset=turbo", "--guidance=1"], 8, 1.0),
     ],
 )
-def test_presets_fill_in_what_is_not_given(asked, steps, guidance, tmp_path, capsys):
-    """In `generate` and in `batch` alike, the model being the demo at its smallest."""
-    small = ["--width=16", "--height=16", *asked, "--device=cpu"]
+def test_presets_fill_in_what_is_not_given(asked, steps, guidance, tiny_files, tmp_path, capsys):
+    """In `generate` and in `batch` alike."""
+    files = [f"--{name.replace('_', '-')}={path}" for name, path in tiny_files.items()]
+    small = [*files, "--width=16", "--height=16", *asked, "--device=cpu"]
     assert cli.main(["generate", "a", f"--out={tmp_path / 'a.png'}", "--json", *small]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (report["steps"], report["guidance"]) == (steps, guidance)
@@ -81,6 +82,12 @@ def test_presets_fill_in_what_is_not_given(asked, steps, guidance, tmp_path, cap
     assert cli.main(["batch", str(tmp_path / "rows.txt"), f"--out={tmp_path / 'out'}", *small]) == 0
     line = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
     assert (line["steps"], line["guidance"]) == (steps, guidance)
+
+
+def named_model(path: Path, model: Path, metadata: dict[str, str]) -> None:
+    """A transformer under another name, with more metadata."""
+    with safe_open(model, "pt") as file:
+        save_file(load_file(model), path, file.metadata() | metadata)
 
 
 @pytest.mark.parametrize(
@@ -96,17 +103,22 @@ def test_presets_fill_in_what_is_not_given(asked, steps, guidance, tmp_path, cap
         ("my-fine-tune", {"variant": "something"}, None),
     ],
 )
-def test_a_file_of_z_image_itself_gets_advice(name, metadata, variant, tiny_files, tmp_path, capsys):
+def test_a_file_of_z_image_itself_is_recognized(name, metadata, variant, tiny_files, tmp_path, capsys):
     path = tmp_path / f"{name}.safetensors"
-    tensors = load_file(tiny_files["model"])
-    with safe_open(tiny_files["model"], "pt") as file:
-        save_file(tensors, path, file.metadata() | (metadata or {}))
+    named_model(path, tiny_files["model"], metadata or {})
     assert likely_variant(path) == variant
     assert cli.main(["inspect", str(path)]) == 0
     assert ("Z-Image base" in capsys.readouterr().out) is (variant == "base")
+
+
+@pytest.mark.parametrize("name", ["z_image_bf16", "z_image_turbo_bf16"])
+def test_a_file_of_z_image_itself_gets_advice(name, tiny_files, tmp_path, capsys):
+    """Unless a preset or the steps are given."""
+    path = tmp_path / f"{name}.safetensors"
+    named_model(path, tiny_files["model"], {})
     parts = [f"--{part.replace('_', '-')}={tiny_files[part]}" for part in tiny_files if part != "model"]
     given = ["generate", "a", f"--model={path}", *parts, "--width=32", "--height=32", "--device=cpu"]
-    for more, told in (([], variant == "base"), (["--preset=turbo", "--steps=1"], False), (["--steps=1"], False)):
+    for more, told in (([], "turbo" not in name), (["--preset=turbo", "--steps=1"], False), (["--steps=1"], False)):
         assert cli.main([*given, *more, f"--out={tmp_path / 'a.png'}"]) == 0
         assert ("--preset base is made for it" in capsys.readouterr().err) is told
 

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -401,28 +400,6 @@ def test_files_and_folders_are_on_the_disk_before_and_after_the_rename(tmp_path,
         out.write("b.x", VALUES["b.x"])
         out.write("c.x", VALUES["b.x"])
     assert log[-4:] == [".q.zimage-part", tmp_path.name, "rename", tmp_path.name]
-
-
-def test_weights_that_changed_in_one_value_are_another_source(outliers, captions, tmp_path):
-    """Interrupted, one number changed, the same call: the file is that of the changed weights, not a mixture."""
-    source = tmp_path / "source.safetensors"
-    shutil.copy(outliers, source)
-
-    def stop(done, total, what):
-        if what.startswith("block 2"):
-            raise KeyboardInterrupt
-
-    options = {"rank": 16, "cap_feats": captions, "size": 96}
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, tmp_path / "q", **options, progress=stop)
-    tensors = load_file(source)
-    key = next(key for key in tensors if key.endswith("layers.0.attention.to_q.weight"))
-    tensors[key][1, 3] += 0.5
-    save_file(tensors, source, read_header(source).metadata)
-    with pytest.warns(UserWarning, match="are of a run with other settings"):
-        quantize_checkpoint(source, tmp_path / "q", **options)
-    quantize_checkpoint(source, tmp_path / "fresh", **options)
-    assert digest(tmp_path / "q") == digest(tmp_path / "fresh")
 
 
 def test_notes_are_reserved_with_the_file_and_not_part_of_it(tmp_path):

@@ -126,17 +126,21 @@ def test_fp4_weights_have_a_trial_of_their_own():
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_way_is_refused_in_a_sentence_and_nothing_else_suffers(fault, kitchen):
     kitchen(fault)
-    ways = [("kitchen", "w4a8"), ("reference", "w4a16")]
+    ways, limit = [("kitchen", "w4a8"), ("reference", "w4a16")], 60.0
+    if fault == "hangs":  # several times what a child takes that does not hang, on a machine as busy as this one
+        begun = time.perf_counter()
+        trial.in_child([TORCH], CPU, BF16)
+        limit = 2.0 + 3 * (time.perf_counter() - begun)
     begun = time.perf_counter()
-    found = trial.in_child(ways, CPU, BF16, time_limit=20 if fault == "hangs" else 60)
-    assert time.perf_counter() - begun < 60
+    found = trial.in_child(ways, CPU, BF16, time_limit=limit)
+    assert time.perf_counter() - begun < 120
     assert found["reference", "w4a16"].refused is None and found["reference", "w4a16"].error < 0.01
     expected = {
         None: None,
         "wrong": "wrong here: expected an error of up to 0.060 on a small input, found 0.",
         "raises": "failed here: its process ended with code 1: RuntimeError: no kernel image is available",
         "aborts": "failed here: its process ended with code",
-        "hangs": "failed here: did not answer within 20 s",
+        "hangs": f"failed here: did not answer within {limit:.0f} s",
     }[fault]
     refused = found["kitchen", "w4a8"].refused
     assert refused is None if expected is None else expected in refused

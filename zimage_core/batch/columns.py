@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .. import notation
+from ..sizes import MAX_SIDE, MULTIPLE, check_multiple
 
-MULTIPLE = 16
 MAX_STEPS = 100
 ID = re.compile(r"[\w][\w.\- ()+,@=]*(/[\w][\w.\- ()+,@=]*)*")
 MAX_ID = 200
@@ -184,11 +184,4 @@ def text(name: str, value: object) -> str:
 
 def side(name: str, value: object) -> int:
     """An edge in pixels."""
-    found = whole(name, value, 1, 2**14)
-    if found % MULTIPLE:
-        below = max(found // MULTIPLE, 1) * MULTIPLE
-        raise ValueError(
-            f"{name}: expected a multiple of {MULTIPLE} pixels, found {found}; the nearest are {below} and "
-            f"{below + MULTIPLE}"
-        )
-    return found
+    return check_multiple(name, whole(name, value, 1, MAX_SIDE))

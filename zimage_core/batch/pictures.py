@@ -9,13 +9,14 @@ import torch
 
 from .. import __version__, tune
 from ..control import Control
+from ..device import dtype_name
 from ..formats.encoder import check_text_encoder
 from ..formats.identify import model_info
 from ..formats.vae import read_vae_config
 from ..linear import backends
 from ..lora.read import Lora, load_lora
 from ..memory.plan import reserve
-from ..pictures import canny, pad
+from ..pictures import canny, pad, read_image
 from ..pipeline import load_pipeline
 from .columns import STEERING
 from .rows import Row, fingerprint
@@ -45,8 +46,8 @@ class PictureGenerator:
         self._loras: dict[str, Lora] = {}
 
     def _arithmetic(self) -> dict[str, object]:
-        dtype = str(self.pipeline.dtype).removeprefix("torch.")
-        found: dict[str, object] = {"backend": self.backend, "precision": self.precision, "dtype": dtype}
+        found: dict[str, object] = {"backend": self.backend, "precision": self.precision}
+        found["dtype"] = dtype_name(self.pipeline.dtype)
         if (attention := self.pipeline.sources.attention) != "sdpa":
             found["attention"] = attention
         return found
@@ -177,10 +178,3 @@ def controls(settings: Mapping[str, Any]) -> list[Control]:
             image = canny(image)
         found.append(Control(image, path, strength, start, end))
     return found
-
-
-def read_image(path: str) -> Image:
-    """`pictures.read_image`, imported when needed."""
-    from ..pictures import read_image
-
-    return read_image(path)

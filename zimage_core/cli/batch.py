@@ -9,8 +9,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.config import PRESETS
-from .options import SIDE, Commands, Parser, add_budget, add_models, add_runtime
+from .options import (
+    Commands,
+    Parser,
+    add_budget,
+    add_models,
+    add_precision,
+    add_preset,
+    add_runtime,
+    add_size,
+    pipeline_options,
+    take_preset,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,14 +47,8 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("file", help=".jsonl, .csv or .txt (a prompt a line), or - for standard input")
     p.add_argument("--out", required=True, help="folder, or a URL such as s3://bucket/folder")
     p.add_argument("--negative-prompt", help="what to avoid; needs guidance above 0")
-    p.add_argument("--width", type=int, help=SIDE)
-    p.add_argument("--height", type=int, help=SIDE)
-    p.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        help="what steps and guidance are unless given: turbo (default) 8 and 0, base (Z-Image) 30 and 4",
-    )
-    p.add_argument("--steps", type=int, help="1 to 100 (default as --preset)")
+    add_size(p)
+    add_preset(p)
     p.add_argument("--seed", type=int, help="0 to 2^64 - 1, of every row without one (default: from the row's id)")
     p.add_argument("--guidance", type=float, help="0 to 100, ComfyUI's cfg less 1 (default as --preset)")
     p.add_argument("--strength", type=float, help="how far to go from a row's image, above 0 to 1 (default 0.6)")
@@ -62,9 +66,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--output", metavar="NODE", help="whose picture counts (default: the only one that shows any)")
     add_budget(p)
     add_runtime(p)
-    p.add_argument(
-        "--precision", default="auto", help="auto, w4a16, w4a8, w4a4, or w8a8 of FP8 and INT8 files (default auto)"
-    )
+    add_precision(p)
     p.add_argument("--json", action="store_true", help="end with a line of counts")
     return p
 
@@ -108,9 +110,8 @@ def start(args: argparse.Namespace, progress: Progress) -> Run | ClusterRun:
         raise ValueError("--gpus, --ray and --comfyui are three ways to do the work; choose one")
     if args.comfyui:
         return start_comfyui(args, progress)
+    take_preset(args)
     defaults: dict[str, Any] = {name: getattr(args, name) for name in DEFAULTS}
-    for name, value in zip(("steps", "guidance"), PRESETS[args.preset or "turbo"]):
-        defaults[name] = value if defaults[name] is None else defaults[name]
     if args.lora:
         defaults["lora"] = [str(Path(name).absolute()) for name in args.lora]
     return run(
@@ -121,16 +122,7 @@ def start(args: argparse.Namespace, progress: Progress) -> Run | ClusterRun:
         devices=gpus(args.gpus) if args.gpus else None,
         ray=args.ray,
         workers=args.workers,
-        model=args.model,
-        text_encoder=args.text_encoder,
-        vae=args.vae,
-        tokenizer=args.tokenizer,
-        device=args.device,
-        dtype=args.dtype,
-        backend=args.backend,
-        precision=args.precision,
-        attention=args.attention,
-        vram_budget=args.vram_budget,
+        **pipeline_options(args),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import metadata, whole
-from .options import SIDE, Commands, Parser, add_runtime
+from .options import Commands, Parser, add_runtime, add_size, pipeline_options
 from .output import Progress, check_outputs
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def add_parser(commands: Commands) -> Parser:
     p.add_argument("--models", nargs="+", required=True, help="transformer files or folders, the reference first")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="a row each, 0 to 2^64 - 1 (default 0 1)")
     p.add_argument("--out", type=Path, default=Path("zimage-compare.png"), help="PNG (default zimage-compare.png)")
-    p.add_argument("--width", type=int, help=SIDE)
-    p.add_argument("--height", type=int, help=SIDE)
+    add_size(p)
     p.add_argument("--steps", type=int, default=8, help="1 to 100 (default 8)")
     p.add_argument("--text-encoder", help="Qwen3-4B folder or file, for all models")
     p.add_argument("--tokenizer", help="its tokenizer.json or folder (default: beside it)")
@@ -85,18 +84,7 @@ def pipelines(args: argparse.Namespace) -> dict[str, Callable[[], Pipeline]]:
         raise ValueError(f"--precision: expected 1 or {len(args.models)}, one for each model, found {len(precisions)}")
     models: dict[str, Callable[[], Pipeline]] = {}
     for model, precision in zip(args.models, precisions, strict=True):
-        load = partial(
-            load_pipeline,
-            model,
-            args.text_encoder,
-            args.vae,
-            tokenizer=args.tokenizer,
-            device=args.device,
-            dtype=args.dtype,
-            backend=args.backend,
-            precision=precision,
-            attention=args.attention,
-        )
+        load = partial(load_pipeline, **{**pipeline_options(args), "model": model, "precision": precision})
         pipeline = load()  # reads headers only
         info = model_info(pipeline.files.model)
         quantized = bool(info.rank)

@@ -52,7 +52,7 @@ def diagnose() -> dict[str, object]:
         return facts
     import torch
 
-    from ..device import choose_device, choose_dtype
+    from ..device import choose_device, choose_dtype, dtype_name
     from ..linear.backends import report
 
     device = choose_device(None)
@@ -61,7 +61,7 @@ def diagnose() -> dict[str, object]:
     facts["cuda"] = torch.version.cuda
     facts["gpus"] = [gpu_state(i) for i in range(torch.cuda.device_count())]
     facts["device"] = str(device)
-    facts["dtype"] = str(dtype).removeprefix("torch.")
+    facts["dtype"] = dtype_name(dtype)
     facts["backends"] = {
         name: reason or f"available ({', '.join(precisions)})" for name, reason, precisions in report(device, dtype)
     }
@@ -78,11 +78,11 @@ def diagnose() -> dict[str, object]:
 
 def what_runs(quantized: bool, fp4: bool = False) -> str:
     """The device, backend and precision that `auto` would choose on this machine."""
-    from ..device import choose_device, choose_dtype
+    from ..device import choose_device, choose_dtype, dtype_name
 
     device = choose_device(None)
     dtype = choose_dtype(None, device)
-    where = f"on {device} in {str(dtype).removeprefix('torch.')}"
+    where = f"on {device} in {dtype_name(dtype)}"
     if not quantized:
         return where
     from ..tune import select

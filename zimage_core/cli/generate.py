@@ -13,9 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import metadata, notation, whole
-from ..models.config import PRESETS
 from ..sizes import DEMO_SIZE, REAL_SIZE, of_aspect
-from .options import SIDE, Commands, Parser, add_budget, add_models, add_runtime, option
+from .options import (
+    Commands,
+    Parser,
+    add_budget,
+    add_models,
+    add_precision,
+    add_preset,
+    add_runtime,
+    add_size,
+    option,
+    pipeline_options,
+    take_preset,
+)
 from .output import Progress, check_outputs, free_name, gib, output_path
 from .restore import Restore, options
 
@@ -50,8 +61,7 @@ def add_parser(commands: Commands) -> Parser:
         "name are filled in, without them several get -1, -2, ... (default zimage-SEED.png, numbered)",
     )
     p.add_argument("--sheet", type=Path, metavar="FILE", help="all pictures side by side in one more file")
-    p.add_argument("--width", type=int, help=SIDE)
-    p.add_argument("--height", type=int, help=SIDE)
+    add_size(p)
     p.add_argument(
         "--aspect",
         type=option(notation.aspect),
@@ -59,12 +69,7 @@ def add_parser(commands: Commands) -> Parser:
         help="16:9, 3:2, 1:1, 2:3 ... of the default area, instead of --width and --height",
     )
     p.add_argument("--upscale", type=float, metavar="FACTOR", help=UPSCALE)
-    p.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        help="what steps and guidance are unless given: turbo (default) 8 and 0, base (Z-Image) 30 and 4",
-    )
-    p.add_argument("--steps", type=int, help="1 to 100 (default as --preset)")
+    add_preset(p)
     p.add_argument("--seed", type=int, help="0 to 2^64 - 1; picture i of a batch uses SEED + i (default random)")
     p.add_argument("--batch", type=int, default=1, help="pictures of each prompt, 1 to 10000 (default 1)")
     add_models(p)
@@ -114,9 +119,7 @@ def add_parser(commands: Commands) -> Parser:
     add_budget(p)
     p.add_argument("--json", action="store_true", help="end with a line of the plan, timings and peak memory per stage")
     add_runtime(p)
-    p.add_argument(
-        "--precision", default="auto", help="auto, w4a16, w4a8, w4a4, or w8a8 of FP8 and INT8 files (default auto)"
-    )
+    add_precision(p)
     p.set_defaults(restored=[], refuse=p.error)
     return p
 
@@ -155,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args.out, count)
     if args.sheet:
         check_outputs(args.sheet, 1)
+    advise_preset(args)
     take_preset(args)
     take_aspect(args)
     image, mask = edited(args)
@@ -163,19 +167,7 @@ def run(args: argparse.Namespace) -> int:
         args.strength = 1.0 if image is None or mask else 0.6
     from ..pipeline import load_pipeline
 
-    pipeline = load_pipeline(
-        args.model,
-        args.text_encoder,
-        args.vae,
-        tokenizer=args.tokenizer,
-        device=args.device,
-        dtype=args.dtype,
-        backend=args.backend,
-        precision=args.precision,
-        attention=args.attention,
-        vram_budget=args.vram_budget,
-        once=args.upscale is None,
-    )
+    pipeline = load_pipeline(**pipeline_options(args), once=args.upscale is None)
     pipeline.hold_budget()
     pipeline.set_loras(args.lora)
     pictures = generate(pipeline, args, image, mask, controls)
@@ -200,16 +192,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def take_preset(args: argparse.Namespace) -> None:
-    """Fill in the steps and guidance that were not given; says where a model seems to want another preset."""
-    steps, guidance = PRESETS[args.preset or "turbo"]
+def advise_preset(args: argparse.Namespace) -> None:
+    """Say where a model seems to want another preset than the default."""
     if args.preset is None and args.model is not None and args.steps is None and args.guidance is None:
         from ..formats.identify import likely_variant
 
         if likely_variant(args.model) == "base":
             print(f"zimage: {args.model} seems to be Z-Image, not Turbo: --preset base is made for it", file=sys.stderr)
-    args.steps = steps if args.steps is None else args.steps
-    args.guidance = guidance if args.guidance is None else args.guidance
 
 
 def take_aspect(args: argparse.Namespace) -> None:
@@ -223,13 +212,13 @@ def take_aspect(args: argparse.Namespace) -> None:
 
 def edited(args: argparse.Namespace) -> tuple[Image.Image | None, Image.Image | None]:
     """The picture to start from, with its borders, and the mask of what is repainted."""
+    from ..pictures import pad, read_image
+
     image = read_image(args.image) if args.image else None
     mask = read_image(args.mask) if args.mask else None
     if args.pad:
         if image is None or mask:
             raise ValueError(f"--pad: expected --image and no --mask, found {'no' if image is None else 'a'} picture")
-        from ..pictures import pad
-
         image, mask = pad(image, *args.pad)
     return image, mask
 
@@ -239,7 +228,7 @@ def read_controls(args: argparse.Namespace) -> list[Control]:
     if args.control_image and not args.control:
         raise ValueError("--control-image: expected a ControlNet with it, found none; name it with --control")
     from ..control import Control
-    from ..pictures import canny
+    from ..pictures import canny, read_image
 
     pictures: list[Image.Image | None] = [read_image(path) for path in args.control_image]
     if args.canny:
@@ -291,6 +280,8 @@ def generate(
 
 def settings(pipeline: Pipeline, args: argparse.Namespace, pictures: Pictures) -> dict[str, object]:
     """What the pictures were made with, as the PNG files and --json have it."""
+    from ..device import dtype_name
+
     backend = pictures.backend
     found: dict[str, object] = {
         "width": pictures[0].width,
@@ -301,7 +292,7 @@ def settings(pipeline: Pipeline, args: argparse.Namespace, pictures: Pictures) -
         "schedule": args.schedule,
         "model": "bundled demo" if args.model is None else Path(args.model).name,
         "device": str(pipeline.device),
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pipeline.dtype),
         "backend": backend.name if backend else "dense",
         "precision": backend.precision if backend else None,
         "attention": pipeline.sources.attention,
@@ -369,10 +360,3 @@ def read_prompt(text: str) -> str:
     if not text:
         raise ValueError("-: expected a prompt on standard input, found nothing")
     return text
-
-
-def read_image(path: Path) -> Image.Image:
-    """`pictures.read_image`, imported when needed."""
-    from ..pictures import read_image
-
-    return read_image(path)

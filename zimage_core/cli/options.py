@@ -6,14 +6,19 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
+from ..models.config import PRESETS
 from .output import printable
 
 EXIT_INPUT = 2
 DASHED = re.compile(r"-[\d.]")  # begins a value, not an option
 T = TypeVar("T")
-SIDE = "pixels, 16 to 16384, a multiple of 16 (default 1024; 256 with the bundled demo)"
+PIPELINE = (
+    *("model", "text_encoder", "vae", "tokenizer"),
+    *("device", "dtype", "backend", "precision", "attention", "vram_budget"),
+)
+"""Arguments of `load_pipeline` that are options."""
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """What a command's parser is added to."""
 
@@ -35,6 +40,31 @@ def add_models(parser: Parser) -> None:
     parser.add_argument("--text-encoder", help="Qwen3-4B folder or safetensors file")
     parser.add_argument("--tokenizer", help="tokenizer.json or its folder (default: beside the text encoder)")
     parser.add_argument("--vae", help="VAE file or folder")
+
+
+def add_size(parser: Parser) -> None:
+    """--width and --height."""
+    for side in ("--width", "--height"):
+        parser.add_argument(
+            side, type=int, help="pixels, 16 to 16384, a multiple of 16 (default 1024; 256 with the bundled demo)"
+        )
+
+
+def add_preset(parser: Parser) -> None:
+    """--preset and --steps; `take_preset` fills in what is not given."""
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="what steps and guidance are unless given: turbo (default) 8 and 0, base (Z-Image) 30 and 4",
+    )
+    parser.add_argument("--steps", type=int, help="1 to 100 (default as --preset)")
+
+
+def take_preset(args: argparse.Namespace) -> None:
+    """Fill in the steps and guidance that were not given."""
+    steps, guidance = PRESETS[args.preset or "turbo"]
+    args.steps = steps if args.steps is None else args.steps
+    args.guidance = guidance if args.guidance is None else args.guidance
 
 
 def add_budget(parser: Parser) -> None:
@@ -76,3 +106,15 @@ def add_runtime(parser: Parser) -> None:
     parser.add_argument(
         "--backend", default="auto", help="auto (default), reference, or one that `zimage doctor` lists"
     )
+
+
+def add_precision(parser: Parser) -> None:
+    """--precision of the commands that run one model."""
+    parser.add_argument(
+        "--precision", default="auto", help="auto, w4a16, w4a8, w4a4, or w8a8 of FP8 and INT8 files (default auto)"
+    )
+
+
+def pipeline_options(args: argparse.Namespace) -> dict[str, Any]:
+    """A command's options that are arguments of `load_pipeline`."""
+    return {name: value for name, value in vars(args).items() if name in PIPELINE}

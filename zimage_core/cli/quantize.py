@@ -102,7 +102,7 @@ def control_pictures(args: argparse.Namespace, count: int, size: int, device: to
     """A control context (C, size / 8, size / 8) for each of `count` prompts, from --control-image in turn."""
     from ..control import Control, control_contexts
     from ..formats.vae import load_vae
-    from .generate import read_image
+    from ..pictures import read_image
 
     vae = load_vae(args.vae, device=device)
 

@@ -1,4 +1,4 @@
-"""What pictures will take of the device's memory, told before work starts, and what is streamed to keep a budget.
+"""What pictures will take of the device's memory, planned before work starts, and what is streamed to keep a budget.
 
 Text encoder, transformer and VAE are on the device one after the other, so a budget must hold the largest of three
 stages: weights that stay, two slots for streamed blocks, and everything that grows with the picture, which `stages`
@@ -180,8 +180,8 @@ def reserve(budget: int) -> int:
 def fragmentation(activations: int) -> int:
     """What torch's allocator may hold in freed memory that the next activations do not fit into.
 
-    Blocks are streamed rather than let that break the budget, but nothing is refused for it. Measured for the
-    transformer on an H200: 0.31 GiB for 0.37 of activations at 1024 x 1024, 0.13 for 0.16 at 512 x 512.
+    Blocks are streamed rather than let that break the budget, but nothing is refused for it. The share is measured
+    (benchmarks/README.md, "Memory budgets").
     """
     return activations * 7 // 8
 
