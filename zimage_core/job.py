@@ -180,8 +180,8 @@ def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int, int
     """
     if not 1 <= number("upscale", factor) <= MAX_UPSCALE:
         raise ValueError(f"upscale: expected 1 to {MAX_UPSCALE}, found {factor}")
-    sides = [max(round(side * factor / MULTIPLE), 1) * MULTIPLE for side in (height, width)]
-    height, width = picture_size(*sides, own=(width, height))
+    tall, wide = (max(round(side * factor / MULTIPLE), 1) * MULTIPLE for side in (height, width))
+    height, width = picture_size(tall, wide, (width, height))
     return height, width, TILE if max(height, width) > LARGEST_WHOLE else None
 
 
@@ -190,14 +190,14 @@ def enlarged(job: Job, factor: float, sigmas: Tensor) -> Job:
     height, width, tile = enlarged_size(job.width, job.height, factor)
     count = check_count(len(job.positive), job.each, height, width)
     noise, seeds = sampler.starting_noise(job.seeds, count, height, width)
-    size = {"height": height, "width": width, "tile": tile}
-    return replace(job, **size, noise=noise, seeds=seeds, sigmas=sigmas, edit=None, images=())
+    job = replace(job, height=height, width=width, tile=tile)
+    return replace(job, noise=noise, seeds=seeds, sigmas=sigmas, edit=None, images=())
 
 
 def load_loras(loras: LoraChoice) -> Loras:
     """LoRAs and their strengths, read where files are given. ValueError for anything but pairs of the two."""
     try:
-        pairs = list(loras)
+        pairs: list[Any] = list(loras)
     except TypeError:
         pairs = [loras]
     found = []

@@ -215,6 +215,7 @@ class Pipeline:
         height, width = picture_size(height, width, own)
         count = check_count(len(positive), num_images_per_prompt, height, width, images)
         noise, seeds = choose_noise(generator, latents, count, height, width)
+        callback = check_call("callback_on_step_end", callback_on_step_end)
         edit = None if mask is None else make_edit(images, mask, width, height, feather)
         shift = self.files.shift if shift is None else shift
         job = Job(
@@ -242,8 +243,7 @@ class Pipeline:
             edit=edit,
             output=check_output(output_type),
             on_step=check_call("on_step", on_step),
-            on_step_end=check_call("callback_on_step_end", callback_on_step_end)
-            and functools.partial(self._step_end, callback_on_step_end),
+            on_step_end=callback and functools.partial(self._step_end, callback),
         )
         larger = None
         if upscale is not None:

@@ -71,7 +71,7 @@ def stock_places(model: nn.Module) -> dict[str, Place]:
     return found
 
 
-def leaves(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+def leaves(module: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     """A module's own tensors and their shapes; of a linear its dense weight's, in whatever form it has it."""
     if not hasattr(module, "in_features"):
         yield from ((leaf, tuple(p.shape)) for leaf, p in module.named_parameters(recurse=False))
@@ -169,7 +169,8 @@ class DenseWeights:
                 self.kept[tensor] = own
             else:
                 self.kept.pop(tensor)
-            is_parameter = isinstance(made, nn.Parameter)
-            module._parameters[leaf] = made if is_parameter else nn.Parameter(made, requires_grad=False)
+            module._parameters[leaf] = (
+                made if isinstance(made, nn.Parameter) else nn.Parameter(made, requires_grad=False)
+            )
         self.merged = wanted
         self.core.adapter_version += bool(changed)
