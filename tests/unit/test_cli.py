@@ -454,7 +454,7 @@ def test_compare_writes_a_sheet_and_scores(tmp_path, capsys, monkeypatch):
     code = cli.main(["compare", "a red star", "--models", models[0], *parts, *size])
     assert "two models or more" in refused(capsys, code)
     monkeypatch.setattr(pipeline.Pipeline, "__call__", lambda *_, **__: pytest.fail("drew before it refused"))
-    for second, words in (("gone", "gone: no such file"), (files["vae"], "found a VAE")):
+    for second, words in (("gone", "gone: the model is not there"), (files["vae"], "found a VAE")):
         command = ["compare", "a red star", "--models", models[0], second, *parts, *size]
         assert words in refused(capsys, cli.main(command))
     command = ["compare", "a red star", "--models", *models, *parts, *size, "--precision", "auto", "w9"]
