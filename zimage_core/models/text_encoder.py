@@ -192,7 +192,7 @@ def encode_tokens(encoder: TextEncoder, prompts: Iterable[list[int]], where: str
     exceed the encoder's vocabulary.
     """
     features = []
-    multiple = PADDED if (options.get("device") or encoder.device).type == "cuda" else 1
+    multiple = PADDED if torch.device(options.get("device") or encoder.device).type == "cuda" else 1
     for ids in prompts:
         if max(ids) >= encoder.config.vocab_size:
             raise ValueError(
