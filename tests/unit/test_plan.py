@@ -218,6 +218,14 @@ def test_planned_weights_are_those_of_the_model(tiny_files):
         assert encoding_bytes(planned.text_encoder, 9) == encoding_bytes(encoder, 9)
 
 
+def test_captions_of_several_lengths_take_what_the_longest_do(tiny_files):
+    """So that one count serves all mixtures: it takes the time of a picture at full size."""
+    model = load_transformer(tiny_files["model"], dtype=BF16, backend="reference")
+    mixed = sampling_bytes(model, 64, 64, 3, [9, 40, 70])
+    assert mixed == sampling_bytes(model, 64, 64, 3, [70, 70, 9])
+    assert 0 <= sampling_bytes(model, 64, 64, 3, [70, 70, 70]) - mixed < 0.01 * mixed
+
+
 # ---- at full size ---------------------------------------------------------------------------------------------
 
 
