@@ -29,7 +29,7 @@ from ...zimage_core.models.controlnet import (
     control_context,
     inpainting_picture,
 )
-from ...zimage_core.models.transformer import Conditioning, ZImageTransformer, rope_angles
+from ...zimage_core.models.transformer import Conditioning, ZImageTransformer
 from ...zimage_core.sizes import readable
 from . import messages
 from .files import find
@@ -304,6 +304,5 @@ class StockPatch:
         """Rotary angles of [image, caption] tokens."""
         config, caption = self.applied.patcher.net.config.base, self.caption.shape[1]
         h, w = (cells // config.patch_size for cells in given["x"].shape[-2:])
-        positions = ZImageTransformer._positions([caption], caption, (h, w), given["img_input"].shape[1], None)
-        cos, sin = rope_angles(positions, config)
+        cos, sin = ZImageTransformer._angles((caption,), (h, w), given["img_input"].shape[1], None, config)
         return cos.to(given["img"].device), sin.to(given["img"].device)

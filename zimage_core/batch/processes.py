@@ -35,15 +35,16 @@ Event = tuple["Child", "dict[str, Any] | None"]
 
 
 class Child:
-    """A worker process and the rows that it has; begun: those that it was at last; threads: that torch uses."""
+    """A worker process and the rows that it has; begun: those that it was at last."""
 
-    def __init__(self, device: str | None, threads: int, spec: Mapping[str, Any], events: queue.SimpleQueue[Event]):
+    def __init__(self, device: str | None, spec: Mapping[str, Any], events: queue.SimpleQueue[Event]):
         self.device = device
         self.tasks: dict[str, Task] = {}
         self.begun: list[str] = []
         self.idle = False
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-        given = {} if device == "cpu" else {"OMP_NUM_THREADS": str(threads)}  # on a CPU pictures may depend on it
+        # Beside a GPU torch's threads have little to do, and wait for one another where PNG files take their cores.
+        given = {} if device == "cpu" else {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", MODULE],
             stdin=subprocess.PIPE,
@@ -188,8 +189,7 @@ class Processes:
         self._spawn(child.device)
 
     def _spawn(self, device: str | None) -> None:
-        threads = max(1, (os.cpu_count() or 1) // len(self.devices))
-        self.children.append(Child(device, threads, self.spec, self.events))
+        self.children.append(Child(device, self.spec, self.events))
 
     def close(self) -> None:
         """Let all processes end after their batches, and write the journal."""

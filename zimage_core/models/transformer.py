@@ -299,8 +299,8 @@ class ZImageTransformer(BlockModel):
         lengths = [round_up(len(feats), TOKENS_MULTIPLE) for feats in cap_feats]
         longest = max(lengths)
 
-        positions = self._positions(lengths, longest, grid, image_tokens, hooks.rope)
-        cos, sin = (y.to(self.device) for y in rope_angles(positions, self.config))
+        angles = self._angles(tuple(lengths), grid, image_tokens, hooks.rope, self.config)
+        cos, sin = (y.to(self.device) for y in angles)
         mask = None
         if min(lengths) < longest:
             valid = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]  # (Bc, Lc)
@@ -322,6 +322,23 @@ class ZImageTransformer(BlockModel):
     def guided(self, cond: Conditioning, negative: Conditioning, nag: Nag) -> Conditioning:
         """A conditioning whose attention is guided away from a negative one, prepared for the same size."""
         return guide(cond, negative, nag, functools.partial(rope_angles, config=self.config))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=8)
+    @torch.inference_mode(False)
+    def _angles(
+        lengths: tuple[int, ...],
+        grid: tuple[int, int],
+        image_tokens: int,
+        rope: tuple[float, float, float, float] | None,
+        config: ZImageConfig,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary angles of [image, caption] tokens on the host, kept for the next prompts.
+
+        torch's threads there wait for one another at every operation, for long where other work takes their cores.
+        """
+        positions = ZImageTransformer._positions(list(lengths), max(lengths), grid, image_tokens, rope)
+        return rope_angles(positions, config)
 
     @staticmethod
     def _positions(
