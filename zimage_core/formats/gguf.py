@@ -51,7 +51,7 @@ class GGUFFile(TensorFiles):
         self.path = check_file(path)
         before = stamp(self.path)
         self.fields: dict[str, object] = {}
-        self.prefix = ""
+        self.prefix, self.derived, self.checks = "", {}, []
         self.tensors = {}
         self._place: dict[str, tuple[int, int]] = {}
         try:
