@@ -2,6 +2,7 @@
 
     python benchmarks/encoder.py [--captions 100] [--layers 35]
     python benchmarks/encoder.py --full-size FOLDER    # seconds and host memory of Qwen3-4B in INT8, on the CPU
+    python benchmarks/encoder.py --times [--layers 2]  # a prompt's time by Qwen3-4B in small forms, on a GPU if any
 
 Three models: the bundled demo's encoder, which is trained but small (2 layers, 128 wide); random weights 256 wide and 2
 layers deep, the model of the tests; and random weights 512 wide and as deep as Qwen3-4B. The random ones have tails,
@@ -14,12 +15,15 @@ rows of the demo's 128. Which layers an "FP8 mixed" file leaves in bf16 is its m
 linear, which is about what the size of the real file (5.6 GB) leaves room for.
 
 --full-size writes a sparse file of the real names and shapes there, whose zeros take no room on the disk, loads it and
-encodes a prompt. A table for people, the last line is JSON.
+encodes a prompt. --times takes random weights of the real sizes, dequantized in slices by plain torch and by the
+kernels. A table for people, the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import struct
@@ -33,8 +37,10 @@ from torch import Tensor
 
 from zimage_core import bench, report
 from zimage_core.demo import demo_files
+from zimage_core.device import choose_device, choose_dtype
 from zimage_core.formats.encoder import load_text_encoder
-from zimage_core.formats.stored import dequantize
+from zimage_core.formats.stored import StoredLinear, dequantize
+from zimage_core.linear.adapters import Linear
 from zimage_core.models.text_encoder import TextEncoder, TextEncoderConfig, encode_prompts
 from zimage_core.models.tokenizer import load_tokenizer
 from zimage_core.quantize.encoder import int8_rows, nvfp4_rows
@@ -45,6 +51,8 @@ FP8_MAX, FP4_MAX = 448.0, 6.0
 SEARCHED_MAX = 4.0 * FP8_MAX  # as `quantize_encoder` chooses NVFP4's scale
 TARGET = 0.999  # for the 8-bit forms
 TOKENS = 24  # of the random models' captions
+TIMED_TOKENS = 64
+TIMED_FORMS = ("float8_e4m3fn", "int8", "Q8_0", "Q4_K", "Q6_K")
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -227,6 +235,40 @@ def measure_full_size(folder: Path, config: TextEncoderConfig) -> list[dict]:
     return rows
 
 
+@torch.no_grad()
+def measure_times(device: torch.device, dtype: torch.dtype, config: TextEncoderConfig) -> list[dict]:
+    """A row for each form and way to dequantize it: a prompt's time and, on a GPU, the peak beside the weights."""
+    from step import stored_parts
+
+    ids, rows = torch.zeros(1, TIMED_TOKENS, dtype=torch.long, device=device), []
+    ways = ("slices", "kernels") if device.type == "cuda" else ("slices",)
+    for form, way in (("float", "as they are"), *itertools.product(TIMED_FORMS, ways)):
+        linear = Linear if form == "float" else StoredLinear
+        encoder = TextEncoder(config, linear, device="meta")
+        for module in encoder.modules():
+            if isinstance(module, StoredLinear):
+                module.load(form, stored_parts(form, module.out_features, module.in_features, device))
+                module.kernels = way == "kernels"
+        encoder = bench.randomize(encoder, device, dtype)
+        row: dict[str, object] = {"form": form, "way": way}
+        if device.type == "cuda":
+            encoder(ids)
+            held = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        row["ms"] = bench.medians_ms({form: functools.partial(encoder, ids)}, device, 7, flush=False)[form]
+        if device.type == "cuda":
+            row |= {"weights_gib": held / 2**30, "peak_gib": (torch.cuda.max_memory_allocated(device) - held) / 2**30}
+        rows.append(row)
+    return rows
+
+
+TIME_COLUMNS = {
+    "form": "form",
+    "way": "dequantized",
+    "ms": "ms a prompt|.1f",
+    "weights_gib": "weights, GiB|.2f",
+    "peak_gib": "beside them, GiB|.3f",
+}
 FULL_COLUMNS = {
     "what": "stage",
     "seconds": "s|.1f",
@@ -247,7 +289,15 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=100)
     parser.add_argument("--layers", type=int, default=TextEncoderConfig.num_layers, help="of the deep random model")
     parser.add_argument("--full-size", type=Path, metavar="FOLDER")
+    parser.add_argument("--times", action="store_true")
     args = parser.parse_args()
+    if args.times:
+        device = choose_device(None)
+        dtype = choose_dtype(None, device)
+        rows = measure_times(device, dtype, TextEncoderConfig(vocab_size=8, num_layers=args.layers))
+        machine = report.machine(device, dtype)
+        print(f"{machine['device']}, {TIMED_TOKENS} tokens, {args.layers} layers\n\n{report.table(rows, TIME_COLUMNS)}")
+        return report.print_json("encoder, times", machine, tokens=TIMED_TOKENS, layers=args.layers, rows=rows)
     machine = report.machine(torch.device("cpu"), torch.bfloat16 if args.full_size else torch.float32)
     if args.full_size:
         rows = measure_full_size(args.full_size, TextEncoderConfig())

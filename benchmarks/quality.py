@@ -11,7 +11,7 @@ linears for what they get while it generates; `quality_layers.py` says how.
 prompts that come with `zimage quantize`, which are of other kinds, and compares with BF16 for the same noise: error of
 the predicted flow, PSNR of the last latents, PSNR and SSIM of the picture, and whether it shows what was asked.
 `demo-formats` stores the demo in 8 bits, as quanto and as ComfyUI's scaled FP8 files do, and compares alike; the median
-over the pictures is what counts there.
+over the pictures is what counts there; w8a8 rounds activations to the weights' form, in plain torch.
 All on the CPU in fp32; w4a8 rounds to fp8 where `backends.triton` does and computes in fp32, too.
 Each prints a table for people and ends with a line of JSON.
 """
@@ -22,6 +22,7 @@ import argparse
 import math
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ from quality_layers import PRECISIONS, ROOT, fp8, measure_demo_layers, measure_l
 from torch import Tensor
 
 from zimage_core import report
+from zimage_core.formats.stored import EIGHT_BIT, StoredLinear
 from zimage_core.linear.backends import Backend, triton
 from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
 
@@ -108,7 +110,7 @@ def eight_bit_linears(tensors: dict[str, Tensor], form: str) -> dict[str, Tensor
 
 
 def measure_formats(source: Path, captions: int) -> list[dict]:
-    """PSNR of the pictures of the demo stored in 8 bits to BF16's, its median and its least, for each form."""
+    """PSNR of the pictures of the demo stored in 8 bits to BF16's, its median and its least, for each form and way."""
     sys.path.insert(0, str(ROOT / "demo_training"))
     import scenes
     from safetensors.torch import load_file, save_file
@@ -121,15 +123,17 @@ def measure_formats(source: Path, captions: int) -> list[dict]:
     asked = [caption for caption, _ in scenes.held_out_captions(captions)]
     right, rows = draw(source, others, asked), []
     with tempfile.TemporaryDirectory() as folder:
-        for form in ("INT8", "FP8"):
+        for form, precision in product(("INT8", "FP8"), ("auto", "w8a8")):
             path = Path(folder) / f"{form}.safetensors"
-            save_file(eight_bit_linears(load_file(source), form), path, read_header(source).metadata)
-            found = draw(path, others, asked, steps=right["steps"])
+            if not path.exists():
+                save_file(eight_bit_linears(load_file(source), form), path, read_header(source).metadata)
+            found = draw(path, others, asked, precision, right["steps"])
             decibels = sorted(psnr(a, b) for a, b in zip(right["pictures"], found["pictures"], strict=True))
             median = sum(decibels[(captions - 1) // 2 : captions // 2 + 1]) / (2 - captions % 2)
             rows.append(
                 {
                     "form": form,
+                    "activations": "16" if precision == "auto" else "8",
                     "pictures": captions,
                     "flow error": found["flow error"],
                     "median PSNR": median,
@@ -137,6 +141,22 @@ def measure_formats(source: Path, captions: int) -> list[dict]:
                 }
             )
     return rows
+
+
+def int8(values: Tensor) -> Tensor:
+    """Values (..., columns) rounded to int8 with a scale for each row."""
+    scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    return (values / scale).round() * scale
+
+
+def use_w8a8(transformer: torch.nn.Module) -> None:
+    """Have every linear that is stored in 8 bits multiply activations of 8 bits, in plain torch."""
+    for module in transformer.modules():
+        form = module.pieces[0][0] if isinstance(module, StoredLinear) else None
+        if form in EIGHT_BIT:
+            rounded = int8 if form == "int8" else fp8
+            weight, bias = module.dense_weight(), module.bias
+            module.forward = lambda x, rounded=rounded, weight=weight, bias=bias: F.linear(rounded(x), weight, bias)
 
 
 def use_fp8(transformer: torch.nn.Module) -> None:
@@ -174,13 +194,13 @@ def draw(
 
     encoder = load_text_encoder(others["text_encoder"], dtype=torch.float32)
     feats = encode_prompts(encoder, load_tokenizer(others["tokenizer"]), captions)
-    eight = precision == "w4a8" and not form
+    by_hand = {"w4a8": use_fp8, "w8a8": use_w8a8}.get(precision) if not form else None
     transformer = load_transformer(
-        model, device="cpu", dtype=torch.float32, precision="auto" if eight or form else precision
+        model, device="cpu", dtype=torch.float32, precision="auto" if by_hand or form else precision
     )
     saved = rivals.replace_linears(transformer, form) if form else 0
-    if eight:
-        use_fp8(transformer)
+    if by_hand:
+        by_hand(transformer)
     vae = load_vae(others["vae"], device="cpu")
     sigmas = get_sigmas(8)
     seen, latents, errors = [], [], []

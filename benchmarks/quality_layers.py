@@ -194,7 +194,7 @@ def demo_inputs(source: Path, captions: int = 16) -> dict[str, tuple[Tensor, Ten
 
 
 def fp8(values: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Values (rows, columns) rounded to e4m3 with scales (rows, 1), or one for each row's largest."""
+    """Values (..., columns) rounded to e4m3 with scales (..., 1), or one for each row's largest."""
     if scale is None:
-        scale = values.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
     return (values / scale).to(torch.float8_e4m3fn).float() * scale

@@ -37,7 +37,7 @@ from zimage_core.formats.identify import model_info
 from zimage_core.formats.load import load_transformer
 from zimage_core.formats.stored import StoredLinear
 from zimage_core.linear.adapters import Linear
-from zimage_core.linear.backends import Backend, select
+from zimage_core.linear.backends import BACKENDS, Backend, load, select
 from zimage_core.linear.svdq import SVDQLinear, SVDQWeights
 from zimage_core.models import ops
 from zimage_core.models.config import ControlNetConfig, ZImageConfig
@@ -47,6 +47,7 @@ from zimage_core.sampler import draw_noise
 
 TINY = ZImageConfig(384, 1, 1, 6, cap_feat_dim=64, axes_dims=(16, 24, 24))
 TINY_RANK = 16
+GGUF = ("Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")  # that are timed
 COMFYUI = "ComfyUI NextDiT"
 COMFYUI_FORMS: dict[str, tuple[str, dict[str, object]]] = {
     "fp8": ("float8_e4m3fn", {"scale": "recalculate"}),
@@ -180,22 +181,27 @@ def with_controlnet(
 def stored_parts(form: str, n: int, k: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Random parts of a weight (N, K) in a stored form, of a size that keeps activations near 1."""
     step = k**-0.5
-    if form in ("int8", "float8_e4m3fn"):
+    if form not in QUANTIZED:
         codes = torch.randint(-100, 101, (n, k), dtype=torch.int8, device=device)
-        if form != "int8":
+        if form == "float8_e4m3fn":
             codes = codes.float().div_(100).to(torch.float8_e4m3fn).view(torch.uint8)
-        return {"codes": codes, "scale": torch.full((n, 1), step / (58 if form == "int8" else 0.58), device=device)}
+        return {
+            "codes": codes,
+            "scale": torch.full((n, 1), step / (0.58 if form == "float8_e4m3fn" else 58), device=device),
+        }
     block, size = QUANTIZED[form]
     codes = torch.randint(0, 256, (n, k // block, size), dtype=torch.uint8, device=device)
-    codes[..., :2] = torch.tensor([step / 5], dtype=torch.float16, device=device).view(torch.uint8)  # d, of Q4_K also
-    if form == "Q4_K":
-        codes[..., :2] = torch.tensor([step / 160], dtype=torch.float16, device=device).view(torch.uint8)
-        codes[..., 2:4] = torch.tensor([step / 40], dtype=torch.float16, device=device).view(torch.uint8)
+    # The fp16 scales: where they begin, and what makes weights about as large as `step`.
+    scales = {"Q4_K": {0: 160, 2: 40}, "Q5_K": {0: 320, 2: 40}, "Q6_K": {208: 1600}, "Q8_0": {0: 74}}.get(form, {0: 5})
+    for start, divisor in scales.items():
+        value = torch.tensor([step / divisor], dtype=torch.float16, device=device)
+        codes[..., start : start + 2] = value.view(torch.uint8)
     return {"codes": codes.flatten(1)}
 
 
-def stored_side(form: str, eight_bit: bool, config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Step:
-    """Steps of a model whose blocks' linears are kept in a stored form."""
+def stored_side(form: str, way: str, config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Step:
+    """Steps of a model whose blocks' linears are kept in a stored form, dequantized by a "kernel" or in "slices", or
+    multiplied as they are stored by a backend."""
     with torch.device("meta"):
         model = ZImageTransformer(config, StoredLinear)
     model.use(ops.select("auto", device, dtype, config.head_dim))
@@ -204,7 +210,9 @@ def stored_side(form: str, eight_bit: bool, config: ZImageConfig, device: torch.
             n, k = module.shape
             if ".attention." in name or ".feed_forward." in name:
                 module.load(form, stored_parts(form, n, k, device))
-                module.eight_bit = eight_bit
+                module.kernels = way == "kernel"
+                if way in BACKENDS:
+                    module.products = {form.split(" ")[0]: load(way).multiply_8bit}
             else:
                 module.load("float", {"weight": torch.randn(n, k, device=device, dtype=dtype) * k**-0.5})
     return bench.step_of(bench.randomize(model, device, dtype), device, dtype)
@@ -229,15 +237,21 @@ def fp4_side(rank: int, precision: str, config: ZImageConfig, device: torch.devi
 
 def forms(config: ZImageConfig, rank: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Step]]:
     """Other stored forms, dequantized layer by layer, and on a GPU multiplied in 8 bits or on Triton's FP4 ways."""
-    names = {"FP8": "float8_e4m3fn", "INT8": "int8", "GGUF Q8_0": "Q8_0", "GGUF Q4_0": "Q4_0", "GGUF Q4_K": "Q4_K"}
+    names = {"FP8": "float8_e4m3fn", "INT8": "int8"} | {f"GGUF {name}": name for name in GGUF}
     names = {name: form for name, form in names.items() if config.dim % QUANTIZED.get(form, (1,))[0] == 0}
-    found = {name: partial(stored_side, form, False, config, device, dtype) for name, form in names.items()}
+    ways = [(name, "slices", form) for name, form in names.items()]
+    found = {}
     if device.type == "cuda":
-        found |= {
-            f"{name} w8a8": partial(stored_side, names[name], True, config, device, dtype) for name in ("FP8", "INT8")
-        }
+        ways = [(name, "kernel", form) for name, form in names.items()]
+        ways += [(f"{name}, plain torch", "slices", names[name]) for name in ("FP8", "GGUF Q4_0", "GGUF Q4_K")]
+        ways += [(f"{name} w8a8, triton", "triton", names[name]) for name in ("FP8", "INT8")]
+        if load("kitchen").unavailable(device, dtype, precision="w4a8") is None:
+            ways += [
+                ("INT8 w8a8, kitchen", "kitchen", "int8"),
+                ("INT8 ConvRot, kitchen", "kitchen", "int8_convrot 256"),
+            ]
         found |= {f"FP4 triton {p}": partial(fp4_side, rank, p, config, device, dtype) for p in ("w4a8", "w4a16")}
-    return found
+    return {name: partial(stored_side, form, way, config, device, dtype) for name, way, form in ways} | found
 
 
 def peers(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Step]]:

@@ -65,7 +65,7 @@ class ZImageINT4ModelLoader:
                         "default": "auto",
                         "tooltip": "Bits of weights and activations. w4a16 is closest to the file, w4a8 and w4a4 can "
                         "be faster; auto never takes one with a larger error than w4a4. w8a8: FP8 and INT8 files "
-                        "in 8 bits, faster on GPUs that can.",
+                        "in 8 bits, as auto takes them where that is faster.",
                     },
                 ),
             },

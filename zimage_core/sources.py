@@ -50,7 +50,8 @@ class Sources:
         return load_controlnet(path, device=where, **self._computes)
 
     def text_encoder(self, where: torch.device) -> TextEncoder:
-        return load_text_encoder(self.files.text_encoder, device=where, dtype=self.dtype)
+        path = self.files.text_encoder
+        return load_text_encoder(path, device=where, dtype=self.dtype, compute_device=self.device)
 
     def vae(self, where: torch.device) -> VAE:
         """fp32 on the CPU and wherever the rest is not bf16, never fp16."""

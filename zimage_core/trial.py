@@ -3,7 +3,8 @@
 On a card that nobody has tried, a kernel may give wrong numbers, abort its process, poison its CUDA context or hang.
 So whatever is compiled first runs a small random linear in a child, whose death is a sentence.
 
-A way is (backend, precision); FUSED stands for the kernels between the linears, ATTENTION for that in 8 bits.
+A way is (backend, precision); FUSED stands for the kernels beside the linears, ATTENTION for that in 8 bits, and
+"int8" and "fp8" in the place of a precision for products of weights that are stored so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import backends, layout
@@ -31,6 +33,8 @@ ROWS = (1, 40, 259)  # one after the other
 LIMITS = {
     "w4a16": 0.02,
     "w4a8": 0.06,
+    "int8": 0.06,
+    "fp8": 0.06,
     "fused": 0.02,
     "attention": 0.06,
 }  # of a row's or column's relative error; two to four times what
@@ -69,6 +73,13 @@ def random_weights(
     ).to(dtype=dtype)
 
 
+def random_8bit(kind: str, n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weights stored in "int8" or "fp8" codes (N, K) with scales (N, 1) fp32 that make them about 1 / sqrt(K)."""
+    values = torch.randn(n, k, device=device).mul_(30)
+    codes = values.round_().clamp_(-127, 127).to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn)
+    return codes, torch.rand(n, 1, device=device).add_(0.5).mul_(k**-0.5 / 30)
+
+
 def worst(found: Tensor, expected: Tensor) -> float:
     """The largest relative error of a row or a column (M, N), in fp32 on the CPU; NaN if there is one."""
     found, expected = found.float().cpu(), expected.float().cpu()
@@ -102,6 +113,36 @@ def try_linear(way: Way, device: torch.device, dtype: torch.dtype, fp4: bool = F
     prepared = module.prepare(weights.to(device), precision)
     found = torch.cat([module.linear(part, prepared, precision) for part in x.to(device).split(ROWS)])
     return check(worst(found, expected), limit)
+
+
+@torch.no_grad()
+def try_product(way: Way, device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Multiply a small weight that is stored in 8 bits and compare it with the exact product."""
+    name, kind = way
+    codes, scale = random_8bit(kind, N, K, torch.device("cpu"))
+    x, bias = torch.randn(sum(ROWS), K).to(dtype), torch.randn(N).to(dtype)
+    given = codes.to(device), scale.flatten().to(device), bias.to(device)
+    multiply = backends.load(name).multiply_8bit
+    found = torch.cat([multiply(part, *given) for part in x.to(device).split(ROWS)])
+    return check(worst(found, F.linear(x.float(), codes.float() * scale, bias.float())), LIMITS[kind])
+
+
+@torch.no_grad()
+def try_dense(device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Dequantize small weights of two stored forms and compare them with plain torch, bit by bit."""
+    codes, scale = random_8bit("int8", 3, K, torch.device("cpu"))
+    halves = torch.rand(3, K // 32, 1).half()
+    blocks = torch.cat((halves.view(torch.int8), codes.unflatten(1, (-1, 32))), -1)
+    expected = {
+        "int8": ({"codes": codes, "scale": scale}, codes * scale),
+        "Q8_0": ({"codes": blocks.flatten(1).view(torch.uint8)}, (blocks[..., 2:] * halves.float()).flatten(1)),
+    }
+    for form, (parts, weight) in expected.items():
+        found = torch.empty(3, K, device=device, dtype=dtype)
+        backends.load("dense").dequantize(form, {part: tensor.to(device) for part, tensor in parts.items()}, found)
+        if not torch.equal(found.cpu(), weight.to(dtype)):
+            return Outcome(refused=f"wrong here: weights stored as {form} are dequantized to others")
+    return Outcome()
 
 
 @torch.no_grad()
@@ -168,7 +209,10 @@ def main(device: str, dtype: str, weights: str, *ways: str) -> None:
     for name in ways:
         way = name.split(" ")[0], name.split(" ")[1]
         if way == FUSED:
-            outcome = try_fused(place, kind)
+            dense = try_dense(place, kind)
+            outcome = try_fused(place, kind) if dense.refused is None else dense
+        elif way[1] in ("int8", "fp8"):
+            outcome = try_product(way, place, kind)
         elif way == ATTENTION:
             outcome = try_attention(place, kind)
         else:

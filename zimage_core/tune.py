@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from . import __version__
 from .linear import backends
 from .linear.backends import Backend
 from .models import attention, ops
-from .trial import ATTENTION, FUSED, Outcome, Untried, Way, in_child, random_weights
+from .trial import ATTENTION, FUSED, Outcome, Untried, Way, in_child, random_8bit, random_weights
 
 WAYS: tuple[Way, ...] = (
     ("triton", "w4a16"),
@@ -46,6 +48,12 @@ WAYS: tuple[Way, ...] = (
     ("kitchen", "w4a4"),
 )
 """What `auto` chooses from, in the order in which ways go that are about as fast: more precise ones first."""
+PRODUCTS: dict[str, tuple[Way, ...]] = {
+    "float8_e4m3fn": (("triton", "fp8"),),
+    "int8": (("kitchen", "int8"), ("triton", "int8")),
+    "int8_convrot": (("kitchen", "int8"),),
+}
+"""Kind of a stored form -> ways to multiply it as it is, with activations in 8 bits; after the blank, that of codes."""
 ALIKE = 1.1  # times the fastest's time, within which the order decides, so that like cards choose alike
 SHAPES = {(11520, 3840): 32000 / 11520, (3840, 3840): 1.0, (3840, 10240): 1.0}
 """(N, K) of a block's linears and how often they count; w3_w1 (20480, 3840), too large for MEMORY, counts as qkv."""
@@ -107,9 +115,45 @@ def select_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
         raise ValueError(f"attention 'int8' cannot run here: {refusal}; choose sdpa, or auto")
     if name != "auto" or refusal:
         return name if name != "auto" else "sdpa"
-    record = known(device, dtype)
-    facts = record["ways"].get(" ".join(ATTENTION), {}) if record else {}
-    return "int8" if "int8_ms" in facts and ALIKE * facts["int8_ms"] < facts["sdpa_ms"] else "sdpa"
+    return "int8" if _gain(known(device, dtype), ATTENTION) > ALIKE else "sdpa"
+
+
+def select_products(
+    kinds: Iterable[str], backend: str, precision: str, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    """Kind of a stored form -> the backend that multiplies it as it is, with activations in 8 bits.
+
+    With precision "w8a8" the fastest that runs, with "auto" only where that is faster than in 16 bits by more than
+    ALIKE, with others none. ValueError, which says why, where "w8a8" cannot run at all."""
+    ways = {way for kind in kinds for way in PRODUCTS.get(kind, ()) if backend in ("auto", way[0])}
+    refusals = {way: product_refusal(way, device, dtype) for way in ways} if precision in ("auto", "w8a8") else {}
+    runs = [way for way, refusal in refusals.items() if refusal is None]
+    if precision == "w8a8" and not runs:
+        expected = f"expected linears in INT8 or FP8 (e4m3), found {', '.join(kinds) or 'none of such a form'}"
+        raise ValueError("; ".join(sorted(set(filter(None, refusals.values())))) or expected)
+    record = known(device, dtype) if runs and "auto" in (backend, precision) else None
+    gains = {way: _gain(record, way) for way in runs}
+    found = {}
+    for kind in kinds:
+        best = max((way for way in PRODUCTS.get(kind, ()) if way in runs), key=lambda way: gains[way], default=None)
+        if best and (precision == "w8a8" or gains[best] > ALIKE):
+            found[kind] = best[0]
+    return found
+
+
+def product_refusal(way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a way of PRODUCTS does not run on a device, or None."""
+    for name in dict.fromkeys(("triton", way[0])):
+        if refusal := backends.load(name).unavailable(device, dtype, precision="w4a8"):
+            return refusal
+    too_old = way[1] == "fp8" and (backends.capability(device) or 0) < 89
+    return "FP8 products need sm_89 or later" if too_old else None
+
+
+def _gain(record: Record | None, way: Way) -> float:
+    """How many times as fast as in 16 bits something is in 8; 0 where that is not known, or it failed its trial."""
+    facts = record["ways"].get(" ".join(way), {}) if record else {}
+    return facts["w16_ms"] / facts["w8_ms"] if "w8_ms" in facts else 0.0
 
 
 def usable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> list[Way]:
@@ -152,12 +196,15 @@ def measure(
 ) -> Record:
     """Try and time ways; "ways" maps "backend precision" to its error and times in ms of a block, or its refusal.
 
+    Beside them what may run in 8 bits instead of 16: attention, and linears that are stored in 8 bits.
+
     Untried and OutOfMemoryError where the device is too full."""
     outcomes = {way: Outcome() for way in ways if way[0] == "reference"}
+    eight_bit = [ATTENTION] if attention.int8_unavailable(device) is None else []
+    products = dict.fromkeys(way for found in PRODUCTS.values() for way in found)
+    eight_bit += [way for way in products if product_refusal(way, device, dtype) is None]
     beside = [FUSED] if any(name == "triton" for name, _ in ways) else []
-    if attention.int8_unavailable(device) is None:
-        beside.append(ATTENTION)
-    compiled = [way for way in (*ways, *beside) if way[0] != "reference"]
+    compiled = [way for way in (*ways, *beside, *eight_bit) if way[0] != "reference"]
     for library in dict.fromkeys(name for name, _ in compiled):
         outcomes |= tried([way for way in compiled if way[0] == library], device, dtype, fp4)
     found: dict[Way, dict[str, Any]]
@@ -166,8 +213,9 @@ def measure(
     elapsed = elapsed or queued(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         times, seconds = time_ways(device, dtype, passed, fp4, shapes, elapsed)
-        if "error" in found.get(ATTENTION, {}):
-            found[ATTENTION] |= time_attention(device, dtype, elapsed)
+        for way in eight_bit:
+            if "refused" not in found[way]:
+                found[way] |= time_8_bits(way, device, dtype, elapsed)
     del elapsed
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -227,15 +275,36 @@ def rounds(calls: Mapping[Way, Callable[[], object]], device: torch.device, elap
     return least
 
 
-def time_attention(device: torch.device, dtype: torch.dtype, elapsed: Elapsed) -> dict[str, float]:
-    """Each kind's ms for a picture of 1024 x 1024 pixels."""
-    q, k, v = (torch.randn(1, ROWS["many_ms"], *HEADS, device=device, dtype=dtype) for _ in range(3))
-    calls: dict[Any, Callable[[], object]] = {
-        name: partial(attend, q, k, v, None) for name, attend in attention.KINDS.items()
-    }
+def time_8_bits(way: Way, device: torch.device, dtype: torch.dtype, elapsed: Elapsed) -> dict[str, float]:
+    """The ms of ATTENTION or of a linear that is stored in 8 bits, for many rows, and of the same in 16 bits."""
+    calls = _attention_calls(device, dtype) if way == ATTENTION else _product_calls(way, device, dtype)
     for call in calls.values():
         elapsed(call, device)
-    return {f"{name}_ms": round(ms, 4) for name, ms in rounds(calls, device, elapsed, REPEATS).items()}
+    return {name: round(ms, 4) for name, ms in rounds(calls, device, elapsed, REPEATS).items()}
+
+
+def _attention_calls(device: torch.device, dtype: torch.dtype) -> dict[Any, Callable[[], object]]:
+    q, k, v = (torch.randn(1, ROWS["many_ms"], *HEADS, device=device, dtype=dtype) for _ in range(3))
+    return {
+        name: partial(attention.KINDS[kind], q, k, v, None) for name, kind in (("w8_ms", "int8"), ("w16_ms", "sdpa"))
+    }
+
+
+def _product_calls(way: Way, device: torch.device, dtype: torch.dtype) -> dict[Any, Callable[[], object]]:
+    name, kind = way
+    n, k = next(iter(SHAPES))
+    codes, scale = random_8bit(kind, n, k, device)
+    form = "int8" if kind == "int8" else "float8_e4m3fn"
+    parts = {"codes": codes if kind == "int8" else codes.view(torch.uint8), "scale": scale}
+    x = torch.randn(ROWS["many_ms"], k, device=device, dtype=dtype)
+
+    def dequantized() -> Tensor:
+        weight = torch.empty(n, k, device=device, dtype=dtype)
+        backends.load("dense").dequantize(form, parts, weight)
+        return F.linear(x, weight)
+
+    stored = partial(backends.load(name).multiply_8bit, x, codes, scale.flatten(), None)
+    return {"w8_ms": stored, "w16_ms": dequantized}
 
 
 def pick(record: Record, asked: Iterable[Way]) -> Way:
@@ -267,8 +336,8 @@ def describe(record: Record) -> dict[str, str]:
         if "many_ms" in facts:
             few, many = ROWS.values()
             found[way] = f"{facts['few_ms']:.2f} ms for {few} rows, {facts['many_ms']:.2f} ms for {many}{error}"
-        elif "int8_ms" in facts:
-            found[way] = f"{facts['int8_ms']:.2f} ms, torch's {facts['sdpa_ms']:.2f} ms{error}"
+        elif "w8_ms" in facts:
+            found[way] = f"{facts['w8_ms']:.2f} ms, in 16 bits {facts['w16_ms']:.2f} ms{error}"
         else:
             found[way] = facts.get("refused") or f"runs{error}"
     return found

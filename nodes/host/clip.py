@@ -56,7 +56,8 @@ def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     tokenizer = load_tokenizer(tokenizer_path or get_tokenizer(path, comfyui=root))
     device = comfy.model_management.text_encoder_device()
     offload = comfy.model_management.text_encoder_offload_device()
-    encoder = CoreEncoder(load_text_encoder(path, device=offload, dtype=half_or_float(device)))
+    loaded = load_text_encoder(path, device=offload, dtype=half_or_float(device), compute_device=device)
+    encoder = CoreEncoder(loaded)
     clip = comfy.sd.CLIP(no_init=True)  # its constructor loads a patcher of its own; below is what clone() copies
     clip.cond_stage_model = encoder
     clip.tokenizer = CoreTokenizer(tokenizer)

@@ -110,7 +110,8 @@ def describe_model(patcher: comfy.model_patcher.ModelPatcher) -> str:
     transformer = patcher.model.diffusion_model.transformer
     info, backend = transformer.checkpoint, transformer.backend
     name = backend and {"reference": "torch", "kitchen": "comfy-kitchen"}.get(backend.name, backend.name)
-    kind = f"INT4 r{info.rank}, {name} {backend.precision}" if backend else f"{info.format} {info.dtype}"
+    kind = f"INT4 r{info.rank}" if info.rank else f"{info.format} {info.dtype}"
+    kind += f", {name} {backend.precision}" if backend else ""
     return f"{kind}, {patcher.model_size() / GIB:.2f} GiB"
 
 

@@ -167,19 +167,24 @@ def meta_encoder(form: str, config: TextEncoderConfig) -> TextEncoder:
     return encoder.requires_grad_(False)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("form", ["float", "int8", "float8_e4m3fn", "nvfp4", *GGUF_BLOCKS])
-def test_activations_of_the_text_encoder(form):
-    """By hand: a few tokens take a dequantized weight and the fp32 copies of the 2^22 weights at work, many take the
-    feed-forward's three products beside x, its sum and its norm. Within 5 %, of which small tensors have their part.
-    Prompts are padded to a multiple of 32, as on a GPU."""
-    if form == "Q4_0":
-        pytest.importorskip("gguf")
+def test_activations_of_the_text_encoder(form, kernels):
+    """By hand: a few tokens take a dequantized weight and, without the kernels, the fp32 copies of the 2^22 weights at
+    work, many take the feed-forward's three products beside x, its sum and its norm. Within 5 %, of which small tensors
+    have their part. Prompts are padded to a multiple of 32, as on a GPU."""
+    if kernels:
+        pytest.importorskip("triton")
     config = TextEncoderConfig(num_layers=2, vocab_size=8)
     encoder, (c, f) = meta_encoder(form, config), (config.hidden_size, config.intermediate_size)
+    for module in encoder.modules():
+        if isinstance(module, StoredLinear):
+            module.kernels = kernels
     for tokens in (32, 2016):
         moments = [tokens * 2 * (3 * c + 3 * f)]
         if form != "float":
-            moments.append(2 * f * c + round(4 * FP32_COPIES[form] * 2**22) + tokens * 2 * (3 * c + f))
+            copies = 0 if kernels else round(4 * FP32_COPIES[form] * 2**22)
+            moments.append(2 * f * c + copies + tokens * 2 * (3 * c + f))
             moments.append(2 * f * c + tokens * 2 * (3 * c + 2 * f))
         assert encoding_bytes(encoder, tokens) == pytest.approx(max(moments), rel=0.05, abs=2**18)
         assert encoding_bytes(encoder, tokens - 12) == encoding_bytes(encoder, tokens)

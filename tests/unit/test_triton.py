@@ -74,6 +74,23 @@ def test_kernels_compile_for(gpu):
             assert gpu in AMD or "f16x2.e4m3x2" not in code, "ptxas of CUDA 12.8 gets that wrong"
 
 
+@pytest.mark.parametrize("gpu", SHARED)
+def test_kernels_that_dequantize_stored_weights_compile_for(gpu):
+    """Each form in the dtype that a model computes in there; rows are written 16 bytes at a time."""
+    from zimage_core.linear.backends import dense
+
+    half = "*fp16" if gpu == 75 else "*bf16"
+    for form in dense.ROWS:
+        rows = {"codes": "*i8" if form == "int8" else "*u8", "scale": None if form == "mxfp8" else "*fp32"}
+        rows |= {"block_scale": "*u8" if "fp" in form and "8_" not in form else None, "weight": half, "k": "i32"}
+        code = compiled(dense._rows, gpu, rows, {"FORM": form, "TILE": dense.TILE}, {})
+        assert gpu in AMD or "st.global.v4" in code
+    for form, size in dense.BLOCKS.items():
+        blocks = {"codes": "*u8", "weight": half, "groups": "i32"}
+        constants = {"BITS": int(form[1]), "KIND": form[3], "SIZE": size, "TILE": dense.TILE // 32}
+        compiled(dense._blocks, gpu, blocks, constants, {})
+
+
 def compiled(
     kernel, gpu: int | str, arguments: dict[str, str | None], constants: dict, options: dict, fp4=False
 ) -> str:

@@ -16,10 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zimage_core.formats.stored import StoredLinear
+from zimage_core import trial
+from zimage_core.formats.gguf import QUANTIZED
+from zimage_core.formats.stored import FORMS, StoredLinear
+from zimage_core.formats.stored import dequantize as plainly_dequantized
 from zimage_core.linear import layout
 from zimage_core.linear.adapters import Linear, Terms
-from zimage_core.linear.backends import Backend, fused, reference
+from zimage_core.linear.backends import Backend, dense, fused, reference
 from zimage_core.linear.backends import triton as backend
 from zimage_core.linear.svdq import SVDQLinear, SVDQWeights, smoothing
 from zimage_core.memory.offload import BlockStreamer
@@ -274,12 +277,80 @@ def test_weights_stored_in_8_bits_are_multiplied_as_they_are(codes, rows_, bias)
         linear.load(form, {"codes": stored.to(DEVICE), "scale": scale.to(DEVICE)})
     x = torch.randn(2, rows_, 384, generator=generator).to(DEVICE, torch.bfloat16)
     expected = linear(x)
-    linear.eight_bit = True
+    linear.products = {form: backend.multiply_8bit}
     found = linear(x)
     assert found.dtype == torch.bfloat16 and found.shape == (2, rows_, 384)
     assert 0 < relative(found, expected) < (0.01 if codes == INT8 else 0.04)
+    assert torch.equal(linear(x[:1, :1]), linear(x[:1, :1])), "the bias of one row stays what it is"
     linear.set_adapter(Terms(torch.ones(8, 384).to(x), torch.ones(384, 8).to(x)))
     assert relative(linear(x), found) > 0.5
+
+
+def stored_parts(form: str, n: int, k: int) -> dict[str, torch.Tensor]:
+    """Any bytes as the parts of a weight (n, K), NaN and infinity among its scales and codes; scales fp32."""
+    draw = torch.Generator().manual_seed(n + k)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw).to(DEVICE)
+
+    if form in QUANTIZED:
+        block, size = QUANTIZED[form]
+        return {"codes": some(n, k // block * size)}
+    codes = some(n, k // 2) if form == "nvfp4" else some(n, k)
+    found = {"codes": codes.view(INT8) if form == "int8" else codes}
+    if form == "nvfp4" or form == "mxfp8":
+        found["block_scale"] = some(n, k // (16 if form == "nvfp4" else 32))
+    return found if form == "mxfp8" else found | {"scale": torch.rand(n, 1, generator=draw).to(DEVICE) / 99}
+
+
+SMALL_FORMS = [form for form in FORMS if form != "float"]
+SIZES = [(3, 2304), (70, 256)] if INTERPRETED else [(3, 2304), (11520, 3840), (3840, 10240)]  # not all fill the tiles
+
+
+def same_bits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal, signs of zeros too; any NaN is one."""
+    numbers = ~expected.isnan()
+    bits = torch.int32 if found.element_size() == 4 else torch.int16
+    return torch.equal(found.isnan(), ~numbers) and torch.equal(found.view(bits)[numbers], expected.view(bits)[numbers])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, on NaN and infinity in the interpreter
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", SMALL_FORMS)
+def test_stored_weights_are_dequantized_bit_for_bit_as_in_plain_torch(form, dtype):
+    assert dense.knows(form)
+    for n, k in SIZES:
+        parts = stored_parts(form, n, k)
+        if "scale" in parts and (n, k) == SIZES[0]:
+            parts["scale"] = parts["scale"].to(torch.bfloat16)  # as quanto has it
+        found = torch.empty(n, k, dtype=dtype, device=DEVICE)
+        dense.dequantize(form, parts, found)
+        assert same_bits(found, plainly_dequantized(form, parts).to(dtype)), (n, k)
+
+
+def test_a_linear_of_several_stored_forms_runs_by_the_kernels():
+    """Fused of pieces, one of them not quantized; what is multiplied is the same, bit for bit."""
+    linear = StoredLinear(256, 5 * 32, bias=False, dtype=torch.bfloat16)
+    for form in ("int8", "float8_e4m3fn", "nvfp4", "mxfp8"):
+        parts = stored_parts(form, 32, 256)
+        codes = parts["codes"]
+        linear.load(form, parts | {"codes": codes if codes.dtype is INT8 else codes & 119})  # no NaN
+        if form in ("nvfp4", "mxfp8"):
+            linear.get_buffer(f"block_scale_{len(linear.pieces) - 1}").clamp_(max=126)
+    linear.load("float", {"weight": torch.randn(32, 256).to(DEVICE, torch.bfloat16)})
+    x = torch.randn(2, 3, 256).to(DEVICE, torch.bfloat16)
+    expected = linear(x)
+    linear.kernels = True
+    assert torch.equal(linear(x), expected) and expected.isfinite().all()
+
+
+def test_the_trial_of_stored_weights_passes():
+    device, dtype = torch.device(DEVICE), torch.float16 if INTERPRETED else torch.bfloat16
+    assert trial.try_dense(device, dtype).refused is None
+    kinds = ["int8"] + ["fp8"] * (not INTERPRETED and torch.cuda.get_device_capability() >= (8, 9))
+    for kind in kinds:
+        found = trial.try_product(("triton", kind), device, dtype)
+        assert found.refused is None and found.error > 0
 
 
 def test_the_quality_benchmark_computes_w4a8_as_this_does(monkeypatch):

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__, tune
+from .. import __version__
 from ..control import Control
 from ..device import dtype_name
 from ..formats.encoder import check_text_encoder
-from ..formats.identify import model_info
 from ..formats.vae import read_vae_config
 from ..linear import backends
 from ..lora.read import Lora, load_lora
+from ..memory.meta import META
 from ..memory.plan import reserve
 from ..pictures import canny, pad, read_image
 from ..pipeline import load_pipeline
@@ -38,11 +38,9 @@ class PictureGenerator:
         read_vae_config(pipeline.files.vae)
         self.most = 1 if exact or pipeline.device.type == "cpu" else TOGETHER  # pictures at a time
         self.automatic = pipeline.vram_budget == "auto"
-        self.backend, self.precision = "dense", None
-        if (info := model_info(pipeline.files.model)).rank:
-            asked = pipeline.sources
-            chosen = tune.select(asked.backend, asked.precision, device=asked.device, dtype=asked.dtype, fp4=info.fp4)
-            self.backend, self.precision = chosen.name, chosen.precision
+        chosen = pipeline.sources.transformer(META).backend
+        self.backend = chosen.name if chosen else "dense"
+        self.precision = chosen.precision if chosen else None
         self._loras: dict[str, Lora] = {}
 
     def _arithmetic(self) -> dict[str, object]:

@@ -111,7 +111,7 @@ def add_runtime(parser: Parser) -> None:
 def add_precision(parser: Parser) -> None:
     """--precision of the commands that run one model."""
     parser.add_argument(
-        "--precision", default="auto", help="auto, w4a16, w4a8, w4a4, or w8a8 of FP8 and INT8 files (default auto)"
+        "--precision", default="auto", help="auto (default), w4a16, w4a8, w4a4; w8a16 or w8a8 of FP8 and INT8 files"
     )
 
 

@@ -24,7 +24,7 @@ from .identify import EXPECTED, FORMATS, identify, open_part
 from .load import Sources, expected_tensors, fill, match_tensors
 from .names import encoder_tensor
 from .safetensors import TensorFiles
-from .stored import HostEmbedding, StoredLinear
+from .stored import HostEmbedding, StoredLinear, choose_arithmetic
 from .weights import READ, Stored, find_weights
 
 ENCODER_REMEDY = EXPECTED["text encoder"][1]
@@ -184,11 +184,18 @@ def open_encoder(path: str | Path) -> Iterator[EncoderFile]:
         yield EncoderFile(files, weights, text, _config(text, weights, str(path)))
 
 
-def load_text_encoder(path, *, device="cpu", dtype: torch.dtype | None = None) -> TextEncoder:
+def load_text_encoder(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    compute_device: str | torch.device | None = None,
+) -> TextEncoder:
     """Qwen3 encoder from a transformers folder (sharded or not), one safetensors file or a GGUF file, for inference.
 
     The sizes come from config.json or the file's metadata, else from the shapes; names may begin with `model.`;
-    dtype, in which it computes, is bf16 unless given. Weights that are stored small (see `stored`) stay so.
+    dtype, in which it computes, is bf16 unless given; compute_device is where it will run, if its weights wait
+    elsewhere. Weights that are stored small (see `stored`) stay so.
     Tensors go to the device one at a time (on the CPU, where nothing is to be converted, they stay memory-mapped);
     the token table stays on the host, and what lies past the hidden state that is needed is not read. Raises
     ValueError for other models and stored forms, and for missing, misshapen or unknown tensors.
@@ -200,6 +207,7 @@ def load_text_encoder(path, *, device="cpu", dtype: torch.dtype | None = None) -
         linear = Linear if all(one.form == "float" for stored in layers for one in stored) else StoredLinear
         encoder = TextEncoder(file.config, linear, device="meta", dtype=dtype, embedding=HostEmbedding)
         fill(encoder, sources, device, dtype, copy=False)
+        choose_arithmetic(encoder, torch.device(compute_device or device), dtype)
     return encoder
 
 

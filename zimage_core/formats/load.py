@@ -30,6 +30,8 @@ SMALL = 2**22  # numbers: scales, vectors, modulation
 HALVES = FLOATS[:2]
 CODES = ("I8", "U8")
 OPTIONAL = (".wtscale", ".wcscales")  # scales of FP4 beside those of its groups, 1 where there is none
+MAGNITUDE = {"int8": -1, "int8_convrot": -1, "float8_e4m3fn": 127, "float8_e5m2": 127, "nvfp4": 119}
+"""Kind of form -> the bits of its codes but for signs."""
 BlockModelT = TypeVar("BlockModelT", bound="BlockModel")
 Rename = Callable[[str], "tuple[str, str | None] | None"]
 """A file's name of a tensor -> the model's, and which part of a fused one it is; None where nothing matches."""
@@ -192,9 +194,7 @@ def fill(
             place = "cpu" if isinstance(module, HostEmbedding) else device
             for stored in sources.stored[f"{name}.weight"]:
                 parts = read_parts(sources.files, stored)
-                _check_numbers(
-                    sources, {stored.keys[p]: t for p, t in parts.items() if p in stored.keys and p == "scale"}
-                )
+                _check_scales(sources, stored, parts)
                 kind = dtype if stored.form == "float" and not isinstance(module, HostEmbedding) else None
                 module.load(stored.form, {part: t.to(place, kind or t.dtype, copy=copy) for part, t in parts.items()})
         elif isinstance(module, SVDQLinear):
@@ -213,6 +213,24 @@ def fill(
                 _check_numbers(sources, {sources.stored[target][0].key: value})
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     model.eval().requires_grad_(False)
+
+
+def _check_scales(sources: Sources, stored: Stored, parts: Mapping[str, Tensor]) -> None:
+    """ValueError where a weight's scales are no numbers, or 0 for weights that are not."""
+    import torch
+
+    if "scale" not in stored.keys or parts["scale"].is_meta:
+        return
+    key, scale = stored.keys["scale"], parts["scale"]
+    _check_numbers(sources, {key: scale})
+    if stored.form.startswith("asym_w4a8_int8"):  # comfy-kitchen takes what is no number for 0
+        _check_numbers(sources, {stored.keys["block_scale"]: parts["block_scale"].view(torch.float8_e4m3fn)})
+    codes, kind = parts["codes"][scale.flatten() == 0], stored.form.split(" ")[0]
+    if kind in MAGNITUDE and (codes & MAGNITUDE[kind]).any():
+        raise ValueError(
+            f"{sources.files.path}: {key!r}: expected a scale other than 0 for weights that are not 0, found 0; "
+            "download the file again"
+        )
 
 
 def _check_numbers(sources: Sources, tensors: Mapping[str, Tensor]) -> None:
@@ -268,6 +286,7 @@ def fill_blocks(
     import torch
 
     from ..tune import select, select_ops
+    from .stored import choose_arithmetic
 
     dtype = dtype or torch.bfloat16
     compute_device = torch.device(compute_device or device)
@@ -275,6 +294,11 @@ def fill_blocks(
         model.backend = select(backend, precision, device=compute_device, dtype=dtype, fp4=info.fp4)
     model.use(select_ops(backend, compute_device, dtype, head_dim, info.fp4))
     fill(model, sources, torch.device(device), dtype)
+    if not info.rank:
+        try:
+            model.backend = choose_arithmetic(model, compute_device, dtype, backend, precision)
+        except ValueError as error:
+            raise ValueError(f"{sources.files.path}: precision {precision}: {error}; take auto") from None
 
 
 # ---------------------------------------------------------------- transformers
@@ -334,13 +358,9 @@ def load_transformer(
 
     dtype is that of everything not quantized (default bf16). backend and precision choose the INT4 arithmetic for
     compute_device (default `device`), where the model will run if its weights wait elsewhere; see `tune.select`.
-    Precision "w8a8" multiplies a file's INT8 and FP8 linears as they are stored. Raises ValueError naming file, key,
-    expected and found.
+    A file's INT8 and FP8 linears are multiplied as they are stored with precision "w8a8", and with "auto" where that is
+    faster. Raises ValueError naming file, key, expected and found.
     """
-    import torch
-
-    from .stored import multiply_in_8_bits
-
     with open_transformer(path) as (info, files):
         model = build_transformer(info)
         fill_blocks(
@@ -354,8 +374,5 @@ def load_transformer(
             precision=precision,
             compute_device=compute_device,
         )
-        if precision == "w8a8" and not info.rank:
-            where = torch.device(compute_device or device)
-            multiply_in_8_bits(model, where, dtype or torch.bfloat16, str(path))
     model.checkpoint = info
     return model

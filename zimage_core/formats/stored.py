@@ -12,17 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linear.adapters import Adapter, Terms
+from ..linear.backends import Backend, describe, load
 from ..linear.layout import e2m1
+from ..models import ops
+from ..tune import select_ops, select_products
 from . import blocks, kitchen
 from .gguf import QUANTIZED
 
 CHUNK = 2**22  # weights dequantized at once
+HEAD_DIM = 128  # of a model that has no heads of its own to choose kernels for
 WITHOUT_FP8 = ("mps",)  # devices whose tensors cannot have FP8 types
 
 
@@ -83,8 +88,8 @@ FORMS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-EIGHT_BIT = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
-"""Forms that can be multiplied as they are, and their dtypes."""
+EIGHT_BIT = {"int8": torch.int8, "int8_convrot": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+"""Kinds of forms that can be multiplied as they are, and their dtypes."""
 
 
 def dequantize(form: str, parts: Mapping[str, Tensor]) -> Tensor:
@@ -133,24 +138,30 @@ class StoredWeight(nn.Module):
         self.pieces.append((form, names))
         self.starts.append(self.starts[-1] + len(next(iter(parts.values()))))
 
+    def buffer(self, name: str) -> Tensor:
+        """`get_buffer` without its search through modules, which takes longer than a launch."""
+        return cast(Tensor, self._buffers[name])
+
     def rows(self, start: int, stop: int) -> Tensor:
         """The weight's rows from start to stop, in fp32 or as stored."""
         found = []
         for (form, names), (first, last) in zip(self.pieces, pairwise(self.starts)):
             some = slice(max(start, first) - first, min(stop, last) - first)
             if some.start < some.stop:
-                found.append(dequantize(form, {part: self.get_buffer(name)[some] for part, name in names.items()}))
+                found.append(dequantize(form, {part: self.buffer(name)[some] for part, name in names.items()}))
         return found[0] if len(found) == 1 else torch.cat([rows.float() for rows in found])
 
 
 class StoredLinear(StoredWeight):
-    """A linear whose weight is dequantized, in slices of rows, whenever it is called.
+    """A linear whose weight is dequantized whenever it is called: by Triton in one launch, or in slices of rows.
 
-    eight_bit: one that is multiplied as it is stored instead, with x rounded to 8 bits row by row.
+    kernels: whether Triton does it. products: by kind of form, what multiplies a weight as it is stored instead, with x
+    rounded to 8 bits row by row.
     """
 
     bias: nn.Parameter | None
-    eight_bit = False
+    kernels = False
+    products: Mapping[str, Callable[..., Tensor]] = {}
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, device=None, dtype=None):
         super().__init__(out_features, in_features, dtype)
@@ -173,48 +184,60 @@ class StoredLinear(StoredWeight):
         return self.adapter(x.flatten(0, -2), self._linear, self.bias).view(*x.shape[:-1], self.out_features)
 
     def _linear(self, x: Tensor) -> Tensor:
-        if [form for form, _ in self.pieces] == ["float"]:
-            return F.linear(x, self.get_buffer("weight").to(x.dtype), self.bias)
-        if self.eight_bit:
+        if self.products:
             return self._multiplied(x)
-        n, k = self.shape
-        weight = torch.empty(n, k, dtype=x.dtype, device=x.device)
-        step = max(1, CHUNK // k)
-        for start in range(0, n, step):
-            weight[start : start + step] = self.rows(start, start + step)
-        return F.linear(x, weight, self.bias)
+        if len(self.pieces) == 1 and self.pieces[0][0] == "float":
+            return F.linear(x, self.buffer("weight").to(x.dtype), self.bias)
+        return F.linear(x, self._dequantized(x), self.bias)
+
+    def _dequantized(self, x: Tensor) -> Tensor:
+        """The weight (N, K) in x's dtype."""
+        weight = torch.empty(self.shape, dtype=x.dtype, device=x.device)
+        step = max(1, CHUNK // self.in_features)
+        for (form, names), (first, last) in zip(self.pieces, pairwise(self.starts)):
+            if self.kernels and form in FORMS and form != "float":
+                rows = weight[first:last] if len(self.pieces) > 1 else weight
+                load("dense").dequantize(form, {part: self.buffer(name) for part, name in names.items()}, rows)
+                continue
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                weight[start:stop] = self.rows(start, stop)
+        return weight
 
     def _multiplied(self, x: Tensor) -> Tensor:
-        from ..linear.backends import triton
-
         rows, found = x.reshape(-1, self.in_features), []
         for (form, names), (first, last) in zip(self.pieces, pairwise(self.starts)):
-            codes, scale = (self.get_buffer(names[part]) for part in ("codes", "scale"))
+            codes, scale = (self.buffer(names[part]) for part in ("codes", "scale"))
             bias = None if self.bias is None else self.bias[first:last]
-            found.append(triton.multiply_8bit(rows, codes.view(EIGHT_BIT[form]), scale.flatten().float(), bias))
+            kind, *sizes = form.split(" ")
+            scale = scale.flatten().float()
+            found.append(self.products[kind](rows, codes.view(EIGHT_BIT[kind]), scale, bias, *map(int, sizes)))
         return torch.cat(found, 1).view(*x.shape[:-1], -1) if len(found) > 1 else found[0].view(*x.shape[:-1], -1)
 
 
-def multiply_in_8_bits(model: nn.Module, device: torch.device, dtype: torch.dtype, where: str) -> None:
-    """Have a model's INT8 and FP8 (e4m3) linears multiplied as they are stored; others stay as they are.
+def choose_arithmetic(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, backend: str = "auto", precision: str = "w8a16"
+) -> Backend | None:
+    """Say how a model's stored linears run on a device: by kernels or not, and which of a block as they are stored.
 
-    ValueError where none is of those forms, or the device has no such products.
+    The latter are chosen by `tune.select_products`; ValueError as there. Returns what runs linears that are stored in 8
+    bits, None where there are none.
     """
-    from ..linear.backends import capability, triton
-
-    linears = [module for module in model.modules() if isinstance(module, StoredLinear)]
-    chosen = [one for one in linears if all(form in EIGHT_BIT for form, _ in one.pieces)]
-    if not chosen:
-        forms = ", ".join(sorted({form for one in linears for form, _ in one.pieces})) or "none of such a form"
-        raise ValueError(f"{where}: precision w8a8: expected linears in INT8 or FP8 (e4m3), found {forms}; take auto")
-    reason = triton.unavailable(device, dtype)
-    fp8 = any(form != "int8" for one in chosen for form, _ in one.pieces)
-    if reason is None and fp8 and (capability(device) or 0) < 89:
-        reason = "FP8 products need sm_89 or later"
-    if reason:
-        raise ValueError(f"{where}: precision w8a8: {reason}; take auto")
-    for one in chosen:
-        one.eight_bit = True
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, StoredLinear)}
+    blocks = [one for name, one in linears.items() if ".attention." in name or ".feed_forward." in name]
+    kinds = sorted({form.split(" ")[0] for one in blocks for form, _ in one.pieces})
+    found = select_products(kinds, backend, precision, device, dtype)
+    products = {kind: load(name).multiply_8bit for kind, name in found.items()}
+    for one in blocks:
+        if all(form.split(" ")[0] in products for form, _ in one.pieces):
+            one.products = products
+    kernels = bool(linears) and select_ops(backend, device, dtype, HEAD_DIM) is not ops.TORCH
+    for one in linears.values():
+        one.kernels = kernels
+    if not set(kinds) & EIGHT_BIT.keys():
+        return None
+    name = min(found.values(), default="triton" if kernels else "reference")
+    return Backend(name, "w8a8" if found else "w8a16", load(name), f"linears stored in 8 bits on {describe(device)}")
 
 
 class HostEmbedding(StoredWeight):
@@ -229,5 +252,5 @@ class HostEmbedding(StoredWeight):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows (..., K) of ids (...), on the ids' device in the module's dtype."""
         (form, names), index = self.pieces[0], ids.reshape(-1).cpu()
-        rows = dequantize(form, {part: self.get_buffer(name)[index] for part, name in names.items()}).to(self.dtype)
+        rows = dequantize(form, {part: self.buffer(name)[index] for part, name in names.items()}).to(self.dtype)
         return rows.view(*ids.shape, -1).to(ids.device)

@@ -74,9 +74,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
         dtype = torch.float16 if self.weight.dtype is torch.float16 else x.dtype
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps).to(dtype)
 
 
 class Attention(nn.Module):

@@ -127,17 +127,26 @@ def _w4a4(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor
 
 def _w4a8(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
     weight = prepared["codes"] if "codes" in prepared else codes(prepared)
-    smoothed = x / prepared["smooth_factor"]
-    if x.is_meta:
-        n = len(weight)
-        _ = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), n, dtype=torch.int32)
-        y = x.new_empty(len(x), n)
-    else:
-        import comfy_kitchen
-
-        scale = prepared["channel_scale"] * triton.to_code(torch.int8)
-        y = comfy_kitchen.int8_linear(smoothed, weight, scale, prepared.get("bias"), x.dtype)
+    scale = prepared["channel_scale"] * triton.to_code(torch.int8)
+    y = multiply_8bit(x / prepared["smooth_factor"], weight, scale, prepared.get("bias"))
     return add_low_rank(y, low_rank(x, prepared["proj_down"]), prepared["proj_up"])
+
+
+def multiply_8bit(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, group: int = 0
+) -> torch.Tensor:
+    """x (M, K), rounded to int8 row by row, times weights that are stored in it -> (M, N).
+
+    weight (N, K), scale (N,) fp32; group: of how many columns that were rotated together (ConvRot), as x then is, too.
+    """
+    if x.is_meta:
+        _ = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), len(weight), dtype=torch.int32)
+        return x.new_empty(len(x), len(weight))
+    import comfy_kitchen
+
+    rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
+    with guard(x.device):
+        return comfy_kitchen.int8_linear(x, weight, scale, bias, x.dtype, **rotation)
 
 
 def codes(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:

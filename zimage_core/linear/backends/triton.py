@@ -297,7 +297,7 @@ def multiply_8bit(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bia
     if m < 17:  # _int_mm takes no fewer
         rows = F.pad(rows, (0, 0, 0, 32 - m))
     products = torch._int_mm(rows, codes.T)
-    y = x.new_zeros(m, n) if bias is None else bias.expand(m, n).contiguous()
+    y = x.new_zeros(m, n) if bias is None else bias.repeat(m, 1)
     launch("rescale_add", (m, -(-n // 1024)), products, row_scale, scale, y, n, 1.0, 1024)
     return y
 

@@ -75,14 +75,14 @@ def _residual(
         groups = halves // 2 * 4 + halves % 2 + 2 * HIGH
         byte = tl.load(wscales + rows[:, None] * (k // 16) + groups[None, :]).to(tl.int32)
         outer = tl.load(outer_scale + rows).to(tl.float32) * FP4_OFFSET
-        scale = _half((byte & 128) << 8 | (byte & 127) << 7) * outer[:, None]
+        scale = half((byte & 128) << 8 | (byte & 127) << 7) * outer[:, None]
         s = tl.broadcast_to(scale[:, :, None], BLOCK_N, BLOCK_C // 16, 16).reshape(BLOCK_N, BLOCK_C)
-        q = _half((nibbles & 8) << 12 | (nibbles & 7) << 9)
+        q = half((nibbles & 8) << 12 | (nibbles & 7) << 9)
     return q, s
 
 
 @triton.jit
-def _half(bits):
+def half(bits):
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
