@@ -12,6 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
+import ggml
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -334,59 +335,6 @@ def gguf():
     return pytest.importorskip("gguf")
 
 
-def fp16_bytes(x):
-    return x.to(torch.float16).unsqueeze(-1).view(torch.uint8)
-
-
-def pack_scales(scales, minima):
-    """Eight 6-bit scales and minima -> 12 bytes, number by number as in ggml's `get_scale_min_k4`."""
-    out = torch.zeros(len(scales), 12, dtype=torch.uint8)
-    for j in range(4):
-        out[:, j] = scales[:, j] | (scales[:, j + 4] >> 4) << 6
-        out[:, j + 4] = minima[:, j] | (minima[:, j + 4] >> 4) << 6
-        out[:, j + 8] = (scales[:, j + 4] & 15) | (minima[:, j + 4] & 15) << 4
-    return out
-
-
-def quantize_k(weight, bits: int):
-    """Q4_K or Q5_K by rounding: of each 32 weights a minimum and a step, both in 6 bits of the block's largest."""
-    blocks = weight.float().reshape(-1, 8, 32)
-    minima = -blocks.amin(-1).clamp(max=0)
-    steps = (blocks.amax(-1) + minima) / (2**bits - 1)
-    d, dmin = (fp16_bytes(x.amax(-1) / 63) for x in (steps, minima))
-    d32, dmin32 = (x.view(torch.float16).float() for x in (d, dmin))
-    scales, lows = ((x / y).round().clamp(0, 63).to(torch.uint8) for x, y in ((steps, d32), (minima, dmin32)))
-    q = ((blocks + (dmin32 * lows).unsqueeze(-1)) / (d32 * scales).unsqueeze(-1)).round().clamp(0, 2**bits - 1)
-    q = q.to(torch.uint8)
-    nibbles = torch.cat([q[:, j] & 15 | (q[:, j + 1] & 15) << 4 for j in range(0, 8, 2)], -1)
-    fifth = [sum((q[:, j] >> 4) << j for j in range(8)).to(torch.uint8)] if bits == 5 else []
-    return torch.cat([d, dmin, pack_scales(scales, lows), *fifth, nibbles], -1).view(len(weight), -1)
-
-
-def quantize_q6_k(weight):
-    """Q6_K by rounding: of each 16 weights a step, as int8 of the block's largest."""
-    blocks = weight.float().reshape(-1, 16, 16)
-    steps = blocks.abs().amax(-1) / 31
-    d = fp16_bytes(steps.amax(-1) / 127)
-    d32 = d.view(torch.float16).float()
-    scales = (steps / d32).round().clamp(1, 127)
-    q = ((blocks / (d32 * scales).unsqueeze(-1)).round().clamp(-32, 31) + 32).to(torch.uint8).view(-1, 256)
-    low, high = [], []
-    for half in (0, 128):
-        a, b, c, e = q[:, half : half + 128].split(32, -1)
-        low += [a & 15 | (c & 15) << 4, b & 15 | (e & 15) << 4]
-        high += [a >> 4 | (b >> 4) << 2 | (c >> 4) << 4 | (e >> 4) << 6]
-    return torch.cat([*low, *high, scales.to(torch.int8).view(torch.uint8), d], -1).view(len(weight), -1)
-
-
-def gguf_bytes(gguf, weight, kind: str):
-    if kind in ("Q4_K", "Q5_K"):
-        return quantize_k(weight, int(kind[1])).numpy()
-    if kind == "Q6_K":
-        return quantize_q6_k(weight).numpy()
-    return gguf.quants.quantize(weight.float().numpy(), gguf.GGMLQuantizationType[kind])
-
-
 def write_gguf(gguf, path, weights, kind, embedding=None, arch="qwen3", change=None):
     """A GGUF file with Linears of a kind (a function of the layer for several); the weights it means."""
     writer = gguf.GGUFWriter(path, arch)
@@ -412,7 +360,7 @@ def write_gguf(gguf, path, weights, kind, embedding=None, arch="qwen3", change=N
             form = embedding or "F16"
         else:
             form = kind(name) if callable(kind) else kind
-        data, which = gguf_bytes(gguf, tensor, form), gguf.GGMLQuantizationType[form]
+        data, which = ggml.quantize(tensor, form), gguf.GGMLQuantizationType[form]
         writer.add_tensor(names.get_name(f"model.{name}", try_suffixes=(".weight",)), data, raw_dtype=which)
         meant[name] = torch.from_numpy(gguf.quants.dequantize(data, which).copy())
     writer.write_header_to_file()
@@ -447,13 +395,16 @@ def test_gguf_of_several_types(tmp_path, original, reference, gguf):
     check(path, meant, reference, FOUR_BIT)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+FIRST_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Where the fp16 numbers of a block are; of those that are not here, at its start, and a minimum behind."""
+
+
+@pytest.mark.parametrize("kind", [form for form in FORMS if form in QUANTIZED])
 def test_dequantizers_equal_the_gguf_packages_on_any_bytes(gguf, kind):
-    assert kind in FORMS
     which = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[which]
     codes = torch.randint(0, 256, (8, 3, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    for start in {"Q8_0": (0,), "Q6_K": (208,)}.get(kind, (0, 2)):  # fp16 numbers that are finite
+    for start in FIRST_SCALES.get(kind, (0, 2) if kind.endswith("_1") else (0,)):  # numbers that are finite
         codes[..., start + 1] &= 0xBF
     codes = codes.view(8, 3 * size)
     expected = torch.from_numpy(gguf.quants.dequantize(codes.numpy(), which))
@@ -477,7 +428,7 @@ def test_the_benchmark_rounds_weights_as_the_files_do(original, gguf, benchmark)
     weight = original["layers.1.mlp.down_proj.weight"].float()
 
     def in_gguf(kind):
-        data = gguf_bytes(gguf, weight, kind)
+        data = ggml.quantize(weight, kind)
         return torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).copy())
 
     codes, scale = to_fp8(weight)

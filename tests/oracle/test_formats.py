@@ -7,27 +7,34 @@ each file: the weights in memory equal what the writer dequantizes, it stays sma
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import ggml
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from zimage_core import cli, load_pipeline
+from zimage_core import cli, load_pipeline, tune
+from zimage_core.batch.work import pinned
 from zimage_core.demo import demo_files, demo_loras
 from zimage_core.formats.gguf import QUANTIZED
 from zimage_core.formats.identify import identify
 from zimage_core.formats.load import load_transformer, open_transformer
-from zimage_core.formats.stored import StoredLinear, multiply_in_8_bits
+from zimage_core.formats.stored import StoredLinear
 from zimage_core.linear import backends
 from zimage_core.lora.read import load_lora
+from zimage_core.memory.meta import LiveBytes, on_meta, peak_bytes
 from zimage_core.memory.offload import BlockStreamer
 from zimage_core.memory.placement import module_bytes
 from zimage_core.memory.placement import weights as weights_of
@@ -201,13 +208,14 @@ def w4a8(weight: torch.Tensor, bits: int = 4):
     return parts | ({} if book is None else {"weight_codebook": book}), says, value
 
 
-def gguf(kind: str, prefix: str = "", everything: bool = False, reshaped: bool = False):
+def gguf(kinds: str, prefix: str = "", everything: bool = False, reshaped: bool = False):
     """A writer of GGUF files as ComfyUI-GGUF's converter has them, or sd.cpp's with a prefix and more quantized.
 
-    Rows that a type's blocks do not fit are Q8_0, 1-D tensors F32, embedders and refiners F16 unless `everything`.
+    kinds: the types that the blocks' w2 have in turn, other linears the first of them; rows that a type's blocks do not
+    fit are Q8_0, 1-D tensors F32, embedders and refiners F16 unless `everything`.
     """
 
-    def form(name: str, tensor: torch.Tensor) -> str:
+    def form(name: str, tensor: torch.Tensor, kind: str) -> str:
         if tensor.ndim == 1 or tensor.numel() <= 1024:
             return "F32"
         if not everything and ("layers." not in name or "adaLN" in name):
@@ -216,14 +224,17 @@ def gguf(kind: str, prefix: str = "", everything: bool = False, reshaped: bool =
 
     def write(path: Path, weights: Weights) -> Weights:
         package = pytest.importorskip("gguf")
-        writer, meant = package.GGUFWriter(path, "lumina2"), {}
+        writer, meant, turn = package.GGUFWriter(path, "lumina2"), {}, itertools.cycle(kinds.split())
         for name, tensor in weights.items():
-            values = tensor.float()
-            if form(name, values) == "Q8_0" and reshaped:
+            values, kind = (
+                tensor.float(),
+                form(name, tensor, next(turn) if name.endswith("w2.weight") else kinds.split()[0]),
+            )
+            if kind == "Q8_0" and reshaped:
                 values = values.view(-1, 32)
                 writer.add_array(f"comfy.gguf.orig_shape.{name}", list(tensor.shape))
-            which = package.GGMLQuantizationType[form(name, tensor)]
-            data = package.quants.quantize(values.numpy(), which)
+            which = package.GGMLQuantizationType[kind]
+            data = ggml.quantize(values, kind)
             writer.add_tensor(prefix + name, data, raw_dtype=which)
             meant[name] = torch.from_numpy(package.quants.dequantize(data, which).copy()).view(tensor.shape)
         writer.write_header_to_file()
@@ -271,7 +282,8 @@ CASES = {
     "gguf-q8_0": Case(gguf("Q8_0"), "comfy", "gguf", 9, 30, ".gguf"),
     "gguf-q8_0-sdcpp": Case(gguf("Q8_0", "model.diffusion_model.", True), "comfy", "gguf", 8.5, 30, ".gguf"),
     "gguf-q8_0-reshaped": Case(gguf("Q8_0", reshaped=True), "comfy", "gguf", 9, 30, ".gguf"),
-    "gguf-q5_1": Case(gguf("Q5_1"), "comfy", "gguf", 7, 15, ".gguf"),
+    "gguf-legacy": Case(gguf("Q5_1 Q5_0 Q4_1 Q4_0"), "comfy", "gguf", 7, 15, ".gguf"),
+    "gguf-k": Case(gguf("Q4_K Q2_K Q3_K Q5_K Q6_K"), "comfy", "gguf", 7.9, 15, ".gguf"),
     "gguf-q4_0": Case(gguf("Q4_0", everything=True), "diffusers", "gguf", 4.5, 10, ".gguf"),
     "gguf-bf16": Case(gguf("BF16"), "comfy", "dense", 16, 50, ".gguf"),
 }
@@ -307,6 +319,19 @@ def test_weights_equal_the_writers_own_and_stay_small(written, tmp_path):
     count, rows = sum(m.shape[0] * m.shape[1] for m in small), sum(m.shape[0] for m in small)
     of_a_row = 4 + 64 * (case.form == "comfy-w4a8")  # its scale, and in one form the codebook
     assert sum(map(module_bytes, small)) <= count * case.bits / 8 + rows * of_a_row
+
+
+@every
+def test_loading_holds_few_bytes_more_than_the_model(written):
+    """Counted in what torch allocates on the CPU; mapped files are none of it."""
+    path, _, _ = written
+    with torch.no_grad(), LiveBytes(torch.device("cpu")) as live:
+        model = load_transformer(path)
+    weights = [*model.parameters(), *(module for module in model.modules() if isinstance(module, StoredLinear))]
+    held, largest = module_bytes(model), max(math.prod(weight.shape) for weight in weights)
+    assert live.now == held
+    assert live.peak <= held + 10 * largest, "the largest weight in fp32 twice, and in 16 bits"
+    assert 10 * largest < 0.7 * held
 
 
 def open_pipeline(path: Path, budget: str | None = None):
@@ -371,22 +396,66 @@ def test_as_a_source_of_quantizing(written):
     assert any("get rounded twice" in str(w.message) for w in caught) == (case.bits < 8)
 
 
-@pytest.mark.parametrize("written", ["fp8-scaled", "int8-rows", "nvfp4", "gguf-q4_0"], indirect=True)
-def test_products_in_8_bits_are_for_what_is_stored_in_8(written, monkeypatch):
+KINDS = {
+    "fp8-scaled": "float8_e4m3fn",
+    "int8-rows": "int8",
+    "int8-convrot": "int8_convrot",
+    "nvfp4": "",
+    "gguf-q4_0": "",
+}
+
+
+@pytest.mark.parametrize("written", KINDS, indirect=True)
+def test_products_in_8_bits_are_for_what_is_stored_in_8(written, request, monkeypatch):
     """Refused by name for other forms, and without a GPU that has them; on a GPU see triton_kernels_check.py."""
-    path, _, case = written
-    fits = case.form in ("fp8", "int8")
-    words = "needs an NVIDIA or AMD GPU" if fits else r"expected linears in INT8 or FP8 \(e4m3\), found"
-    with pytest.raises(ValueError, match=f"precision w8a8: {words}"):
+    path, kind = written[0], KINDS[request.node.callspec.params["written"]]
+    words = "needs an NVIDIA or AMD GPU" if kind else r"expected linears in INT8 or FP8 \(e4m3\), found"
+    with pytest.raises(ValueError, match=f"{path}: precision w8a8: {words}.*; take auto"):
         load_transformer(path, precision="w8a8")
-    if fits:
-        model = load_transformer(path)
-        monkeypatch.setattr(backends.load("triton"), "unavailable", lambda *_: None)
-        monkeypatch.setattr(backends, "capability", lambda device: 90)
-        multiply_in_8_bits(model, torch.device("cuda"), torch.bfloat16, "")
-        chosen = {name for name, one in model.named_modules() if isinstance(one, StoredLinear) and one.eight_bit}
+    for precision in ("auto", "w8a16"):
+        backend = load_transformer(path, precision=precision).backend
+        assert (backend.name, backend.precision) == ("reference", "w8a16") if kind else backend is None
+    monkeypatch.setattr(tune, "product_refusal", lambda *_: None)
+    monkeypatch.setattr(tune, "known", lambda *_: None)  # there is nothing to time here
+    if kind:
+        model = load_transformer(path, precision="w8a8")
+        chosen = {name for name, one in model.named_modules() if isinstance(one, StoredLinear) and one.products}
         assert chosen == {name for name in chosen if ".attention." in name or ".feed_forward." in name}
         assert len(chosen) == 4 * len(model.blocks)
+        assert model.backend.precision == "w8a8" and model.backend.name in ("kitchen", "triton")
+
+
+@pytest.mark.parametrize("written", ["int8-rows", "int8-convrot"], indirect=True)
+def test_comfy_kitchen_multiplies_int8_as_it_is_stored(written, monkeypatch):
+    """By its eager operators: near the dequantized weight's product, from which it differs by x in 127 steps."""
+    path, _, _ = written
+    monkeypatch.setattr(tune, "product_refusal", lambda *_: None)
+    monkeypatch.setattr(tune, "known", lambda *_: None)  # there is nothing to time here
+    monkeypatch.setattr(backends.load("triton"), "multiply_8bit", None)
+    eight, sixteen = (load_transformer(path, precision=precision) for precision in ("w8a8", "w8a16"))
+    name = "layers.1.feed_forward.w2"
+    x = torch.randn(2, 9, 1024, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    found, expected = (model.get_submodule(name)(x).float() for model in (eight, sixteen))
+    assert 0 < (found - expected).norm() / expected.norm() < 0.02
+    linear, there = on_meta(eight.get_submodule(name)), x.to("meta")
+    rows, n = 18, linear.out_features
+    assert peak_bytes(lambda _: linear(there)) == rows * 1024 + rows * n * (4 + 2), "codes, int32 products, the result"
+
+
+@pytest.mark.parametrize("written", ["fp8-scaled"], indirect=True)
+def test_pictures_say_how_stored_weights_were_multiplied(written, tmp_path, capsys):
+    """So that `--from`, and a batch that another GPU goes on with, multiply them so, too."""
+    path, _, _ = written
+    parts = [f"--text-encoder={PARTS['text_encoder']}", f"--tokenizer={PARTS['tokenizer']}", f"--vae={PARTS['vae']}"]
+    small = ["--width=64", "--height=64", "--steps=1", f"--model={path}", "--device=cpu", *parts]
+    assert cli.main(["generate", PROMPT, f"--out={tmp_path / 'a.png'}", "--seed=3", *small]) == 0
+    assert cli.main(["generate", "--from", str(tmp_path / "a.png"), f"--out={tmp_path / 'b.png'}"]) == 0
+    one, other = (Image.open(tmp_path / name) for name in ("a.png", "b.png"))
+    assert one.tobytes() == other.tobytes() and json.loads(one.text["zimage"])["precision"] == "w8a16"
+    (tmp_path / "rows.txt").write_text(PROMPT)
+    assert cli.main(["batch", str(tmp_path / "rows.txt"), f"--out={tmp_path / 'out'}", *small]) == 0
+    record = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
+    assert pinned(record)["precision"] == "w8a16" and pinned(record)["backend"] == "reference"
 
 
 @one_of_each
@@ -411,17 +480,57 @@ def test_comparing_and_planning(written, plain, tmp_path, capsys):
     assert weights[path] <= weights[BF16] * (1 if case.bits < 16 else 1.01)
 
 
+SCALE = r"\.(weight_scale|scale_weight|weight\._scale|weight_s_rel)$"
+W2 = r"layers\.0\.feed_forward\.w2\.weight"
+Fault = Callable[[Path, Case], "str | None"]
+"""Damages a file; what the sentence then says, as a pattern, or None where a form has no such thing."""
+
+
+def changed(path: Path, pattern: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> str | None:
+    """Change the first tensor of a name, or drop it; its name, or None where there is none."""
+    if path.suffix == ".gguf":
+        return None
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    key = next(filter(re.compile(pattern).search, tensors), None)
+    if key is None:
+        return None
+    tensor = change(tensors.pop(key))
+    if tensor is not None:
+        tensors[key] = tensor.contiguous()
+    save_file(tensors, path, metadata)
+    return re.escape(key)
+
+
+def entry(path: Path, what: str, values: Callable[..., tuple[int, ...]]) -> str | None:
+    """Change the (columns, rows), type or offset of a w2 in a GGUF file's header; the tensor's name."""
+    if path.suffix != ".gguf":
+        return None
+    raw = bytearray(path.read_bytes())
+    end = raw.rindex(b"layers.0.feed_forward.w2.weight") + len("layers.0.feed_forward.w2.weight")
+    form, start = {"shape": ("<2Q", 4), "type": ("<I", 20), "offset": ("<Q", 24)}[what]
+    struct.pack_into(form, raw, end + start, *values(*struct.unpack_from(form, raw, end + start)))
+    path.write_bytes(raw)
+    return W2
+
+
 def cut_off(path: Path, case: Case) -> str:
     path.write_bytes(path.read_bytes()[:-1000])
     return "damaged or cut off" if case.suffix == ".gguf" else "truncated"
 
 
+def cut_off_in_the_header(path: Path, case: Case) -> str:
+    path.write_bytes(path.read_bytes()[:200])
+    return "damaged or cut off" if case.suffix == ".gguf" else "header"
+
+
 def scale_of_another_shape(path: Path, case: Case) -> str | None:
-    return changed(path, r"\.(weight_scale|scale_weight|weight\._scale|weight_s_rel)$", lambda t: t.new_ones(3))
+    return changed(path, SCALE, lambda t: t.new_ones(3))
 
 
 def scale_of_another_type(path: Path, case: Case) -> str | None:
-    return changed(path, r"\.(weight_scale|scale_weight|weight\._scale|weight_s_rel)$", lambda t: t.to(torch.int32))
+    return changed(path, SCALE, lambda t: t.to(torch.int32))
 
 
 def scale_that_is_no_number(path: Path, case: Case) -> str | None:
@@ -432,38 +541,128 @@ def scale_that_is_no_number(path: Path, case: Case) -> str | None:
     return found and "expected finite numbers"
 
 
+def scale_of_zero(path: Path, case: Case) -> str | None:
+    """Of a whole weight or its rows, where it shows in the codes that the weights were not 0."""
+    if case.form == "convrot-w4a4" or case.bits == 8.25:
+        return None
+    words = r"\.(weight_scale_2|scale_weight|weight\._scale)$" if case.form in ("nvfp4", "quanto-int8") else SCALE[:-1]
+    found = changed(path, words + "$", torch.zeros_like) if case.form not in ("comfy-w4a8",) else None
+    return found and "expected a scale other than 0 for weights that are not 0, found 0"
+
+
+def scale_missing(path: Path, case: Case) -> str | None:
+    """FP8 without a scale is read as it is."""
+    return changed(path, SCALE, lambda t: None) and "expected" if case.form != "fp8" or case.bits == 8.25 else None
+
+
 def another_sub_format(path: Path, case: Case) -> str | None:
     return changed(path, r"\.comfy_quant$", lambda t: described("int3")) and "expected one of"
 
 
-def weights_missing(path: Path, case: Case) -> str | None:
-    return changed(path, r"layers\.0\.feed_forward\.w2\.weight(\._data)?$", None) and "expected"
+def described_as_another(path: Path, case: Case) -> str | None:
+    other = "int8_tensorwise" if case.form == "fp8" else "float8_e4m3fn"
+    return changed(path, r"\.comfy_quant$", lambda t: described(other)) and "expected"
 
 
-def changed(path: Path, pattern: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> str | None:
-    """Change or drop the first tensor of a name; the name, or None where there is none."""
-    if path.suffix == ".gguf":
+def described_in_no_json(path: Path, case: Case) -> str | None:
+    return changed(path, r"\.comfy_quant$", lambda t: t[:-1]) and "comfy_quant: expected a JSON object"
+
+
+def rotated_in_odd_groups(path: Path, case: Case) -> str | None:
+    rotated = case.form in ("int8", "convrot-w4a4", "comfy-w4a8")
+    form = {"convrot-w4a4": "convrot_w4a4", "comfy-w4a8": "asym_w4a8_int8"}.get(case.form, "int8_tensorwise")
+    new = described(form, convrot=True, convrot_groupsize=48, group_size=16)
+    words = "expected a convrot_groupsize that is a power of 4"
+    return changed(path, r"\.comfy_quant$", lambda t: new) and words if rotated else None
+
+
+def twice_in_two_forms(path: Path, case: Case) -> str | None:
+    """The same weight also as another format has it."""
+    twin = ".weight" if case.form == "quanto-int8" else ".weight._data"
+    key, tensors = "layers.0.feed_forward.w2", {} if case.suffix == ".gguf" else load_file(path)
+    name = next((n for n in tensors if re.search(W2, n)), None)
+    if name is None:
         return None
-    tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    key = next(filter(re.compile(pattern).search, tensors), None)
-    if key is None:
+    stem = name[: name.index(key) + len(key)]
+    save_file({**tensors, stem + twin: torch.zeros(4, 4, dtype=torch.int8)}, path, metadata)
+    return "expected its weight once beside it, found several forms of it"
+
+
+def weights_missing(path: Path, case: Case) -> str | None:
+    return changed(path, W2 + r"(\._data)?$", lambda t: None) and "expected"
+
+
+def weights_of_another_shape(path: Path, case: Case) -> str | None:
+    return changed(path, W2 + r"(\._data)?$", lambda t: t[:-8]) and "expected|truncated"
+
+
+def rows_and_columns_exchanged(path: Path, case: Case) -> str | None:
+    """Where the file does not say beside it what the shape was."""
+    if b"comfy.gguf.orig_shape" in path.read_bytes():
         return None
-    tensor = tensors.pop(key)
-    if change:
-        tensors[key] = change(tensor).contiguous()
-    save_file(tensors, path, metadata)
-    return re.escape(key)
+    return entry(path, "shape", lambda columns, rows: (rows, columns)) and "expected shape|weights in blocks"
 
 
-FAULTS = (
+def rows_that_fit_no_blocks(path: Path, case: Case) -> str | None:
+    found = entry(path, "shape", lambda columns, rows: (31, rows)) if case.form == "gguf" else None
+    return found and "rows of 31 weights in blocks of|cannot have been"
+
+
+def a_type_that_is_not_known(path: Path, case: Case) -> str | None:
+    return entry(path, "type", lambda kind: (99,)) and f"{W2}: a type numbered 99, which is not known"
+
+
+def a_type_that_nobody_reads(path: Path, case: Case) -> str | None:
+    """Q8_K, which is for activations only."""
+    words = "expected a readable GGUF type, found Q8_K|rows of 32 weights in blocks of 256"
+    return entry(path, "type", lambda kind: (15,)) and words
+
+
+def whole_numbers(path: Path, case: Case) -> str | None:
+    """I32, which is for no weights."""
+    return entry(path, "type", lambda kind: (26,)) and "found I32|found an I32|goes past the end"
+
+
+def outside_of_the_file(path: Path, case: Case) -> str | None:
+    return entry(path, "offset", lambda start: (2**40,)) and "goes past the end"
+
+
+def not_aligned(path: Path, case: Case) -> str | None:
+    return entry(path, "offset", lambda start: (start + 1,)) and f"{W2}: offset \\d+, which is no multiple of 32"
+
+
+def there_twice(path: Path, case: Case) -> str | None:
+    if case.suffix != ".gguf":
+        return None
+    path.write_bytes(path.read_bytes().replace(b"layers.1.feed_forward.w2", b"layers.0.feed_forward.w2"))
+    return f"{W2}: .*there twice"
+
+
+FAULTS: tuple[Fault, ...] = (
     cut_off,
+    cut_off_in_the_header,
     scale_of_another_shape,
     scale_of_another_type,
     scale_that_is_no_number,
+    scale_of_zero,
+    scale_missing,
     another_sub_format,
+    described_as_another,
+    described_in_no_json,
+    rotated_in_odd_groups,
+    twice_in_two_forms,
     weights_missing,
+    weights_of_another_shape,
+    rows_and_columns_exchanged,
+    rows_that_fit_no_blocks,
+    a_type_that_is_not_known,
+    a_type_that_nobody_reads,
+    whole_numbers,
+    outside_of_the_file,
+    not_aligned,
+    there_twice,
 )
 
 
@@ -477,6 +676,29 @@ def test_faults_end_in_a_sentence_that_names_the_file(written, tmp_path):
             with pytest.raises(ValueError, match=words) as error:
                 load_transformer(path)
             assert str(path) in str(error.value) and "\n" not in str(error.value), fault
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@every
+def test_numbers_that_are_none_among_the_codes_end_in_a_sentence(written, tmp_path):
+    """Where a load does not read them all: NaN in FP8 codes, in scales of groups and of ggml's blocks."""
+    source, _, case = written
+    path = tmp_path / source.name
+    path.write_bytes(source.read_bytes())
+    if case.suffix == ".gguf":
+        tensors = pytest.importorskip("gguf").GGUFReader(source).tensors
+        start, size = next((t.data_offset, t.n_bytes) for t in tensors if re.search(W2, t.name))
+        raw = bytearray(source.read_bytes())
+        raw[start : start + size] = b"\xff" * size
+        path.write_bytes(raw)
+    elif case.form in ("int8", "quanto-int8", "convrot-w4a4"):
+        pytest.skip("codes are all numbers, and scales are read at the load")
+    else:
+        part = {"nvfp4": "_scale", "comfy-w4a8": "_s_rel"}.get(case.form, "_scale" if case.bits == 8.25 else "")
+        assert changed(path, W2 + part + "$", lambda t: torch.full_like(t.view(torch.uint8), 255).view(t.dtype))
+    with pytest.raises(ValueError, match="expected finite numbers") as error:
+        picture(open_pipeline(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @every

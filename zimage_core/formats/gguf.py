@@ -30,6 +30,7 @@ _TYPES = {
     22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2),
     26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }
 # fmt: on
 QUANTIZED = {name: (block, size) for name, block, size in _TYPES.values() if block > 1}
@@ -106,6 +107,8 @@ class GGUFFile(TensorFiles):
             raise ValueError(f"alignment {alignment}")
         start = round_up(cursor.place, alignment)
         for name, offset, size in entries:
+            if offset % alignment:
+                raise ValueError(f"{name}: offset {offset}, which is no multiple of {alignment}")
             if start + offset + size > len(self._data):
                 raise ValueError(f"{name} goes past the end")
             self._place[name] = start + offset, size
@@ -116,7 +119,10 @@ class GGUFFile(TensorFiles):
         if axes > _MOST_AXES or name in self._place:
             raise ValueError(f"{name}: {axes} axes, or there twice")
         shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
-        kind, block, size = _TYPES[cursor.number("I")]
+        number = cursor.number("I")
+        if number not in _TYPES:
+            raise ValueError(f"{name}: a type numbered {number}, which is not known")
+        kind, block, size = _TYPES[number]
         if shape and shape[-1] % block:
             raise ValueError(f"{name}: rows of {shape[-1]} weights in blocks of {block}")
         self._place[name] = 0, 0

@@ -25,14 +25,15 @@ META = torch.device("meta")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that are made on the meta device while it is on: those alive now, and their peak.
+    """Bytes of the storages that are made on a device while it is on: those alive now, and their peak.
 
     Blocks repeat: `run_once` runs one of each form and shape, and a repeat adds what that one took. The peak is the
     same, in a fraction of the time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = META) -> None:
         super().__init__()
+        self._device = device
         self.now = self.peak = 0
         self._known: set[int] = set()
         self._runs: dict[Hashable, tuple[int, list]] = {}  # bytes that one took; shape and dtype of each of its results
@@ -66,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
     def _meet(self, found: object, made: bool) -> None:
         """Count storages that were not seen before; those that an operation is given were there already."""
         for tensor in tree_iter(found):
-            if not isinstance(tensor, Tensor) or not tensor.is_meta:
+            if not isinstance(tensor, Tensor) or tensor.device.type != self._device.type:
                 continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self._known:
