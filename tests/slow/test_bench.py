@@ -190,10 +190,17 @@ def test_encoder_measures_every_form(script, capsys):
     assert all(row["worst"] <= row["mean"] for row in rows)
 
 
+def test_a_prompt_s_time_in_every_form(capsys, script):
+    script("encoder", "--times", "--layers=1")
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows[0]["form"] == "float" and len(rows) == 6 and all(row["ms"] > 0 for row in rows)
+
+
 def test_eight_bit_files_stay_close_to_bf16(script, capsys):
     """The aims are for the median of 20 pictures (benchmarks/README.md); five are as many as a test has time for."""
     source = BENCHMARKS.parent / "demo_training" / "z-image-demo-bf16.safetensors"
     script("quality", "demo-formats", f"--source={source}", "--captions=5")
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    medians = {row["form"]: row["median PSNR"] for row in rows}
-    assert medians["INT8"] >= 50 and medians["FP8"] >= 40
+    medians = {(row["form"], row["activations"]): row["median PSNR"] for row in rows}
+    assert medians["INT8", "16"] >= 50 and medians["FP8", "16"] >= 40
+    assert all(medians[form, "16"] - 3 < medians[form, "8"] < medians[form, "16"] for form in ("INT8", "FP8"))
