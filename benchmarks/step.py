@@ -205,6 +205,8 @@ def stored_side(form: str, way: str, config: ZImageConfig, device: torch.device,
     with torch.device("meta"):
         model = ZImageTransformer(config, StoredLinear)
     model.use(ops.select("auto", device, dtype, config.head_dim))
+    if way in BACKENDS:
+        model.backend = Backend(way, "w8a8", load(way), "")  # which says whether its kernels can be in a CUDA graph
     for name, module in model.named_modules():
         if isinstance(module, StoredLinear):
             n, k = module.shape
