@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .clock import elapsed_ms
 from .device import choose_device, choose_dtype, dtype_name
 from .formats.identify import model_info
 from .formats.load import load_transformer
@@ -42,7 +43,6 @@ from .report import machine, print_json, print_machine, table
 from .sampler import draw_noise
 from .sizes import GIB
 from .trial import random_weights
-from .tune import elapsed_ms
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Call = Callable[[], Tensor]

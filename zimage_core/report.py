@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from . import __version__
+from .clock import cpu_clock
 from .device import dtype_name
 from .linear import backends
 from .sizes import GIB
-from .tune import cpu_clock, select
+from .tune import select
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

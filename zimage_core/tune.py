@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
+from .clock import Elapsed, queued
 from .linear import backends
 from .linear.backends import Backend
 from .models import attention, ops
@@ -60,13 +61,10 @@ SHAPES = {(11520, 3840): 32000 / 11520, (3840, 3840): 1.0, (3840, 10240): 1.0}
 RANK, HEADS = 256, (30, 128)
 ROWS = {"few_ms": 1152, "many_ms": 4224}  # of pictures of 512 x 512 and 1024 x 1024 pixels
 REPEATS, SLOW = 7, 3.0  # rounds of calls, but one of those that are so much slower than the fastest
-PAUSE_CYCLES, MOST_CYCLES = 2 * 10**6, 10**8  # of a GPU, 1 to 60 ms, in which the host launches a call
-FLUSH_BYTES = 96 * 2**20  # more than a GPU's cache holds
 LIMIT_S = 3.0  # for all calls but the first of each kind, which compile; then each is timed once
 MEMORY = 2**29  # bytes of the device that timing takes at most
 
 Record = dict[str, Any]
-Elapsed = Callable[[Callable[[], object], torch.device], float]
 
 logger = logging.getLogger(__name__)
 _known: dict[tuple[torch.device, torch.dtype, bool], Record | None] = {}
@@ -415,55 +413,6 @@ def keep(path: Path, record: Record, anew: bool) -> Record:
     except OSError as error:
         logger.warning("%s cannot be written (%s): the next run times the ways to run linears again", path, error)
     return record
-
-
-def queued(device: torch.device) -> Elapsed:
-    """A timer of a GPU's time: a call waits there behind a pause, longer than its launches take, and a flush.
-
-    On a CPU `elapsed_ms`."""
-    if device.type != "cuda":
-        return elapsed_ms
-    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-
-    def timed(call: Callable[[], object], device: torch.device) -> float:
-        cycles = PAUSE_CYCLES
-        while True:
-            before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-            begun = time.perf_counter()
-            with torch.cuda.device(device):
-                before.record()
-                torch.cuda._sleep(cycles)
-                flushed.zero_()
-                start.record()
-                call()
-                end.record()
-            host = (time.perf_counter() - begun) * 1e3
-            end.synchronize()
-            if host < before.elapsed_time(start) or cycles >= MOST_CYCLES:
-                return start.elapsed_time(end)
-            cycles *= 4
-
-    return timed
-
-
-def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds that a call takes: of the GPU, or by `cpu_clock`."""
-    if device.type != "cuda":
-        clock = cpu_clock()[1]
-        begun = clock()
-        call()
-        return (clock() - begun) * 1e3
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def cpu_clock() -> tuple[str, Callable[[], float]]:
-    """Name and function of a CPU's clock: with one thread the process's processor time, else the time of day."""
-    return ("processor time", time.process_time) if torch.get_num_threads() == 1 else ("time", time.perf_counter)
 
 
 @cache
