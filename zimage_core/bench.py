@@ -225,6 +225,7 @@ def bench_steps(
         for size in sizes:
             for batch in batches:
                 row: dict[str, object] = {"size": size, "batch": batch}
+                host: dict[str, float] = {}
                 try:
                     steps = steps or {name: build() for name, build in group.items()}
                     if on_gpu:
