@@ -76,7 +76,7 @@ things = st.one_of(
     images,
     tensors,
     st.lists(images | tensors | values, max_size=3),
-    st.sampled_from([b"a", Path("x"), object, sys, (), {1}, torch.Generator(), Variety(3.0), *SAMPLERS, *SCHEDULES]),
+    st.sampled_from([b"a", Path("x"), object(), sys, (), {1}, torch.Generator(), Variety(3.0), *SAMPLERS, *SCHEDULES]),
 )
 ARGUMENTS = [
     name for name in inspect.signature(Pipeline.__call__).parameters if name not in ("self", "callback_on_step_end")
