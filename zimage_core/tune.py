@@ -386,7 +386,7 @@ def _whole(ways: object) -> bool:
         isinstance(facts, dict)
         and ("refused" in facts) + ("few_ms" in facts) < 2
         and ("few_ms" in facts) == ("many_ms" in facts)
-        and ("int8_ms" in facts) == ("sdpa_ms" in facts)
+        and ("w8_ms" in facts) == ("w16_ms" in facts)
         and all(_figure(name, found) for name, found in facts.items())
         for facts in ways.values()
     )

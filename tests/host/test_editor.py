@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ WORDS = {  # what is typed into the node search: which nodes come first among ou
     **dict.fromkeys(("lora", "nunchaku lora"), LORAS),
     "nunchaku": {"ZImageINT4ModelLoader", *LORAS},
 }
+CLEARS_LINES = (1, 58)  # from this frontend on, as far as is known: 1.49 keeps them after a run
 BROWSER = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(
     not (shutil.which("node") and os.environ.get("PLAYWRIGHT_CORE") and Path(BROWSER).exists()),
@@ -187,9 +189,10 @@ def test_toast_shows_the_packs_own_sentence_below_comfyuis_own_box(seen, name):
 
 def test_no_word_of_a_nodes_lines_is_broken(seen):
     """In any graph; ComfyUI shows no lines on nodes whose results it kept from an earlier one."""
+    frontend = version("comfyui-frontend-package")
+    if tuple(map(int, frontend.split(".")[:2])) >= CLEARS_LINES:
+        pytest.skip(f"frontend {frontend} clears a node's lines when the run ends")
     said = [report["said"] for report in seen[0].values() if "said" in report]
-    if not any(one["lines"] for one in said):
-        pytest.skip("this frontend clears a node's lines when the run ends")
     assert sum(len(one["lines"]) for one in said) > 10 and not any(one["broken"] for one in said)
 
 

@@ -284,7 +284,7 @@ COMPLETED = {
 }
 
 
-@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 @pytest.mark.parametrize("line", COMPLETED)
 def test_fish_completes(tmp_path, line):
     (tmp_path / "picture.png").touch()
@@ -294,7 +294,7 @@ def test_fish_completes(tmp_path, line):
     assert sorted(offer.partition("\t")[0] for offer in found.splitlines()) == COMPLETED[line]
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
 @pytest.mark.parametrize("line", [line for line in COMPLETED if "=" not in line])
 def test_zsh_completes(tmp_path, line):
     """In a terminal, as its completion runs nowhere else: Tab, then a key that prints what the line has become."""

@@ -316,7 +316,7 @@ def test_options_of_other_commands(tiny_files, tmp_path_factory, capsys, monkeyp
 @many
 @given(kept=values | st.fixed_dictionaries({"key": st.just({"a": "b"}), "ways": values | st.dictionaries(
     st.sampled_from(["triton w4a8", "triton w4a16", "fused w4a8", "attention int8", "x"]), values | st.dictionaries(
-    st.sampled_from(["few_ms", "many_ms", "int8_ms", "sdpa_ms", "error", "refused"]), values))}))  # fmt: skip
+    st.sampled_from(["few_ms", "many_ms", "w8_ms", "w16_ms", "error", "refused"]), values))}))  # fmt: skip
 def test_figures_of_tune(tmp_path_factory, kept):
     """A cache file with other content is none, or one that `auto` can choose from."""
     folder = tmp_path_factory.mktemp("tune")

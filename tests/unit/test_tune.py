@@ -269,6 +269,18 @@ def test_of_two_processes_that_measure_at_once_both_use_what_is_kept_first(as_gp
     assert [file.name for file in path.parent.iterdir()] == ["ways.json"]
 
 
+@pytest.mark.parametrize("lost", ["w8_ms", "w16_ms", "few_ms", "many_ms"])
+def test_figures_that_lack_one_of_a_pair_are_measured_anew(lost, as_gpu, tmp_path):
+    key, path = {"device": "one"}, tmp_path / "ways.json"
+    kept = {"key": key, **record(triton_w4a8=(1, 2))}
+    kept["ways"]["triton fp8"] = {"error": 0.02, "w8_ms": 1.0, "w16_ms": 2.0}
+    assert tune.keep(path, kept, anew=True) == tune.read(path, key) == kept
+    for facts in kept["ways"].values():
+        facts.pop(lost, None)
+    path.write_text(json.dumps(kept))
+    assert tune.read(path, key) is None
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_no_error(as_gpu, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file")
     assert tune.known(CPU, BF16)["ways"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -24,11 +23,12 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
     name = schema.partition("(")[0]
 
     def wrap(function: F) -> F:
-        with suppress(RuntimeError):  # this package was imported before, and what it defined then still serves
+        ours = getattr(torch.ops, NAMESPACE)
+        if not hasattr(ours, name):  # else this package was imported before, and what it defined then still serves
             _library.define(schema)
             _library.impl(name, function, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        compiled = getattr(getattr(torch.ops, NAMESPACE), name)
+        compiled = getattr(ours, name)
 
         @functools.wraps(function)
         def call(*given: Any) -> Any:
