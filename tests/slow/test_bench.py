@@ -198,10 +198,14 @@ def test_a_prompt_s_time_in_every_form(capsys, script):
 
 
 def test_eight_bit_files_stay_close_to_bf16(script, capsys):
-    """The aims are for the median of 20 pictures (benchmarks/README.md); five are as many as a test has time for."""
+    """The aims are for the median of 20 pictures (benchmarks/README.md); five are as many as a test has time for.
+
+    Whether 8 or 16 bits come closer to BF16 in five pictures is chance; the error of the flow, over 40 steps, is not."""
     source = BENCHMARKS.parent / "demo_training" / "z-image-demo-bf16.safetensors"
     script("quality", "demo-formats", f"--source={source}", "--captions=5")
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    medians = {(row["form"], row["activations"]): row["median PSNR"] for row in rows}
-    assert medians["INT8", "16"] >= 50 and medians["FP8", "16"] >= 40
-    assert all(medians[form, "16"] - 3 < medians[form, "8"] < medians[form, "16"] for form in ("INT8", "FP8"))
+    found = {(row["form"], row["activations"]): row for row in rows}
+    for form, aim in (("INT8", 50), ("FP8", 40)):
+        full, rounded = found[form, "16"], found[form, "8"]
+        assert full["median PSNR"] >= aim and rounded["median PSNR"] >= aim
+        assert full["flow error"] < rounded["flow error"] < 2 * full["flow error"]
