@@ -200,7 +200,7 @@ def test_a_prompt_s_time_in_every_form(capsys, script):
 def test_eight_bit_files_stay_close_to_bf16(script, capsys):
     """The aims are for the median of 20 pictures (benchmarks/README.md); five are as many as a test has time for.
 
-    Whether 8 or 16 bits come closer to BF16 in five pictures is chance; the error of the flow, over 40 steps, is not."""
+    Whether 8 or 16 bits come closer to BF16 in five pictures is chance; the flow's error over 40 steps is not."""
     source = BENCHMARKS.parent / "demo_training" / "z-image-demo-bf16.safetensors"
     script("quality", "demo-formats", f"--source={source}", "--captions=5")
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
