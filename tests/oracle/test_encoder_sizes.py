@@ -35,6 +35,7 @@ CONFIG = {
 }
 FP8_LAYERS = range(6, 30)  # of the mixed file: as many as make it 5.6 GB
 ITEM = {"BF16": 2, "F32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1}
+ONE, ONE_BF16 = struct.pack("<f", 1.0), b"\x80\x3f"  # scales; where they are 0 a load reads the codes to compare
 Entries = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -85,13 +86,14 @@ def folder_of_shards(folder: Path, shapes) -> Path:
 
 
 def fp8_scaled(folder: Path, shapes) -> Path:
-    entries: Entries = {"scaled_fp8": ("F8_E4M3", (2,))}
+    entries, content = {"scaled_fp8": ("F8_E4M3", (2,))}, {}
     for name, shape in shapes.items():
         entries[name] = ("F8_E4M3" if is_linear(name) else "BF16", shape)
         if is_linear(name):
             stem = name.removesuffix("weight")
             entries |= {f"{stem}scale_weight": ("F32", ()), f"{stem}scale_input": ("F32", ())}
-    write_sparse(folder / "qwen_3_4b_fp8_scaled.safetensors", entries, {}, {})
+            content[f"{stem}scale_weight"] = ONE
+    write_sparse(folder / "qwen_3_4b_fp8_scaled.safetensors", entries, {}, content)
     return folder / "qwen_3_4b_fp8_scaled.safetensors"
 
 
@@ -104,7 +106,7 @@ def fp8_mixed(folder: Path, shapes) -> Path:
         if small:
             stem = name.removesuffix("weight")
             entries |= {f"{stem}weight_scale": ("F32", ()), f"{stem}comfy_quant": ("U8", (len(quant),))}
-            content[f"{stem}comfy_quant"] = quant
+            content |= {f"{stem}weight_scale": ONE, f"{stem}comfy_quant": quant}
     write_sparse(folder / "qwen_3_4b_fp8_mixed.safetensors", entries, {}, content)
     return folder / "qwen_3_4b_fp8_mixed.safetensors"
 
@@ -120,25 +122,26 @@ def nvfp4(folder: Path, shapes) -> Path:
         entries |= {name: ("U8", (n, k // 2)), f"{stem}weight_scale": ("F8_E4M3", (n, k // 16))}
         entries |= {f"{stem}weight_scale_2": ("F32", ()), f"{stem}input_scale": ("F32", ())}
         entries[f"{stem}comfy_quant"] = ("U8", (len(quant),))
-        content[f"{stem}comfy_quant"] = quant
+        content |= {f"{stem}weight_scale_2": ONE, f"{stem}comfy_quant": quant}
     write_sparse(folder / "qwen_3_4b_nvfp4.safetensors", entries, {}, content)
     return folder / "qwen_3_4b_nvfp4.safetensors"
 
 
 def quanto(folder: Path, shapes) -> Path:
-    entries, kinds = {}, {}
+    entries, kinds, content = {}, {}, {}
     for name, shape in shapes.items():
         if not is_linear(name):
             entries[name] = ("BF16", shape)
             continue
         stem = name.removesuffix("weight")
         entries |= {f"{name}._data": ("I8", shape), f"{name}._scale": ("BF16", (shape[0], 1))}
+        content[f"{name}._scale"] = ONE_BF16 * shape[0]
         entries |= {f"{stem}{scalar}": ("BF16", ()) for scalar in ("input_scale", "output_scale")}
         kinds[stem.removesuffix(".")] = {"weights": "qint8", "activations": "none"}
     described = {"quantization_map_base64": kinds, "config_base64": CONFIG | {"model_type": "qwen3"}}
     metadata = {name: base64.b64encode(json.dumps(data).encode()).decode() for name, data in described.items()}
     path = folder / "qwen3_quanto_bf16_int8.safetensors"
-    write_sparse(path, entries, {"format": "pt", "quantization_format": "quanto", **metadata}, {})
+    write_sparse(path, entries, {"format": "pt", "quantization_format": "quanto", **metadata}, content)
     return path
 
 
