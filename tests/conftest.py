@@ -63,6 +63,18 @@ def tiny_files(tmp_path_factory) -> dict[str, Path]:
     }
 
 
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """nunchaku's engine, emulated."""
+    import engine
+
+    engine.install(tmp_path / "engine")
+    engine.forget()
+    monkeypatch.syspath_prepend(tmp_path / "engine")
+    yield
+    engine.forget()
+
+
 @pytest.fixture(scope="session")
 def outliers(tmp_path_factory) -> Path:
     """A source of two blocks whose inputs have a few strong channels, as real ones do."""

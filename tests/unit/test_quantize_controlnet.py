@@ -17,12 +17,14 @@ from zimage_core import Control, load_pipeline
 from zimage_core.cli import main
 from zimage_core.formats.controlnet import control_info, load_controlnet
 from zimage_core.formats.load import load_transformer
+from zimage_core.linear import backends
 from zimage_core.linear.svdq import SVDQLinear
 from zimage_core.models.controlnet import ControlBlock
 from zimage_core.models.transformer import Hooks, run_block
 from zimage_core.quantize.controlnet import quantize_controlnet
 
 CELLS = (8, 8)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -31,10 +33,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def hints(base, net) -> torch.Tensor:
     """Every hint of one forward, in one row."""
-    gen, found = torch.Generator().manual_seed(3), []
-    cond = base.prepare([torch.randn(20, base.config.cap_feat_dim, generator=gen)], 64, 64)
-    latents = torch.randn(2, 16, *CELLS, generator=gen)
-    context = torch.randn(2, net.config.channels, *CELLS, generator=gen)
+    gen, found, like = torch.Generator().manual_seed(3), [], base.x_embedder.weight
+    cond = base.prepare([torch.randn(20, base.config.cap_feat_dim, generator=gen).to(like)], 64, 64)
+    latents = torch.randn(2, 16, *CELLS, generator=gen).to(like)
+    context = torch.randn(2, net.config.channels, *CELLS, generator=gen).to(like)
 
     def record(stage, index, block, *args):
         result = run_block(stage, index, block, *args)
@@ -44,7 +46,12 @@ def hints(base, net) -> torch.Tensor:
 
     with torch.no_grad():
         controls = (net.prepare(context, base, cond),)
-        base(latents, torch.tensor([0.3, 0.7]), replace(cond, controls=controls), Hooks(run_block=record))
+        base(
+            latents,
+            torch.tensor([0.3, 0.7], device=like.device),
+            replace(cond, controls=controls),
+            Hooks(run_block=record),
+        )
     return torch.cat(found)
 
 
@@ -70,6 +77,33 @@ def test_quantized_plainly(dense_nets, base, tmp_path, variant):
         assert torch.allclose(net.get_submodule(name).weights().bias, bias, atol=4e-3 * bias.abs().max().item())
     # 4 bits of normal weights, which have no low-rank part: 0.08 a linear, through a few of them.
     assert relative(hints(base, net), hints(base, whole)) < 0.25
+
+
+WAYS = {"triton w4a16": 0.1, "triton w4a8": 0.5, "kitchen w4a8": 0.5, "kitchen w4a4": 1.2, "nunchaku w4a4": 1.2}
+"""Way -> its error in parts of that of `reference` in w4a4: bf16 in another order, 8 bits, the same rounding."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_backend_runs_it(dense_nets, tiny_files, tmp_path, request, monkeypatch, way):
+    """Linears with and without bias, by the backends that are there; on a GPU by their kernels."""
+    name, precision = way.split()
+    if name == "nunchaku":
+        request.getfixturevalue("engine")
+        monkeypatch.setattr(backends.load(name), "capability", lambda device: 86)
+    elif reason := backends.load(name).unavailable(torch.device(DEVICE), torch.bfloat16, precision=precision):
+        pytest.skip(reason)
+    path, options = tmp_path / "net.safetensors", {"device": DEVICE, "dtype": torch.bfloat16}
+    quantize_controlnet(dense_nets["2.1 lite"], path, rank=16)
+    base = load_transformer(tiny_files["model"], backend="reference", precision="w4a16", **options)
+    exact, plain, found = (
+        load_controlnet(path, backend=backend, precision=level, **options)
+        for backend, level in (("reference", "w4a16"), ("reference", "w4a4"), (name, precision))
+    )
+    assert (found.backend.name, found.backend.precision) == (name, precision)
+    expected = hints(base, exact)
+    error = relative(hints(base, found), expected)
+    print(f"{way}: {error:.4f}, reference w4a4 {relative(hints(base, plain), expected):.4f}")
+    assert error <= WAYS[way] * relative(hints(base, plain), expected)
 
 
 def test_the_file_follows_the_conventions(dense_nets, tmp_path):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import sys
-import textwrap
 import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from engine import forget
 from safetensors.torch import load_file
 
 from zimage_core import tune
@@ -290,7 +290,7 @@ def test_the_engine_is_not_asked_on_hardware_it_refuses(sm, fp4, reason, gpu, en
 
 
 def test_the_statistics_library_of_pypi_is_told_from_the_engine(tmp_path, monkeypatch):
-    forget_engine()
+    forget()
     (tmp_path / "nunchaku").mkdir()
     (tmp_path / "nunchaku" / "__init__.py").write_text("raise AssertionError('never imported')")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -455,64 +455,11 @@ def gpu(monkeypatch):
 @pytest.fixture
 def no_engine(monkeypatch):
     """No package called nunchaku."""
-    forget_engine()
+    forget()
     find = backends.nunchaku.importlib.util.find_spec
     monkeypatch.setattr(
         nunchaku.importlib.util, "find_spec", lambda name, *rest: None if name == "nunchaku" else find(name, *rest)
     )
-
-
-@pytest.fixture
-def engine(tmp_path, monkeypatch):
-    """A package with the engine's two functions, which emulate the kernels through the reference."""
-    folder = tmp_path / "engine" / "nunchaku" / "ops"
-    folder.mkdir(parents=True)
-    (folder.parent / "__init__.py").write_text("")
-    (folder / "__init__.py").write_text("")
-    (folder / "quantize.py").write_text(
-        textwrap.dedent(
-            """
-            import torch
-
-            def svdq_quantize_w4a4_act_fuse_lora_cuda(input, output=None, oscales=None, lora_down=None,
-                    lora_act_out=None, smooth=None, fuse_glu=False, fp4=False, pad_size=256):
-                rows = -(-len(input) // pad_size) * pad_size
-                assert input.is_contiguous() and lora_down.shape[0] == input.shape[1]
-                return (input, smooth, fp4), torch.zeros(input.shape[1] // 64, rows), (lora_down, rows)
-            """
-        )
-    )
-    (folder / "gemm.py").write_text(
-        textwrap.dedent(
-            """
-            from zimage_core.linear.backends import reference
-            from zimage_core.linear.svdq import SVDQWeights
-
-            def svdq_gemm_w4a4_cuda(act, wgt, out=None, ascales=None, wscales=None, lora_act_in=None, lora_up=None,
-                    bias=None, fp4=False, alpha=1.0, wcscales=None):
-                (x, smooth, quantized_fp4), (down, rows) = act, lora_act_in
-                assert fp4 is quantized_fp4 is (wcscales is not None) and alpha == 1.0
-                assert rows % 256 == 0 and ascales.shape[1] == rows
-                assert out.shape == (len(x), len(wgt)) and out.dtype == x.dtype
-                packed = dict(qweight=wgt, wscales=wscales, smooth_factor=smooth, proj_down=down, proj_up=lora_up)
-                packed |= {} if bias is None else {"bias": bias}
-                if fp4:
-                    assert str(wscales.dtype) == "torch.float8_e4m3fn" and wcscales.dtype == x.dtype
-                    packed["wcscales"] = wcscales
-                precision = "w4a16" if fp4 else "w4a4"
-                out.copy_(reference.linear(x, SVDQWeights.from_packed(packed).tensors(), precision))
-            """
-        )
-    )
-    forget_engine()
-    monkeypatch.setattr(sys, "path", [str(folder.parent.parent), *sys.path])
-    yield
-    forget_engine()
-
-
-def forget_engine() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "nunchaku"]:
-        del sys.modules[name]
 
 
 @pytest.fixture
