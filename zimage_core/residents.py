@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,13 @@ from .failures import check_finite, out_of_memory
 from .formats.encoder import check_width
 from .job import Job
 from .lora.apply import apply
-from .lora.read import Loras
 from .memory import plan as planning
 from .memory.graphs import Graphs
 from .memory.offload import BlockStreamer
-from .memory.placement import module_bytes
 from .memory.stages import libraries
 from .models.controlnet import ControlNet, run_order
-from .models.text_encoder import encode_tokens
-from .models.transformer import PIXELS_PER_CELL, Conditioning, Hooks
+from .models.text_encoder import TextEncoder, encode_tokens
+from .models.transformer import PIXELS_PER_CELL, Conditioning, Hooks, ZImageTransformer
 from .models.vae import VAE
 from .sampler import Model
 from .sources import MetaModels, Sources
@@ -38,79 +36,46 @@ from .sources import MetaModels, Sources
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+R = TypeVar("R", bound="Resident")
 
 
-def _read_to(stage: planning.Stage, device: torch.device) -> torch.device:
-    """Where a model's weights go when it is read: to the device only if all of them may be there."""
-    return device if stage.resident == stage.blocks else torch.device("cpu")
+class Resident(Generic[M]):
+    """A model, and the streamer that brings as much of it to the device as a plan allows, or sends it to the host."""
 
-
-class ResidentEncoder:
-    """The text encoder; it is dropped rather than sent to the host."""
-
-    def __init__(self, sources: Sources, stage: planning.Stage):
-        self._path, self._device = sources.files.text_encoder, sources.device
-        self._model = sources.text_encoder(_read_to(stage, self._device))
-        self._streamer = BlockStreamer(list(self._model.layers))
-
-    @property
-    def on_device(self) -> int:
-        """Bytes of it on the device."""
-        return self._streamer.used
-
-    def place(self, stage: planning.Stage, loras: Loras) -> None:
-        """Have it with exactly these LoRAs, with as many layers on the device as the plan allows."""
-        apply(self._model, loras)
-        self._streamer.place(self._device, stage.allowance)
-
-    def encode(self, tokens: Collection[list[int]], where: str) -> list[Tensor]:
-        """Caption features (L, C) on the host of each prompt's token ids; where names the tokenizer in errors."""
-        found = encode_tokens(self._model, tokens, where, run_block=self._streamer.run_block, device=self._device)
-        for feats in found:
-            remedy = "its file is damaged, or a LoRA changes it too much"
-            check_finite(feats, f"text encoder ({self._path})", remedy)
-        return [feats.cpu() for feats in found]
-
-
-class ResidentTransformer:
-    """The transformer, with the ControlNets beside it and CUDA graphs of its steps."""
-
-    def __init__(self, sources: Sources, stage: planning.Stage):
-        self._sources = sources
-        self.model = sources.transformer(_read_to(stage, sources.device))
-        self._nets: dict[Path, ControlNet] = {}
-        self._assemble()
-
-    def _assemble(self) -> None:
-        nets = list(self._nets.values())
-        self._streamer = BlockStreamer(run_order(self.model, nets), nn.ModuleList([self.model, *nets]))
-        self._graphs = Graphs(self.model, self._streamer)
-        self._hooks = Hooks(run_block=self._streamer.run_block)
-
-    @property
-    def on_device(self) -> int:
-        """Bytes of it on the device."""
-        return self._streamer.used
-
-    def place(self, stage: planning.Stage, loras: Loras, controlnets: Collection[Path] = ()) -> None:
-        """Have it with exactly these LoRAs and ControlNets, with as many blocks on the device as the plan allows."""
-        apply(self.model, loras)
-        if set(self._nets) != set(controlnets):
-            self._graphs.clear()
-            if self._streamer.host:  # what is streamed rests in this streamer's buffers
-                self._streamer.leave()
-            where = _read_to(stage, self._sources.device)
-            self._nets = {
-                path: self._nets.get(path) or self._sources.controlnet(path, where)
-                for path in dict.fromkeys(controlnets)
-            }
-            self._assemble()
-        self._streamer.place(self._sources.device, stage.allowance)
+    def __init__(self, model: M, streamer: BlockStreamer):
+        self.model, self.streamer = model, streamer
 
     def leave(self) -> None:
         """Send it to the host."""
+        self.streamer.leave()
+
+
+class ResidentTransformer(Resident[ZImageTransformer]):
+    """The transformer, with the ControlNets beside it and CUDA graphs of its steps."""
+
+    def __init__(self, model: ZImageTransformer):
+        super().__init__(model, self._assemble(model, {}))
+
+    def _assemble(self, model: ZImageTransformer, nets: dict[Path, ControlNet]) -> BlockStreamer:
+        found = list(nets.values())
+        streamer = BlockStreamer(run_order(model, found), nn.ModuleList([model, *found]))
+        self._nets, self._graphs, self._hooks = nets, Graphs(model, streamer), Hooks(run_block=streamer.run_block)
+        return streamer
+
+    def set_controlnets(self, files: Collection[Path], read: Callable[[Path], ControlNet]) -> None:
+        """Have exactly the ControlNets of these files beside it; those that are not there yet are read."""
+        if set(self._nets) == set(files):
+            return
         self._graphs.clear()
-        self._streamer.leave()
+        if self.streamer.host:  # what is streamed rests in this streamer's buffers
+            self.streamer.leave()
+        nets = {path: self._nets.get(path) or read(path) for path in dict.fromkeys(files)}
+        self.streamer = self._assemble(self.model, nets)
+
+    def leave(self) -> None:
+        self._graphs.clear()
+        super().leave()
 
     def followed(self, job: Job, given: Given, graphs: bool) -> tuple[Model, dict[str, Any]]:
         """The model that `sampler.denoise` calls, and the conditionings that it follows, by its arguments' names.
@@ -156,27 +121,6 @@ class ResidentTransformer:
         return replace(cond, controls=tuple(prepared))
 
 
-class ResidentVAE:
-    """The VAE, whole on the device or on the host."""
-
-    def __init__(self, sources: Sources):
-        self._device = sources.device
-        self.model = sources.vae(self._device)
-
-    @property
-    def on_device(self) -> int:
-        """Bytes of it on the device."""
-        there = next(self.model.parameters()).device.type == self._device.type
-        return module_bytes(self.model) if there else 0
-
-    def place(self) -> None:
-        self.model.to(self._device)
-
-    def leave(self) -> None:
-        """Send it to the host."""
-        self.model.to("cpu")
-
-
 class Residents:
     """The models of a pipeline: planned within a budget, read and brought for their stage, and what leaves for it.
 
@@ -187,15 +131,13 @@ class Residents:
         self.budget = budget  # bytes, "auto" or None
         self._sources, self._once = sources, once
         self._on_meta = MetaModels(sources)
-        self._encoder: ResidentEncoder | None = None
-        self._transformer: ResidentTransformer | None = None
-        self._vae: ResidentVAE | None = None
+        self._there: dict[str, Resident] = {}  # by the name of their stage
         self._too_much: dict[str, int] = {}  # model -> pixels from which it was out of memory with resident blocks
 
     @property
     def transformer(self) -> ResidentTransformer | None:
         """The transformer, once it has been read."""
-        return self._transformer
+        return cast("ResidentTransformer | None", self._there.get("transformer"))
 
     @property
     def _all_stay(self) -> bool:
@@ -251,59 +193,85 @@ class Residents:
 
     def encode(self, job: Job, where: str) -> None:
         """Caption features of the job's tokens; the encoder leaves the device. where names the tokenizer in errors."""
-        self._sources.check_unchanged(self._sources.files.text_encoder)  # on a CPU it stays mapped
-        stage = self._clear_for(job, "text encoder")
-        if self._encoder is None:
-            with job.record("load text encoder"):
-                self._encoder = ResidentEncoder(self._sources, stage)
+        source, device = self._sources.files.text_encoder, self._sources.device
+        self._sources.check_unchanged(source)  # on a CPU it stays mapped
+
+        def read(place: torch.device) -> Resident[TextEncoder]:
+            model = self._sources.text_encoder(place)
+            return Resident(model, BlockStreamer(list(model.layers)))
+
+        encoder = self._bring(job, "text encoder", source, read)
         with job.record("encode prompt"):
-            self._encoder.place(stage, job.loras)
-            job.feats.update(zip(job.tokens, self._encoder.encode(job.tokens.values(), where)))
+            apply(encoder.model, job.loras)
+            run_block = self._place(job, "text encoder", encoder).run_block
+            found = encode_tokens(encoder.model, job.tokens.values(), where, run_block=run_block, device=device)
+            for feats in found:
+                check_finite(feats, f"text encoder ({source})", "its file is damaged, or a LoRA changes it too much")
+            job.feats.update(zip(job.tokens, (feats.cpu() for feats in found)))
             if not self._all_stay:
-                self._encoder = None
-                self._empty_cache()
+                self._drop("text encoder")
 
     def bring_transformer(self, job: Job) -> ResidentTransformer:
         """The transformer with the job's LoRAs and ControlNets, as far on the device as the plan says."""
-        stage = self._clear_for(job, "transformer")
-        self._sources.check_unchanged(*job.controlnets)
-        if self._transformer is None:
-            self._sources.check_unchanged(self._sources.files.model)
-            with job.record("load transformer"):
-                self._transformer = ResidentTransformer(self._sources, stage)
-        self._transformer.place(stage, job.loras, job.controlnets)
-        return self._transformer
+        sources = self._sources
+        sources.check_unchanged(*job.controlnets)
+
+        def read(place: torch.device) -> ResidentTransformer:
+            return ResidentTransformer(sources.transformer(place))
+
+        found = self._bring(job, "transformer", sources.files.model, read)
+        apply(found.model, job.loras)
+        found.set_controlnets(job.controlnets, lambda path: sources.controlnet(path, self._where(job, "transformer")))
+        self._place(job, "transformer", found)
+        return found
 
     def drop_transformer(self) -> None:
         """Let the transformer go when it has done its part, if it is needed once."""
         if self._once:
-            self._transformer = None
-            self._empty_cache()
+            self._drop("transformer")
 
     def bring_vae(self, job: Job) -> VAE:
         """The VAE, on the device."""
-        self._clear_for(job, "VAE")
-        if self._vae is None:
-            self._sources.check_unchanged(self._sources.files.vae)
-            with job.record("load VAE"):
-                self._vae = ResidentVAE(self._sources)
-        self._vae.place()
-        return self._vae.model
 
-    def _clear_for(self, job: Job, name: str) -> planning.Stage:
-        """Send to the host what may not be on the device during a stage; returns its plan."""
+        def read(place: torch.device) -> Resident[VAE]:
+            model = self._sources.vae(place)
+            return Resident(model, BlockStreamer((), model))
+
+        found = self._bring(job, "VAE", self._sources.files.vae, read)
+        self._place(job, "VAE", found)
+        return found.model
+
+    def _bring(self, job: Job, name: str, source: Path, read: Callable[[torch.device], R]) -> R:
+        """The model of a stage, read if it is not there, while what may not be beside it goes to the host."""
         if job.plan.usable is not None:
             self._leave(name)
-        return job.plan.stage(name)
+        if name not in self._there:
+            self._sources.check_unchanged(source)
+            with job.record(f"load {name}"):
+                self._there[name] = read(self._where(job, name))
+        return cast(R, self._there[name])
+
+    def _where(self, job: Job, name: str) -> torch.device:
+        """Where a model's weights go when it is read: to the device only if all of them may be there."""
+        stage = job.plan.stage(name)
+        return self._sources.device if stage.resident == stage.blocks else torch.device("cpu")
+
+    def _place(self, job: Job, name: str, resident: Resident) -> BlockStreamer:
+        """As many of its blocks on the device as the plan allows."""
+        resident.streamer.place(self._sources.device, job.plan.stage(name).allowance)
+        return resident.streamer
 
     def _leave(self, name: str | None = None) -> None:
-        """Send every model to the host but the named one."""
+        """Send every model to the host but the named one; the text encoder is dropped instead."""
         if name != "text encoder":
-            self._encoder = None
-        if self._transformer is not None and name != "transformer":
-            self._transformer.leave()
-        if self._vae is not None and name != "VAE":
-            self._vae.leave()
+            self._there.pop("text encoder", None)
+        for other, resident in self._there.items():
+            if other != name:
+                resident.leave()
+        self._empty_cache()
+
+    def _drop(self, name: str) -> None:
+        self._there.pop(name, None)
         self._empty_cache()
 
     def _empty_cache(self) -> None:
@@ -312,8 +280,8 @@ class Residents:
 
     def _held(self) -> dict[str, int]:
         """Bytes of the models that are on the device now."""
-        models = {"text encoder": self._encoder, "transformer": self._transformer, "VAE": self._vae}
-        return {name: model.on_device for name, model in models.items() if model is not None and model.on_device}
+        held = {name: resident.streamer.used for name, resident in self._there.items()}
+        return {name: count for name, count in held.items() if count}
 
 
 def usable(budget: int | str | None, device: torch.device, held: int) -> int | None:
