@@ -186,7 +186,7 @@ def test_fused_qkv_and_w3_w1_equal_their_parts(model):
 
 
 def test_every_spelled_out_name_is_a_module_and_flat_names_are_unambiguous():
-    names = [f"layers.7.{n}" for n in keys._BLOCK_NAMES] + list(keys._OTHER_NAMES)
+    names = [f"layers.7.{n}" for n in keys.BLOCK_NAMES] + list(keys.OTHER_NAMES)
     flat = [re.sub(r"[.-]", "_", n) for n in names]
     assert len(set(flat)) == len(flat)
     for name, underscored in zip(names, flat):
@@ -516,7 +516,7 @@ def test_refiner_loras_change_what_prepare_made_and_the_version_says_so(model):
 def test_text_encoder_keys_are_applied_to_the_encoder(model, linear, prefix, caplog):
     torch.manual_seed(0)
     config = TextEncoderConfig(50, 32, 48, 2, 2, 1, 16)
-    encoder = TextEncoder(config, linear, dtype=torch.float32).eval().requires_grad_(False)
+    encoder = TextEncoder(config, linear).eval().requires_grad_(False)
     if linear is StoredLinear:
         for module in encoder.modules():
             if isinstance(module, StoredLinear):

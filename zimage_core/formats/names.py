@@ -36,43 +36,36 @@ FUSED_PARTS = {"attention.to_qkv": ("q", "k", "v"), "feed_forward.w3_w1": ("w3",
 UNUSED = ("norm_final.weight", "scaled_fp8")
 """A norm left in some ComfyUI conversions from Lumina 2, which Z-Image has not, and a mark of older FP8 files."""
 
-_BLOCK = r"((?:layers|noise_refiner|context_refiner)\.\d{1,4})\."
-_MODULES: tuple[tuple[re.Pattern[str], str, str | None], ...] = tuple(
-    (re.compile(f"^{pattern}$"), replacement, part)
-    for pattern, replacement, part in (
-        (_BLOCK + r"attention\.(?:to_)?qkv", r"\1.attention.to_qkv", None),
-        (_BLOCK + r"attention\.to_q", r"\1.attention.to_qkv", "q"),
-        (_BLOCK + r"attention\.to_k", r"\1.attention.to_qkv", "k"),
-        (_BLOCK + r"attention\.to_v", r"\1.attention.to_qkv", "v"),
-        (_BLOCK + r"attention\.(?:to_out\.0|to_out|out)", r"\1.attention.to_out", None),
-        (_BLOCK + r"attention\.(?:norm_q|q_norm)", r"\1.attention.norm_q", None),
-        (_BLOCK + r"attention\.(?:norm_k|k_norm)", r"\1.attention.norm_k", None),
-        (_BLOCK + r"feed_forward\.(?:net\.0\.proj|w13|w3_w1)", r"\1.feed_forward.w3_w1", None),
-        (_BLOCK + r"feed_forward\.w3", r"\1.feed_forward.w3_w1", "w3"),
-        (_BLOCK + r"feed_forward\.w1", r"\1.feed_forward.w3_w1", "w1"),
-        (_BLOCK + r"feed_forward\.(?:net\.2|w2)", r"\1.feed_forward.w2", None),
-        (_BLOCK + r"(attention_norm[12]|ffn_norm[12]|adaLN_modulation\.0|before_proj|after_proj)", r"\1.\2", None),
-        (r"(?:all_x_embedder\.2-1|x_embedder)", "x_embedder", None),
-        (r"(?:all_final_layer\.2-1|final_layer)\.(linear|adaLN_modulation\.1)", r"final_layer.\1", None),
-        (r"(cap_embedder\.[01]|t_embedder\.mlp\.[02])", r"\1", None),
-    )
-)
+# The model's own name of a module in a block, or outside of blocks -> its names in files, diffusers' first and
+# ComfyUI's last.
+_IN_BLOCK = {
+    "attention.to_qkv": ("attention.to_qkv", "attention.qkv"),
+    "attention.to_out": ("attention.to_out.0", "attention.to_out", "attention.out"),
+    "attention.norm_q": ("attention.norm_q", "attention.q_norm"),
+    "attention.norm_k": ("attention.norm_k", "attention.k_norm"),
+    "feed_forward.w3_w1": ("feed_forward.net.0.proj", "feed_forward.w13", "feed_forward.w3_w1"),
+    "feed_forward.w2": ("feed_forward.net.2", "feed_forward.w2"),
+    "adaLN_modulation.0": ("adaLN_modulation.0",),
+    **{name: (name,) for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")},
+}
+_OUTSIDE = {
+    "x_embedder": ("all_x_embedder.2-1", "x_embedder"),
+    "final_layer.linear": ("all_final_layer.2-1.linear", "final_layer.linear"),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1", "final_layer.adaLN_modulation.1"),
+    **{name: (name,) for name in ("cap_embedder.0", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2")},
+}
+Module = tuple[str, "str | None"]
+"""A module of the model, and the part of it (`FUSED_PARTS`) or None."""
+BLOCK_NAMES: dict[str, Module] = {
+    **{name: (own, None) for own, names in _IN_BLOCK.items() for name in names},
+    **{f"attention.to_{part}": ("attention.to_qkv", part) for part in ("q", "k", "v")},
+    **{f"feed_forward.{part}": ("feed_forward.w3_w1", part) for part in ("w3", "w1")},
+}
+OTHER_NAMES: dict[str, Module] = {name: (own, None) for own, names in _OUTSIDE.items() for name in names}
+_HINTS: dict[str, Module] = {name: (name, None) for name in ("before_proj", "after_proj")}
+_IN_CONTROL_BLOCK = BLOCK_NAMES | _HINTS
 _TOKENS = ("x_pad_token", "cap_pad_token")
-
-# The names that `_MODULES` accepts, spelled out, to read those LoRA names back in which every dot became "_".
-_BLOCK_NAMES = (
-    *("attention.to_qkv", "attention.qkv", "attention.to_q", "attention.to_k", "attention.to_v"),
-    *("attention.to_out.0", "attention.to_out", "attention.out"),
-    *("attention.norm_q", "attention.q_norm", "attention.norm_k", "attention.k_norm"),
-    *("feed_forward.net.0.proj", "feed_forward.w13", "feed_forward.w3_w1", "feed_forward.w3", "feed_forward.w1"),
-    *("feed_forward.net.2", "feed_forward.w2", "adaLN_modulation.0"),
-    *("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"),
-)
-_OTHER_NAMES = (
-    *("all_x_embedder.2-1", "x_embedder", "cap_embedder.0", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"),
-    *("all_final_layer.2-1.linear", "final_layer.linear"),
-    *("all_final_layer.2-1.adaLN_modulation.1", "final_layer.adaLN_modulation.1"),
-)
+_BLOCK = re.compile(r"((?:layers|noise_refiner|context_refiner)\.\d{1,4}\.)?(.*)")
 
 _GGUF_LAYERS = {
     "attn_norm": "input_layernorm",
@@ -142,12 +135,12 @@ def unwrapped(key: str) -> str:
     return _WRAPPER.sub("", key)
 
 
-def canonical_module(name: str) -> tuple[str, str | None] | None:
+def canonical_module(name: str) -> Module | None:
     """A module's name in any style -> (the model's module, part or None); None where nothing matches."""
-    name = PREFIX.sub("", _WRAPPER.sub("", name))
-    for pattern, replacement, part in _MODULES:
-        if pattern.match(name):
-            return pattern.sub(replacement, name), part
+    if match := _BLOCK.fullmatch(PREFIX.sub("", _WRAPPER.sub("", name))):
+        block, inner = match.groups(default="")
+        if found := (_IN_CONTROL_BLOCK if block else OTHER_NAMES).get(inner):
+            return block + found[0], found[1]
     return None
 
 
@@ -170,26 +163,17 @@ def control_tensor(key: str) -> tuple[str, str | None] | None:
 
 def diffusers_svdq_module(name: str) -> str:
     """The model's module name -> its name in nunchaku's SVDQuant files, which follow diffusers."""
-    for ours, theirs in (
-        ("attention.to_out", "attention.to_out.0"),
-        ("feed_forward.w3_w1", "feed_forward.net.0.proj"),
-        ("feed_forward.w2", "feed_forward.net.2"),
-    ):
-        if name.endswith(ours):
-            return name[: -len(ours)] + theirs
-    if name == "x_embedder":
-        return "all_x_embedder.2-1"
-    if name.startswith("final_layer."):
-        return "all_final_layer.2-1" + name[len("final_layer") :]
-    return name
+    return _in_style(name, 0)
 
 
 def comfy_module(name: str) -> str:
     """The model's module name -> ComfyUI's; `w3_w1` is two linears there."""
-    for ours, theirs in (("to_qkv", "qkv"), ("to_out", "out"), ("norm_q", "q_norm"), ("norm_k", "k_norm")):
-        if name.endswith(f"attention.{ours}"):
-            return name.removesuffix(ours) + theirs
-    return name
+    return _in_style(name, -1)
+
+
+def _in_style(name: str, style: int) -> str:
+    block, inner = _BLOCK.match(name).groups(default="")  # type: ignore[union-attr]
+    return block + (_IN_BLOCK | _OUTSIDE).get(inner, (inner,))[style]
 
 
 def encoder_tensor(key: str) -> tuple[str, None]:
@@ -224,11 +208,10 @@ def lora_target(name: str) -> tuple[str, str, str | None] | None:
     flat = re.sub(r"[.-]", "_", _LORA_PREFIX.sub("", _WRAPPER.sub("", name)))
     if flat in _TOKENS:
         return "transformer", flat, None
-    dotted = _FLAT_OTHERS.get(flat)
-    if (match := _FLAT_BLOCK.match(flat)) and (leaf := _FLAT_BLOCKS.get(match[3])):
-        dotted = f"{match[1]}.{match[2]}.{leaf}"
-    if dotted and (found := canonical_module(dotted)):
+    if found := _FLAT_OTHERS.get(flat):
         return "transformer", *found
+    if (match := _FLAT_BLOCK.match(flat)) and (found := _FLAT_BLOCKS.get(match[3])):
+        return "transformer", f"{match[1]}.{match[2]}.{found[0]}", found[1]
     if match := _ENCODER.match(flat):
         return "text_encoder", f"layers.{match[1]}.{match[2]}.{match[3]}", None
     return None
@@ -259,5 +242,5 @@ def is_lora(keys: Iterable[str]) -> bool:
     return any(leaf[1] not in ("alpha", "rescale") if leaf else lora_refused(key) for key, leaf in found)
 
 
-_FLAT_BLOCKS = {name.replace(".", "_"): name for name in _BLOCK_NAMES}
-_FLAT_OTHERS = {re.sub(r"[.-]", "_", name): name for name in _OTHER_NAMES}
+_FLAT_BLOCKS = {name.replace(".", "_"): found for name, found in BLOCK_NAMES.items()}
+_FLAT_OTHERS = {re.sub(r"[.-]", "_", name): found for name, found in OTHER_NAMES.items()}
