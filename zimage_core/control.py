@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .failures import integer, number
+from .failures import integer, number, within
 from .formats.controlnet import control_info
 from .models.controlnet import MASKED_CHANNELS, control_context, inpainting_picture
 from .models.transformer import PIXELS_PER_CELL
@@ -53,10 +53,7 @@ class Control:
         checked_picture("control", self.image)
         if not isinstance(self.model, str | Path):
             raise ValueError(f"control: expected the file of a ControlNet, found {self.model!r:.100}")
-        if abs(number("control strength", self.strength)) > MAX_STRENGTH:
-            raise ValueError(
-                f"control strength: expected up to {MAX_STRENGTH} either way, found {self.strength}; 0.6 to 1 are usual"
-            )
+        within("control strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH, "0.6 to 1 are usual")
         if not 0 <= number("control start", self.start) < number("control end", self.end) <= 1:
             raise ValueError(f"control range: expected 0 <= start < end <= 1, found {self.start} to {self.end}")
 
@@ -88,8 +85,7 @@ def make_edit(
         count = f", found {len(images)}" if images else ""
         raise ValueError(f"mask: a picture to repaint is needed with it{count}; name it with --image (image=)")
     (image,) = images
-    if not 0 <= integer("feather", feather) <= MAX_SIDE:
-        raise ValueError(f"feather: expected 0 pixels or more, up to {MAX_SIDE}, found {feather}")
+    within("feather", integer("feather", feather), 0, MAX_SIDE)
     gray = check_mask(mask, image)
     found = mask_tensor(ImageOps.fit(gray, (width, height)))
     return Edit(fit(image, width, height), found, soften(found, feather))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import operator
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,4 +45,20 @@ def number(name: str, found: object) -> float:
     """A finite number. ValueError, under its name, for anything else."""
     if not isinstance(found, int | float) or not -1e308 <= found <= 1e308:
         raise ValueError(f"{name}: expected a number, found {found!r:.100}")
+    return found
+
+
+def within(name: str, found: object, low: float, high: float, remedy: str = "", above: bool = False) -> float:
+    """A number from low, or above it, to high. ValueError, under its name and with the remedy, for anything else."""
+    value = number(name, found)
+    if not low <= value <= high or (above and value == low):
+        expected = f"above {low:g} and up to {high:g}" if above else f"{low:g} to {high:g}"
+        raise ValueError(f"{name}: expected {expected}, found {found}{remedy and '; '}{remedy}")
+    return value
+
+
+def one_of(name: str, found: object, names: Iterable[str]) -> str:
+    """One of these names. ValueError, under its own, for anything else."""
+    if not isinstance(found, str) or found not in names:
+        raise ValueError(f"{name}: expected one of {', '.join(names)}, found {found!r:.100}")
     return found

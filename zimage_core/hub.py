@@ -16,7 +16,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers
 
+from .failures import one_of
 from .formats.safetensors import read_header, tensor_bytes
 from .sizes import GIB
 from .whole import place
@@ -121,9 +122,9 @@ def download(model: str, text_encoder: str = "fp8", *, comfyui=None, endpoint: s
     Returns the paths, named as load_pipeline's arguments. They are below `comfyui`/models, or in the hub's cache.
     Raises ValueError for unknown names, a folder that is no ComfyUI, and as `fetch_all` does.
     """
-    files = {"model": _named(model, MODELS, "model")}
+    files = {"model": MODELS[one_of("model", model, MODELS)]}
     if text_encoder != "none":
-        files["text_encoder"] = _named(text_encoder, TEXT_ENCODERS, "text encoder")
+        files["text_encoder"] = TEXT_ENCODERS[one_of("text encoder", text_encoder, TEXT_ENCODERS)]
     files |= {"vae": VAE, "tokenizer": TOKENIZER}
     models = None
     if comfyui is not None:
@@ -137,12 +138,6 @@ def download(model: str, text_encoder: str = "fp8", *, comfyui=None, endpoint: s
 def download_tokenizer(endpoint: str | None = None) -> Path:
     """Fetch Qwen3's tokenizer into the hub's cache and return its folder. Raises ValueError as `fetch_all` does."""
     return fetch_all([TOKENIZER], None, endpoint)[0].parent
-
-
-def _named(name: str, table: Mapping[str, HubFile], what: str) -> HubFile:
-    if name not in table:
-        raise ValueError(f"{what}: expected {', '.join(table)}, found {name!r}")
-    return table[name]
 
 
 def fetch_all(files: Iterable[HubFile], models: Path | None, endpoint: str | None = None) -> list[Path]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import sampler
 from .captions import Caption
 from .control import Control, Edit
-from .failures import integer, number
+from .failures import integer, number, within
 from .linear.backends import Backend
 from .lora.read import Lora, Loras, load_lora
 from .memory import plan as planning
@@ -178,8 +178,7 @@ def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int, int
 
     ValueError for a factor outside 1 to 8 and sides above `picture_size`'s.
     """
-    if not 1 <= number("upscale", factor) <= MAX_UPSCALE:
-        raise ValueError(f"upscale: expected 1 to {MAX_UPSCALE}, found {factor}")
+    within("upscale", factor, 1, MAX_UPSCALE)
     tall, wide = (max(round(side * factor / MULTIPLE), 1) * MULTIPLE for side in (height, width))
     height, width = picture_size(tall, wide, (width, height))
     return height, width, TILE if max(height, width) > LARGEST_WHOLE else None
@@ -235,9 +234,7 @@ def choose_sigmas(
     steps: int, sigmas: Iterable[float] | None, strength: float, image: bool, masked: bool, shift: float, schedule: str
 ) -> Tensor:
     """The sigmas of a call, with an image to start from, a mask, or neither; a warning where one has no effect."""
-    integer("steps", steps), number("shift", shift)
-    if not 0 < number("strength", strength) <= 1:
-        raise ValueError(f"strength: expected above 0 to 1, found {strength}; 0.6 keeps much of the picture, 1 nothing")
+    within("strength", strength, 0, 1, "0.6 keeps much of the picture, 1 nothing", above=True)
     if strength != 1 and (sigmas is not None or not image):
         logger.warning(
             "strength %g: has no effect %s", strength, "beside sigmas" if image else "without a picture to start from"
@@ -249,13 +246,6 @@ def choose_sigmas(
     return sampler.get_sigmas(steps, strength if image else 1.0, shift, schedule)
 
 
-def check_guidance(scale: float) -> float:
-    """The guidance of a call. ValueError unless a number from 0 to 100."""
-    if not 0 <= number("guidance", scale) <= MAX_GUIDANCE:
-        raise ValueError(f"guidance: expected 0 to {MAX_GUIDANCE}, found {scale}; 0 is what the model was made for")
-    return scale
-
-
 def read_variety(asked: float | Variety) -> Variety | None:
     """What makes seeds differ more, from its strength or as it is; None where that is 0."""
     found = asked if isinstance(asked, Variety) else Variety(number("variety", asked))
@@ -264,20 +254,18 @@ def read_variety(asked: float | Variety) -> Variety | None:
 
 def check_tile(edge: object) -> int | None:
     """The most pixels of a tile's edge, None for whole pictures. ValueError unless a multiple of 16 from 128 on."""
-    if edge is not None and (integer("tile", edge) < MIN_TILE or integer("tile", edge) % MULTIPLE):
+    if edge is None:
+        return None
+    if (pixels := integer("tile", edge)) < MIN_TILE or pixels % MULTIPLE:
         raise ValueError(f"tile: expected a multiple of {MULTIPLE} pixels from {MIN_TILE} on, found {edge}")
-    return None if edge is None else integer("tile", edge)
+    return pixels
 
 
 def check_limit(tokens: object) -> int:
-    """The most tokens of a prompt. ValueError unless from 8 to what the model's positions hold."""
-    most = ZImageConfig.axes_lens[0]
-    if not MIN_TOKENS <= integer("max_sequence_length", tokens) <= most:
-        raise ValueError(
-            f"max_sequence_length: expected {MIN_TOKENS} to {most} tokens, found {tokens}; "
-            f"{MAX_TOKENS} is what the model was made for"
-        )
-    return integer("max_sequence_length", tokens)
+    """The most tokens of a prompt. ValueError unless from 16 to what the model's positions hold."""
+    name, most = "max_sequence_length", ZImageConfig.axes_lens[0]
+    within(name, integer(name, tokens), MIN_TOKENS, most, f"{MAX_TOKENS} tokens are what the model was made for")
+    return integer(name, tokens)
 
 
 def check_call(name: str, found: T) -> T:
@@ -285,13 +273,6 @@ def check_call(name: str, found: T) -> T:
     if found is not None and not callable(found):
         raise ValueError(f"{name}: expected a function, found {found!r:.100}")
     return found
-
-
-def check_output(kind: str) -> str:
-    """The type of pictures that a call returns. ValueError for another than OUTPUTS."""
-    if not isinstance(kind, str) or kind not in OUTPUTS:
-        raise ValueError(f"output_type: expected one of {', '.join(OUTPUTS)}, found {kind!r}")
-    return kind
 
 
 def check_count(positive: int, each: int, height: int, width: int, images: Sequence[Image.Image] = ()) -> int:

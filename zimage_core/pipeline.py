@@ -24,18 +24,18 @@ from .captions import Captions, read_captions, read_negative
 from .control import Control, Given, check_controls, control_contexts, make_edit
 from .demo import advice
 from .device import choose_device, choose_dtype
-from .failures import check_finite, number
+from .failures import check_finite, number, one_of, within
 from .files import find_files
 from .job import (
+    MAX_GUIDANCE,
+    OUTPUTS,
     Job,
     LoraChoice,
     OnStep,
     Pictures,
     check_call,
     check_count,
-    check_guidance,
     check_limit,
-    check_output,
     check_tile,
     choose_noise,
     choose_sigmas,
@@ -56,7 +56,7 @@ from .models.vae import decode_image
 from .pictures import FEATHER, checked_picture, checked_pictures, composite, fit, to_tensor
 from .recorder import OnStage, Recorder, StageRecord
 from .residents import Residents
-from .sampler import check_sampler
+from .sampler import SAMPLERS
 from .sizes import DEMO_SIZE, MULTIPLE, REAL_SIZE
 from .sources import Sources
 from .tune import select_attention
@@ -206,7 +206,7 @@ class Pipeline:
         ValueError for sizes, counts and ranges that cannot be generated.
         """
         positive = read_captions("prompt", prompt, prompt_embeds)
-        guidance = check_guidance(guidance_scale)
+        guidance = within("guidance", guidance_scale, 0, MAX_GUIDANCE, "0 is what the model was made for")
         nag = Nag(nag_scale, nag_tau, nag_alpha) if number("nag scale", nag_scale) else None
         guided = guidance > 0 or nag is not None
         negative = read_negative(len(positive), guided, negative_prompt, negative_prompt_embeds)
@@ -232,7 +232,7 @@ class Pipeline:
             guidance=guidance,
             nag=nag,
             variety=read_variety(variety),
-            sampler=check_sampler(sampler),
+            sampler=one_of("sampler", sampler, SAMPLERS),
             sigmas=choose_sigmas(
                 num_inference_steps, sigmas, strength, bool(images), edit is not None, shift, schedule
             ),
@@ -241,7 +241,7 @@ class Pipeline:
             limit=check_limit(max_sequence_length),
             controls=check_controls(control, masked=edit is not None),
             edit=edit,
-            output=check_output(output_type),
+            output=one_of("output_type", output_type, OUTPUTS),
             on_step=check_call("on_step", on_step),
             on_step_end=callback and functools.partial(self._step_end, callback),
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .failures import integer, one_of, within
 from .models.config import SHIFT
 from .models.transformer import PIXELS_PER_CELL, Conditioning
 
@@ -44,19 +44,18 @@ def get_sigmas(steps: int = 8, start: float = 1.0, shift: float = SHIFT, schedul
     last `steps` of as many more as the whole way would take. "beta" may have fewer steps, where many crowd at its ends.
     Raises ValueError for steps outside 1..100, not 0 < start <= 1, a shift not above 0 and an unknown schedule.
     """
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps: expected 1 to {MAX_STEPS}, found {steps}; 8 is what the model was made for")
-    if not 0.0 < start <= 1.0:
-        raise ValueError(f"strength: expected above 0 and up to 1, found {start}; 1 keeps nothing of a start image")
-    if not 0 < shift <= MAX_SHIFT:
-        raise ValueError(f"shift: expected above 0 and up to {MAX_SHIFT}, found {shift}; {SHIFT:g} is Turbo's own")
-    if isinstance(schedule, str) and schedule == "even":
+    within("steps", integer("steps", steps), 1, MAX_STEPS, "8 is what the model was made for")
+    within("strength", start, 0, 1, "0.6 keeps much of the picture, 1 nothing", above=True)
+    _check_shift(shift)
+    if one_of("schedule", schedule, ("even", *SCHEDULES)) == "even":
         return shift_sigma(torch.linspace(start, 0, steps + 1, dtype=torch.float64), shift).float()
-    if not isinstance(schedule, str) or schedule not in SCHEDULES:
-        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, found {schedule!r}")
     total = max(steps, int(steps / start))
     sigmas = shift_sigma(SCHEDULES[schedule](total, shift).unique().flip(0), shift)
     return torch.cat((sigmas, torch.zeros(1)))[-(steps + 1) :].float()
+
+
+def _check_shift(shift: float) -> None:
+    within("shift", shift, 0, MAX_SHIFT, f"{SHIFT:g} is Turbo's own", above=True)
 
 
 def _simple(steps: int, shift: float) -> Tensor:
@@ -93,6 +92,7 @@ def read_sigmas(given: Iterable[float], shift: float = SHIFT) -> Tensor:
 
     ValueError unless they are 1 to 100 numbers that fall from at most 1 to above 0.
     """
+    _check_shift(shift)
     try:
         found = [float(sigma) for sigma in given]
     except (TypeError, ValueError):
@@ -127,9 +127,9 @@ def starting_noise(generator: Seeds, count: int, height: int, width: int) -> tup
             raise ValueError(f"seeds: expected {count}, one for each picture, found {len(generator)}")
         if isinstance(generator[0], torch.Generator):
             return torch.cat([draw_noise(_on_cpu(one), 1, height, width) for one in generator]), None
-        seeds = [_seed(seed) for seed in generator]
+        seeds = [integer("seed", seed) for seed in generator]
     else:
-        first = secrets.randbelow(2**32) if generator is None else _seed(generator)
+        first = secrets.randbelow(2**32) if generator is None else integer("seed", generator)
         seeds = [first, *((first + i) % SEEDS for i in range(1, count))]
     for seed in seeds:
         if not 0 <= seed < SEEDS:
@@ -143,14 +143,6 @@ def _on_cpu(generator: object) -> torch.Generator:
         found = generator.device if isinstance(generator, torch.Generator) else repr(generator)
         raise ValueError(f"generator: expected one on the cpu, found {found}; give a seed instead")
     return generator
-
-
-def _seed(value: object) -> int:
-    """A seed as it is given, numpy's integers too; ValueError for anything else."""
-    try:
-        return operator.index(value)  # type: ignore[arg-type]  # what has no __index__ raises the TypeError
-    except TypeError:
-        raise ValueError(f"seed: expected an integer, found {value!r}") from None
 
 
 def predict_flow(model: Model, latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -223,13 +215,6 @@ def _multistep(now: Point, last: Point | None, after: float, weight: Callable[[f
 SAMPLERS = {"euler": euler, "heun": heun, "res_multistep": res_multistep, "dpmpp_2m": dpmpp_2m}
 
 
-def check_sampler(name: str) -> str:
-    """The name of a sampler. ValueError for another than SAMPLERS."""
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise ValueError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {name!r}")
-    return name
-
-
 def denoise(
     model: Model,
     latents: Tensor,
@@ -256,7 +241,7 @@ def denoise(
     """
     if guidance > 0 and negative is None:
         raise ValueError(f"guidance {guidance}: a negative prompt's conditioning is needed, none was given")
-    take_step = SAMPLERS[check_sampler(sampler)]
+    take_step = SAMPLERS[one_of("sampler", sampler, SAMPLERS)]
     latents = latents.float()
     total = len(sigmas) - 1
     steps = sigmas.tolist()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .failures import number
+from .failures import within
 
 MAX_STRENGTH = 100
 
@@ -26,14 +26,9 @@ class Variety:
     until: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= number("variety", self.strength) <= MAX_STRENGTH:
-            raise ValueError(
-                f"variety: expected 0 to {MAX_STRENGTH}, found {self.strength}; 0 is off, 2 to 8 are usual"
-            )
-        if not 0 < number("variety's share", self.share) <= 1 or not 0 < number("variety's end", self.until) <= 1:
-            raise ValueError(
-                f"variety: expected a share and an end above 0 and up to 1, found {self.share} and {self.until}"
-            )
+        within("variety", self.strength, 0, MAX_STRENGTH, "0 is off, 2 to 8 are usual")
+        within("variety's share", self.share, 0, 1, above=True)
+        within("variety's end", self.until, 0, 1, above=True)
 
     def vary(self, feats: Tensor, seed: int) -> Tensor:
         """Features (L, C) with the noise of a seed, uniform to both sides, on the host as the seed's own is."""

@@ -189,7 +189,7 @@ def test_bad_input_gets_a_sentence(generate, net_files, tiny_files, control_tens
     refused("black and white, found colours", image=noise(), mask=noise())
     refused("black everywhere", image=noise(), mask=Image.new("L", (48, 32)))
     refused("without transparency", image=noise(), mask=Image.new("RGBA", (48, 32), (255, 255, 255, 0)))
-    refused("feather: expected 0 pixels or more", image=noise(), mask=box(), feather=-1)
+    refused("feather: expected 0 to 16384", image=noise(), mask=box(), feather=-1)
 
     base = model_info(tiny_files["model"]).config
     config = {"n_layers": base.n_layers + 1, "axes_dims": base.axes_dims, "control_layers_places": [0]}

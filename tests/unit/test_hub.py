@@ -242,9 +242,9 @@ def test_into_comfyui(server, fetch, comfyui):
 def test_other_encoders(server, fetch):
     assert fetch("q8_0")["text_encoder"].name == "Qwen.gguf"
     assert "text_encoder" not in fetch("none")
-    with pytest.raises(ValueError, match="text encoder: expected fp8, q8_0, found 'fp4'"):
+    with pytest.raises(ValueError, match="text encoder: expected one of fp8, q8_0, found 'fp4'"):
         fetch("fp4")
-    with pytest.raises(ValueError, match="model: expected int4-r256, found 'int4-r7'"):
+    with pytest.raises(ValueError, match="model: expected one of int4-r256, found 'int4-r7'"):
         hub.download("int4-r7")
     with pytest.raises(ValueError, match="expected a ComfyUI folder"):
         hub.download("int4-r256", comfyui=ROOT)

@@ -377,7 +377,7 @@ def test_refusals_come_before_any_work(draw, arguments, message):
 def test_refused_strengths(draw, strength):
     from PIL import Image
 
-    with pytest.raises(ValueError, match="strength: expected above 0 to 1, found"):
+    with pytest.raises(ValueError, match="strength: expected above 0 and up to 1, found"):
         draw("a cat", image=Image.new("RGB", (32, 32)), strength=strength)
 
 

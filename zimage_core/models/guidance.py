@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..failures import number
+from ..failures import number, within
 from .attention import Attend
 
 if TYPE_CHECKING:
@@ -43,12 +43,10 @@ class Nag:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= number("nag scale", self.scale) <= MAX_SCALE:
-            raise ValueError(f"nag scale: expected 0 to {MAX_SCALE}, found {self.scale}; 0 is off, 0.5 to 4 are usual")
+        within("nag scale", self.scale, 0, MAX_SCALE, "0 is off, 0.5 to 4 are usual")
         if number("nag tau", self.tau) < 1:
             raise ValueError(f"nag tau: expected 1 or more, found {self.tau}; 2.5 is usual")
-        if not 0 <= number("nag alpha", self.alpha) <= 1:
-            raise ValueError(f"nag alpha: expected 0 to 1, found {self.alpha}; 0.5 is usual")
+        within("nag alpha", self.alpha, 0, 1, "0.5 is usual")
 
     def blend(self, positive: Tensor, negative: Tensor) -> Tensor:
         """The attention's result (B, L, D) from those for either caption."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..failures import one_of
 from ..formats.layouts import to_kitchen
 from ..formats.load import Sources, build_transformer, match_transformer, open_transformer
 from ..formats.names import FUSED_PARTS, comfy_module, diffusers_svdq_module
@@ -29,8 +30,7 @@ def convert(src: str | Path, dst: str | Path, layout: str, progress: Callable[[i
 
     ValueError if the source is something else or damaged, or the destination cannot be written.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
+    one_of("layout", layout, LAYOUTS)
     src, dst = Path(src), Path(dst)
     check_target(dst)
     with open_transformer(src) as (info, files):
