@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import comfy.latent_formats
 import comfy.model_base
@@ -23,7 +23,7 @@ from ...zimage_core.failures import out_of_memory
 from ...zimage_core.formats.load import load_transformer
 from ...zimage_core.lora.apply import check
 from ...zimage_core.lora.read import Lora, inspect, load_lora
-from ...zimage_core.memory.stages import libraries, sampling_bytes
+from ...zimage_core.memory.stages import Request, libraries, sampling_bytes
 from ...zimage_core.models.controlnet import ControlNet
 from ...zimage_core.models.guidance import Nag
 from ...zimage_core.models.tokenizer import MAX_TOKENS
@@ -192,9 +192,9 @@ class ZImageModel(comfy.model_base.Lumina2):
         batch, patch = input_shape[0], transformer.config.patch_size
         height, width = round_up(input_shape[-2], patch), round_up(input_shape[-1], patch)
         against, tokens = nag or self.nag or (None, 0)
-        guided: dict[str, Any] = {"nag": against, "negative": [tokens], "guided": False} if against else {}
-        size = (8 * height, 8 * width, batch)
-        need = sampling_bytes(transformer, *size, [caption] * batch, controls=self.beside, **guided)
+        negative = [tokens] if against else []
+        request = Request(8 * height, 8 * width, batch, [caption] * batch, negative, guided=False, nag=against)
+        need = sampling_bytes(transformer, request, self.beside)
         need += libraries(comfy.model_management.get_torch_device())
         memory = comfy.model_management
         if not (memory.xformers_enabled() or memory.pytorch_attention_flash_attention()):

@@ -25,7 +25,7 @@ from zimage_core.memory import plan
 from zimage_core.memory.meta import META
 from zimage_core.memory.offload import BlockStreamer
 from zimage_core.memory.placement import module_bytes, weights
-from zimage_core.memory.stages import CUBLAS, decoding_bytes, encoding_bytes, sampling_bytes
+from zimage_core.memory.stages import CUBLAS, Request, decoding_bytes, encoding_bytes, sampling_bytes
 from zimage_core.models import ops
 from zimage_core.models.config import ZImageConfig
 from zimage_core.models.guidance import Nag
@@ -42,6 +42,10 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CONFIG = ZImageConfig(n_layers=2, n_refiner_layers=1)
+
+
+def sampling(model: ZImageTransformer, *sizes, **options) -> int:
+    return sampling_bytes(model, Request(*sizes, **options))
 
 
 @pytest.fixture
@@ -103,32 +107,32 @@ def test_activations_of_the_transformer(
     sizes = {"d": CONFIG.dim, "f": CONFIG.ffn_dim, "r": 256}
     tokens = pictures * ((size // 16) ** 2 + 64)
     expected = tokens * eval(per_token, sizes) + eval(fixed, sizes)
-    found = sampling_bytes(model, size, size, pictures, [60])
+    found = sampling(model, size, size, pictures, [60])
     assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_what_steers_a_picture_counts_and_tiles_take_less():
     """NAG has a second caption and a second attention beside the first, variety each picture's own caption."""
     model = meta_transformer(CONFIG, "dense")
-    one = sampling_bytes(model, 1024, 1024, 1, [60])
-    nag = sampling_bytes(model, 1024, 1024, 1, [60], negative=[60], guided=False, nag=Nag(1.0))
+    one = sampling(model, 1024, 1024, 1, [60])
+    nag = sampling(model, 1024, 1024, 1, [60], negative=[60], guided=False, nag=Nag(1.0))
     assert one < nag < 2 * one
-    assert nag < sampling_bytes(model, 1024, 1024, 1, [60], negative=[500], guided=False, nag=Nag(1.0))
-    assert sampling_bytes(model, 512, 512, 4, [60], varied=True) > sampling_bytes(model, 512, 512, 4, [60])
-    large = sampling_bytes(model, 2048, 2048, 1, [60], tile=128)
+    assert nag < sampling(model, 1024, 1024, 1, [60], negative=[500], guided=False, nag=Nag(1.0))
+    assert sampling(model, 512, 512, 4, [60], varied=True) > sampling(model, 512, 512, 4, [60])
+    large = sampling(model, 2048, 2048, 1, [60], tile=128)
     latents = 4 * 16 * 256**2  # in fp32; a few of them lie beside a tile's step
-    assert one < large < one + 10 * latents < sampling_bytes(model, 2048, 2048, 1, [60])
+    assert one < large < one + 10 * latents < sampling(model, 2048, 2048, 1, [60])
 
 
 def test_prompts_pictures_and_guidance_count():
     """More prompts, more pictures and a negative prompt take more; a repeated question is answered as before."""
     model = meta_transformer(CONFIG, "dense")
-    one = sampling_bytes(model, 512, 512, 1, [60])
-    assert sampling_bytes(model, 512, 512, 1, [60]) == one
+    one = sampling(model, 512, 512, 1, [60])
+    assert sampling(model, 512, 512, 1, [60]) == one
     angles = 4 * (32 * 32 + 64) * CONFIG.head_dim  # cosines and sines of another prompt, and its tokens in bf16
-    negative = sampling_bytes(model, 512, 512, 1, [60], negative=[60]) - one
+    negative = sampling(model, 512, 512, 1, [60], negative=[60]) - one
     assert negative == pytest.approx(angles + 2 * 64 * CONFIG.dim, rel=0.5)
-    assert one < sampling_bytes(model, 512, 512, 1, [600]) < 2 * one < sampling_bytes(model, 512, 512, 3, [60] * 3)
+    assert one < sampling(model, 512, 512, 1, [600]) < 2 * one < sampling(model, 512, 512, 3, [60] * 3)
 
 
 # Weights of a block and its bytes, as ggml-common.h has them.
@@ -160,7 +164,8 @@ def stored_parts(form: str, n: int, k: int) -> dict[str, torch.Tensor]:
 
 
 def meta_encoder(form: str, config: TextEncoderConfig) -> TextEncoder:
-    encoder = TextEncoder(config, Linear if form == "float" else StoredLinear, device="meta", dtype=BF16)
+    with META:
+        encoder = TextEncoder(config, Linear if form == "float" else StoredLinear).to(BF16)
     for module in encoder.modules():
         if isinstance(module, StoredLinear):
             module.load(form, stored_parts(form, module.out_features, module.in_features))
@@ -219,16 +224,16 @@ def test_planned_weights_are_those_of_the_model(tiny_files):
         )
         assert module_bytes(planned.vae) == module_bytes(load_vae(tiny_files["vae"]))
         # and what they take is the same wherever the weights are
-        assert sampling_bytes(planned.transformer, 64, 64, 1, [9]) == sampling_bytes(model, 64, 64, 1, [9])
+        assert sampling(planned.transformer, 64, 64, 1, [9]) == sampling(model, 64, 64, 1, [9])
         assert encoding_bytes(planned.text_encoder, 9) == encoding_bytes(encoder, 9)
 
 
 def test_captions_of_several_lengths_take_what_the_longest_do(tiny_files):
     """So that one count serves all mixtures: it takes the time of a picture at full size."""
     model = load_transformer(tiny_files["model"], dtype=BF16, backend="reference")
-    mixed = sampling_bytes(model, 64, 64, 3, [9, 40, 70])
-    assert mixed == sampling_bytes(model, 64, 64, 3, [70, 70, 9])
-    assert mixed == pytest.approx(sampling_bytes(model, 64, 64, 3, [70, 70, 70]), rel=0.01)  # there is a mask
+    mixed = sampling(model, 64, 64, 3, [9, 40, 70])
+    assert mixed == sampling(model, 64, 64, 3, [70, 70, 9])
+    assert mixed == pytest.approx(sampling(model, 64, 64, 3, [70, 70, 70]), rel=0.01)  # there is a mask
 
 
 # ---- at full size ---------------------------------------------------------------------------------------------
@@ -302,7 +307,7 @@ def test_on_a_gpu_sampling_takes_what_was_counted(size, precision):
     before = torch.cuda.memory_allocated(device)
     sample()
     taken = torch.cuda.max_memory_allocated(device) - before
-    assert sampling_bytes(model, size, size, 1, [64]) == pytest.approx(taken, rel=0.03)
+    assert sampling(model, size, size, 1, [64]) == pytest.approx(taken, rel=0.03)
 
 
 # ---- sharing a budget out -------------------------------------------------------------------------------------
@@ -540,7 +545,10 @@ def together(monkeypatch):
         monkeypatch.setattr(owner, attribute, watched)
 
     def of_transformer(streamer, *_):
-        return streamer._model is not None
+        return isinstance(streamer._model, torch.nn.ModuleList)  # with its ControlNets
+
+    def of_vae(streamer, *_):
+        return isinstance(streamer._model, VAE)
 
     def with_weights(*_, device, **options):
         return device != META
@@ -548,7 +556,8 @@ def together(monkeypatch):
     watch(BlockStreamer, "place", "transformer", when=of_transformer)
     watch(BlockStreamer, "leave", "transformer", comes=lambda *_: False, when=of_transformer)
     watch(sources, "load_vae", "VAE", when=with_weights)
-    watch(VAE, "to", "VAE", comes=lambda vae, place: place != "cpu")  # a torch.device where it comes
+    watch(BlockStreamer, "place", "VAE", when=of_vae)
+    watch(BlockStreamer, "leave", "VAE", comes=lambda *_: False, when=of_vae)
     load = sources.load_text_encoder
 
     def load_encoder(*args, **options):

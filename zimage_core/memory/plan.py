@@ -16,40 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from torch import nn
 
 from ..models.controlnet import ControlNet, run_order
-from ..models.guidance import Nag
 from ..models.text_encoder import TextEncoder
 from ..models.transformer import ZImageTransformer
 from ..models.vae import VAE, tile_sizes
 from ..sizes import GIB, readable
 from .placement import MIB, Weights, allocated, slots, weights
-from .stages import decoding_bytes, encoding_bytes, remembered, sampling_bytes
+from .stages import Request, decoding_bytes, encoding_bytes, remembered, sampling_bytes
 
 UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": 10**9, "m": MIB, "mib": MIB, "mb": 10**6}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one call asks for.
-
-    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts in the
-    same way, none where nothing follows them; encoded: tokens of the longest prompt that is still to be encoded, 0
-    where all are known. guided, nag, varied, tile: as `stages.sampling_bytes` takes them.
-    """
-
-    height: int
-    width: int
-    pictures: int
-    captions: Sequence[int]
-    negative: Sequence[int] = ()
-    encoded: int = 0
-    guided: bool = True
-    nag: Nag | None = None
-    varied: bool = False
-    tile: int | None = None
-
-    def __str__(self) -> str:
-        count = f"{self.pictures} pictures" if self.pictures > 1 else "1 picture"
-        return f"{count} of {self.width} x {self.height}"
 
 
 @dataclass(frozen=True)
@@ -209,17 +183,7 @@ def plan_pictures(
         sizes = remembered(encoder, "sizes", lambda: _sizes(encoder.layers, encoder.layers))
         stage = _stage("text encoder", *sizes, activations, limits, there)
         stages.append(_checked(stage, request, limits))
-    activations = sampling_bytes(
-        transformer,
-        *size,
-        request.captions,
-        request.negative,
-        controls,
-        guided=request.guided,
-        nag=request.nag,
-        varied=request.varied,
-        tile=request.tile,
-    )
+    activations = sampling_bytes(transformer, request, controls)
     nets = list(dict.fromkeys(controls))
 
     def whole() -> tuple[Weights, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -32,6 +32,31 @@ _known: WeakKeyDictionary[nn.Module, dict[Hashable, Any]] = WeakKeyDictionary()
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Request:
+    """What one call asks for.
+
+    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts in the
+    same way, none where nothing follows them; encoded: tokens of the longest prompt that is still to be encoded, 0
+    where all are known. guided, nag, varied, tile: as `stages.sampling_bytes` takes them.
+    """
+
+    height: int
+    width: int
+    pictures: int
+    captions: Sequence[int]
+    negative: Sequence[int] = ()
+    encoded: int = 0
+    guided: bool = True
+    nag: Nag | None = None
+    varied: bool = False
+    tile: int | None = None
+
+    def __str__(self) -> str:
+        count = f"{self.pictures} pictures" if self.pictures > 1 else "1 picture"
+        return f"{count} of {self.width} x {self.height}"
+
+
 def encoding_bytes(encoder: TextEncoder, tokens: int) -> int:
     """Encoding one prompt, padded as on a GPU."""
     tokens = round_up(tokens, PADDED)
@@ -44,68 +69,55 @@ def encoding_bytes(encoder: TextEncoder, tokens: int) -> int:
     return _counted(encoder, tokens, encode)
 
 
-def sampling_bytes(
-    transformer: ZImageTransformer,
-    height: int,
-    width: int,
-    pictures: int,
-    captions: Sequence[int],
-    negative: Sequence[int] = (),
-    controls: Sequence[ControlNet] = (),
-    guided: bool = True,
-    nag: Nag | None = None,
-    varied: bool = False,
-    tile: int | None = None,
-) -> int:
-    """Preparing prompts and sampling pictures of height x width pixels together, in tiles of `tile` cells if so asked.
+def sampling_bytes(transformer: ZImageTransformer, request: Request, controls: Sequence[ControlNet] = ()) -> int:
+    """Preparing prompts and sampling all pictures of a request together.
 
-    captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts, which
-    guidance, if guided, and nag need. controls: the ControlNets beside the transformer, one for each control picture.
-    varied: whether each picture begins with features of its own.
+    controls: the ControlNets beside the transformer, one for each control picture.
     """
-    prompts = [captions, negative] if negative else [captions]
-    lengths = tuple(map(_padded, prompts))
+    captions, negative = map(_padded, (request.captions, request.negative))
+    request = replace(request, captions=captions, negative=negative, encoded=0)
+    pictures, nag = request.pictures, request.nag
 
     def sample(model: ZImageTransformer, live: LiveBytes) -> None:
         hooks = Hooks(run_block=live.run_block)
 
-        cells = height // PIXELS_PER_CELL, width // PIXELS_PER_CELL
-        tiles = Tiles.over(*cells, tile or max(cells))
+        cells = request.height // PIXELS_PER_CELL, request.width // PIXELS_PER_CELL
+        tiles = Tiles.over(*cells, request.tile or max(cells))
         first = replace(tiles, rows=tiles.rows[:2], columns=tiles.columns[:1])  # the others take no more
 
         def prepare(prompt: Sequence[int]) -> Conditioning:
             feats = [torch.empty(n, model.config.cap_feat_dim, dtype=model.dtype, device=META) for n in prompt]
             return model.prepare(feats, PIXELS_PER_CELL * tiles.height, PIXELS_PER_CELL * tiles.width, hooks)
 
-        cond, *others = map(prepare, lengths)
+        cond, *others = map(prepare, filter(None, (captions, negative)))
         contexts = [torch.empty(1, net.config.channels, tiles.height, tiles.width, device=META) for net in controls]
         prepared = tuple(on_meta(net).prepare(x, model, cond) for net, x in zip(controls, contexts))
-        early = [prepare((lengths[0] * pictures)[:pictures])] if varied else []
+        early = [prepare((captions * pictures)[:pictures])] if request.varied else []
         if nag:
             cond, *early = (model.guided(found, others[0], nag) for found in (cond, *early))
         cond, *others = (replace(found, controls=prepared) for found in (cond, *others))
         forward = functools.partial(model, hooks=hooks)
         sampler.denoise(
-            first.model(forward) if tile else forward,
+            first.model(forward) if request.tile else forward,
             torch.empty(pictures, model.config.in_channels, *cells, device=META),
             torch.linspace(1, 0, 3),
             cond,
-            negative=others[0] if others and guided else None,
-            guidance=float(bool(others) and guided),
+            negative=others[0] if others and request.guided else None,
+            guidance=float(bool(others) and request.guided),
             early=(early[0], 0.4) if early else None,
             on_step=lambda *_: None,
         )
 
     kinds = tuple((net.config, net.backend, net.x_embedder.weight.dtype) for net in controls)
-    return _counted(transformer, (height, width, pictures, lengths, kinds, guided, nag, varied, tile), sample)
+    return _counted(transformer, (request, kinds), sample)
 
 
 def _padded(captions: Sequence[int]) -> tuple[int, ...]:
     """Lengths of captions as they are padded, all but the first as the longest: others take no more."""
     lengths = [round_up(tokens, TOKENS_MULTIPLE) for tokens in captions]
-    longest = max(lengths)
-    first = longest if min(lengths) == longest else longest - TOKENS_MULTIPLE
-    return (first, *[longest] * (len(lengths) - 1))
+    longest = max(lengths, default=0)
+    first = longest if set(lengths) == {longest} else longest - TOKENS_MULTIPLE
+    return (first, *[longest] * (len(lengths) - 1)) if lengths else ()
 
 
 def decoding_bytes(vae: VAE, height: int, width: int, pictures: int = 1, tile: int | None = None) -> int:
