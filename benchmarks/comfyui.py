@@ -250,7 +250,6 @@ def model_files(folder: Path, tiny: bool, device: torch.device) -> dict[str, Pat
     encoder = TINY_ENCODER if tiny else TextEncoderConfig()
     config, lora = home / "config.json", home / "lora.safetensors"
     sizes = asdict(encoder) | {"model_type": "qwen3", "num_hidden_layers": encoder.num_layers + 1}
-    sizes |= {"num_attention_heads": encoder.num_heads, "num_key_value_heads": encoder.num_kv_heads}
     config.write_text(json.dumps(sizes))
     if not lora.exists():
         save_file(random_lora(model_info(files["model"]).config), lora)

@@ -244,7 +244,8 @@ def measure_times(device: torch.device, dtype: torch.dtype, config: TextEncoderC
     ways = ("slices", "kernels") if device.type == "cuda" else ("slices",)
     for form, way in (("float", "as they are"), *itertools.product(TIMED_FORMS, ways)):
         linear = Linear if form == "float" else StoredLinear
-        encoder = TextEncoder(config, linear, device="meta")
+        with torch.device("meta"):
+            encoder = TextEncoder(config, linear)
         for module in encoder.modules():
             if isinstance(module, StoredLinear):
                 module.load(form, stored_parts(form, module.out_features, module.in_features, device))

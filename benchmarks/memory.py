@@ -104,7 +104,8 @@ def write_synthetic(
         write_transformer(paths["model"], transformer, rank, device=device)
     if not paths["text_encoder"].exists():
         whole = replace(encoder, num_layers=encoder.num_layers + 1)  # as published: ComfyUI wants the last one too
-        body = TextEncoder(whole, device="meta").state_dict()
+        with torch.device("meta"):
+            body = TextEncoder(whole).state_dict()
         described = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
         state = {}
         for name, tensor in body.items():

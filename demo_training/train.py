@@ -43,7 +43,7 @@ from zimage_core.models.vae import VAE, VAEConfig  # noqa: E402
 SEED = 20261127
 VAE_SIZES = VAEConfig((24, 48, 64, 64), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0, shift_factor=0.0)
 MODEL_SIZES = ZImageConfig(dim=384, n_layers=5, n_refiner_layers=1, n_heads=6, cap_feat_dim=128, axes_dims=(16, 24, 24))
-ENCODER_SIZES = TextEncoderConfig(640, 128, 256, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32)
+ENCODER_SIZES = TextEncoderConfig(640, 128, 256, 3, 4, 2, 32)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -607,8 +607,9 @@ def export(work: Path, model_file: Path, folder: Path) -> None:
         "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
         "eos_token_id": 2, "head_dim": sizes.head_dim, "hidden_act": "silu", "hidden_size": sizes.hidden_size,
         "initializer_range": 0.02, "intermediate_size": sizes.intermediate_size, "max_position_embeddings": 40960,
-        "model_type": "qwen3", "num_attention_heads": sizes.num_heads, "num_hidden_layers": sizes.num_layers + 1,
-        "num_key_value_heads": sizes.num_kv_heads, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+        "model_type": "qwen3", "num_attention_heads": sizes.num_attention_heads,
+        "num_hidden_layers": sizes.num_layers + 1, "num_key_value_heads": sizes.num_key_value_heads,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
         "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": sizes.vocab_size,
     }  # fmt: skip
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -47,8 +47,8 @@ def tiny_files(tmp_path_factory) -> dict[str, Path]:
             hidden_size=64,
             intermediate_size=96,
             num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
             head_dim=32,
         )
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from .formats.identify import identify, model_info
-from .formats.safetensors import read_text
+from .formats.safetensors import read_object, read_text
 from .models.config import SHIFT
 from .models.tokenizer import find_tokenizer
 
@@ -40,34 +39,32 @@ def find_files(
     tokenizer is looked for beside the encoder unless named. Raises ValueError for a transformer that cannot be read,
     or a part that is not named or not there.
     """
-    for name, path in {"model": model, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}.items():
+    named = {"model": model, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+    for name, path in named.items():
         if path is not None and not isinstance(path, str | Path):
             raise ValueError(f"{name}: expected the name of a file or folder, found {path!r:.100}")
-        if path is not None and not os.path.exists(path):  # False of names that no system takes, too
-            raise ValueError(f"{path}: the {name.replace('_', ' ')} is not there; check the path")
+    parts = {name: Path(path) for name, path in named.items() if path is not None}
+    defaults: dict[str, Path] = {}
     if model is None:
         from .demo import demo_files
 
-        parts = demo_files()
-    elif (Path(model) / "transformer").is_dir():
-        parts = {name: Path(model) / name for name in ("text_encoder", "tokenizer", "vae")}
-        parts["model"] = Path(model) / "transformer"
-    else:
-        parts = {"model": Path(model)}
-        if parts["model"].is_file() and identify(parts["model"]).role == "checkpoint":
-            parts |= {"text_encoder": parts["model"], "vae": parts["model"]}
-    model_info(parts["model"])
+        defaults = demo_files()
+    elif (parts["model"] / "transformer").is_dir():
+        defaults = {name: parts["model"] / name for name in ("text_encoder", "tokenizer", "vae")}
+        parts["model"] /= "transformer"
+    elif parts["model"].is_file() and identify(parts["model"]).role == "checkpoint":
+        defaults = {"text_encoder": parts["model"], "vae": parts["model"]}
     if text_encoder is not None:
-        parts.pop("tokenizer", None)
-    named = {"text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-    parts |= {name: Path(path) for name, path in named.items() if path is not None}
+        defaults.pop("tokenizer", None)
+    parts = defaults | parts
+    for name, path in parts.items():
+        if not os.path.exists(path):  # False of names that no system takes, too
+            raise ValueError(f"{path}: the {name.replace('_', ' ')} is not there; check the path")
+    model_info(parts["model"])
     for name, what in (("text_encoder", "Qwen3-4B text encoder"), ("vae", "16-channel VAE")):
         if name not in parts:
             option = name.replace("_", "-")
             raise ValueError(f"{model}: a {what} is needed beside the transformer; name it with --{option} ({name}=)")
-    for name, path in parts.items():
-        if not path.exists():
-            raise ValueError(f"{path}: the {name.replace('_', ' ')} is not there; check the path")
     if "tokenizer" not in parts:
         parts["tokenizer"] = get_tokenizer(parts["text_encoder"])
     like = is_demo_like(parts["model"])
@@ -86,11 +83,8 @@ def read_shift(transformer: Path) -> float:
     path = transformer.parent / "scheduler" / "scheduler_config.json"
     if not (transformer.is_dir() and path.is_file()):
         return SHIFT
-    try:
-        config = json.loads(read_text(path))
-        shift, dynamic = config.get("shift", 1.0), config.get("use_dynamic_shifting", False)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object, found otherwise ({error}); download it again") from None
+    config = read_object(read_text(path), path)
+    shift, dynamic = config.get("shift", 1.0), config.get("use_dynamic_shifting", False)
     if dynamic or isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= LARGEST_SHIFT:
         found = "use_dynamic_shifting" if dynamic else f"shift {shift!r}"
         raise ValueError(f"{path}: expected a fixed shift up to {LARGEST_SHIFT}, found {found}; get Z-Image's own")

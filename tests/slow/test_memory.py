@@ -41,8 +41,8 @@ def test_synthetic_files_can_be_drawn_with(monkeypatch, tmp_path):
         tmp_path,
         ZImageConfig(dim=384, n_heads=6, n_layers=1, n_refiner_layers=1, cap_feat_dim=64, axes_dims=(16, 24, 24)),
         TextEncoderConfig(
-            vocab_size=2000, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, num_kv_heads=1,
-            head_dim=32,
+            vocab_size=2000, hidden_size=64, intermediate_size=96, num_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=32,
         ),
         VAEConfig((32, 32, 32, 32), 1),
         rank=16,

@@ -230,7 +230,7 @@ CASES = {
     "fp4": (put(f"{QKV}.wcscales", torch.ones(1152)), "expected dtype F8_E4M3, found BF16.*svdq-int4_r256"),
     "int8": (lambda t, m: m.update(quantization_config='{"weight": {"dtype": "int8"}}'), "weights int8"),
     "config": (lambda t, m: m.update(config='{"dim": 512}'), "metadata says dim = 512, the tensors 384"),
-    "config not json": (lambda t, m: m.update(config="{"), "metadata config: expected JSON"),
+    "config not json": (lambda t, m: m.update(config="{"), "metadata config: expected a JSON object"),
     "patches": (lambda t, m: m.update(config='{"all_patch_size": [4]}'), "all_patch_size"),
 }
 

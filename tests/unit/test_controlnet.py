@@ -72,7 +72,7 @@ def test_places_come_from_the_config_where_a_file_has_one(lite):
     config = {"control_layers_places": [0, 2], "add_control_noise_refiner": "control_noise_refiner"}
     with pytest.raises(ValueError, match="3 layers do not spread evenly over a model of 30"):
         control_info(write(named, config=config))
-    with pytest.raises(ValueError, match="metadata 'config' is no JSON object"):
+    with pytest.raises(ValueError, match="metadata config: expected a JSON object"):
         control_info(write(named, config=5))
 
 

@@ -142,7 +142,7 @@ def wide(tiny_files, tmp_path_factory):
     """A text encoder of 128 columns beside a transformer that takes 64."""
     folder = tmp_path_factory.mktemp("wide")
     shutil.copy(tiny_files["text_encoder"].parent / "tokenizer.json", folder)
-    config = TextEncoderConfig(259, 128, 96, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32)
+    config = TextEncoderConfig(259, 128, 96, num_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
     state = TextEncoder(config).state_dict()
     save_file({f"model.{key}": tensor.clone() for key, tensor in state.items()}, folder / "encoder.safetensors")
     return folder / "encoder.safetensors"

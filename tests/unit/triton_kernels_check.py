@@ -264,7 +264,7 @@ def test_an_adapter_in_the_branch_takes_columns_too(fp8):
 def test_weights_stored_in_8_bits_are_multiplied_as_they_are(codes, rows_, bias):
     """Three pieces of a fused linear; what differs is the rounding of x: 2.5 % in fp8, 127 steps in int8."""
     generator = torch.Generator().manual_seed(0)
-    linear = StoredLinear(384, 3 * 128, bias=bias, device=DEVICE, dtype=torch.bfloat16)
+    linear = StoredLinear(384, 3 * 128, bias=bias).to(DEVICE, torch.bfloat16)
     linear.requires_grad_(False)
     if bias:
         linear.bias.copy_(torch.randn(384, generator=generator))
@@ -330,7 +330,7 @@ def test_stored_weights_are_dequantized_bit_for_bit_as_in_plain_torch(form, dtyp
 
 def test_a_linear_of_several_stored_forms_runs_by_the_kernels():
     """Fused of pieces, one of them not quantized; what is multiplied is the same, bit for bit."""
-    linear = StoredLinear(256, 5 * 32, bias=False, dtype=torch.bfloat16)
+    linear = StoredLinear(256, 5 * 32, bias=False)
     for form in ("int8", "float8_e4m3fn", "nvfp4", "mxfp8"):
         parts = stored_parts(form, 32, 256)
         codes = parts["codes"]

@@ -8,7 +8,6 @@ name the base's layers in their config; of others they follow from their number,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..models.config import ControlNetConfig, ZImageConfig
 from .identify import EXPECTED, STORED, FileInfo, block_count, header_facts, identify, rotary_axes, unexpected
 from .load import Sources, build, fill_blocks, match_tensors
 from .names import CONTROL, control_tensor
-from .safetensors import Shape, TensorFiles, open_tensors
+from .safetensors import Shape, TensorFiles, open_tensors, read_object
 from .weights import find_weights
 
 if TYPE_CHECKING:
@@ -80,10 +79,7 @@ def _config(files: TensorFiles, shapes: Mapping[str, Shape]) -> ControlNetConfig
             raise ValueError(
                 f"{files.path}: expected tensor {CONTROL}{name} of {count} axes, found {found}; download it again"
             )
-    try:
-        given: dict[str, Any] = dict(json.loads(files.metadata.get("config") or "{}"))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{files.path}: its metadata 'config' is no JSON object ({error}); get it again") from None
+    given = read_object(files.metadata.get("config") or "{}", f"{files.path}: metadata config")
     dim, columns = shapes["x_embedder.weight"]
     head_dim = shapes["layers.0.attention.norm_q.weight"][0]
     refiners, layers = block_count(shapes, "noise_refiner"), block_count(shapes, "layers")

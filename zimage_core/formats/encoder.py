@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +22,13 @@ from .gguf import GGUFFile
 from .identify import EXPECTED, FORMATS, identify, open_part
 from .load import Sources, expected_tensors, fill, match_tensors
 from .names import encoder_tensor
-from .safetensors import TensorFiles
+from .safetensors import TensorFiles, read_object
 from .stored import HostEmbedding, StoredLinear, choose_arithmetic
 from .weights import READ, Stored, find_weights
 
 ENCODER_REMEDY = EXPECTED["text encoder"][1]
 _READ_FORMATS = ("quanto-int8", "nvfp4")  # of those that identify knows by name; the others are refused
+HEADS = "num_attention_heads"
 # transformers' name of a size -> the key of GGUF's metadata after the architecture
 _GGUF_SIZES = {
     "num_hidden_layers": "block_count",
@@ -39,19 +39,6 @@ _GGUF_SIZES = {
     "head_dim": "attention.key_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
-}
-
-# A number in transformers' config: its kind, and the largest that is built.
-_NUMBERS = {
-    "vocab_size": (int, 10**6),
-    "hidden_size": (int, 10**5),
-    "intermediate_size": (int, 10**6),
-    "num_hidden_layers": (int, 1000),
-    "num_attention_heads": (int, 10**4),
-    "num_key_value_heads": (int, 10**4),
-    "head_dim": (int, 10**4),
-    "rope_theta": (float, 10**12),
-    "rms_norm_eps": (float, 1),
 }
 
 
@@ -74,32 +61,12 @@ def config_from_json(data: Mapping, where: str) -> TextEncoderConfig:
     if rope.get("rope_theta") is not None:
         data = {**data, "rope_theta": rope["rope_theta"]}
 
-    def number(name: str, default: float | None = None) -> Any:
-        return _number(name, default if data.get(name) is None else data[name], where)
-
-    return _checked_config(
-        where,
-        vocab_size=number("vocab_size"),
-        hidden_size=number("hidden_size"),
-        intermediate_size=number("intermediate_size"),
-        num_layers=number("num_hidden_layers") - 1,
-        num_heads=number("num_attention_heads"),
-        num_kv_heads=number("num_key_value_heads", data["num_attention_heads"]),
-        head_dim=number("head_dim", 128),
-        rope_theta=number("rope_theta", 1e6),
-        rms_norm_eps=_number("rms_norm_eps", data.get("rms_norm_eps", 1e-6), where),
-    )
-
-
-def _number(name: str, found: Any, where: str) -> Any:
-    """A number of a config; ValueError unless it is of its kind and in the range that is built."""
-    kind, most = _NUMBERS[name]
-    if type(found) not in (int, kind) or not 0 < found <= most:
-        what = "an integer" if kind is int else "a number"
-        raise ValueError(
-            f"{where}: {name}: expected {what} above 0 and up to {most}, found {found!r}; {ENCODER_REMEDY}"
-        )
-    return kind(found)
+    left_out = {name for name in ("num_key_value_heads", "head_dim", "rope_theta") if data.get(name) is None}
+    sizes = {name: data[name] for name in TextEncoderConfig.__dataclass_fields__ if name in data.keys() - left_out}
+    layers = data.get("num_hidden_layers")
+    sizes["num_layers"] = layers - 1 if type(layers) is int else layers
+    sizes |= {name: data.get(name) for name in ("vocab_size", "hidden_size", "intermediate_size", HEADS)}
+    return _checked_config(where, **{"num_key_value_heads": sizes[HEADS], **sizes})
 
 
 def config_from_shapes(weights: Mapping[str, Stored], where: str) -> TextEncoderConfig:
@@ -119,9 +86,9 @@ def config_from_shapes(weights: Mapping[str, Stored], where: str) -> TextEncoder
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=rows("layers.0.mlp.gate_proj.weight")[0],
-        num_layers=_number("num_hidden_layers", 1 + max(indices), where) - 1,
-        num_heads=rows("layers.0.self_attn.q_proj.weight")[0] // head_dim,
-        num_kv_heads=rows("layers.0.self_attn.k_proj.weight")[0] // head_dim,
+        num_layers=max(indices),
+        num_attention_heads=rows("layers.0.self_attn.q_proj.weight")[0] // head_dim,
+        num_key_value_heads=rows("layers.0.self_attn.k_proj.weight")[0] // head_dim,
         head_dim=head_dim,
     )
 
@@ -139,7 +106,7 @@ class EncoderFile:
 
     files: TensorFiles
     weights: Mapping[str, Stored]
-    text: str | None  # transformers' config as JSON, where the file brought one
+    data: Mapping[str, Any] | None  # transformers' config, where the file brought one
     config: TextEncoderConfig
 
     def match(self) -> Sources:
@@ -147,7 +114,8 @@ class EncoderFile:
 
         Tensors that Qwen3 has and this body does not need (later layers, final norm, head) may be there or not.
         """
-        body = TextEncoder(self.config, StoredLinear, device="meta", embedding=HostEmbedding)
+        with torch.device("meta"):
+            body = TextEncoder(self.config, StoredLinear, HostEmbedding)
         later = {re.sub(r"^layers\.0\.", "", name) for name in expected_tensors(body)}
         later |= {"norm.weight", "lm_head.weight"}
 
@@ -174,14 +142,13 @@ def open_encoder(path: str | Path) -> Iterator[EncoderFile]:
         if form.id in {row[0] for row in FORMATS} - set(_READ_FORMATS):
             raise ValueError(f"{path}: {form.key}: expected {READ}, found {form.words}; {ENCODER_REMEDY}")
         weights = {encoder_tensor(key)[0]: one for key, one in find_weights(files, ENCODER_REMEDY).items()}
-        text = _config_text(files.metadata, str(path))
-        if isinstance(files, GGUFFile):
-            text = _gguf_config(files, weights)
+        data = _gguf_config(files, weights) if isinstance(files, GGUFFile) else _config(files.metadata, str(path))
         q_norm = "layers.0.self_attn.q_norm.weight"
         if "layers.0.self_attn.q_proj.weight" in weights and q_norm not in weights:
             without = "Qwen2, Llama or the like without it"
             raise ValueError(f"{path}: {q_norm}: expected Qwen3, found {without}; {ENCODER_REMEDY}")
-        yield EncoderFile(files, weights, text, _config(text, weights, str(path)))
+        config = config_from_shapes(weights, str(path)) if data is None else config_from_json(data, str(path))
+        yield EncoderFile(files, weights, data, config)
 
 
 def load_text_encoder(
@@ -205,7 +172,8 @@ def load_text_encoder(
         sources = file.match()
         layers = [stored for name, stored in sources.stored.items() if not name.startswith("embed_tokens.")]
         linear = Linear if all(one.form == "float" for stored in layers for one in stored) else StoredLinear
-        encoder = TextEncoder(file.config, linear, device="meta", dtype=dtype, embedding=HostEmbedding)
+        with torch.device("meta"):
+            encoder = TextEncoder(file.config, linear, HostEmbedding)
         fill(encoder, sources, device, dtype, copy=False)
         choose_arithmetic(encoder, torch.device(compute_device or device), dtype)
     return encoder
@@ -230,33 +198,19 @@ def check_width(found: int, wanted: int, encoder: Path | str, model: Path | str)
         )
 
 
-def _config(text: str | None, weights: Mapping[str, Stored], where: str) -> TextEncoderConfig:
-    """Sizes from a JSON config, or from the weights' shapes where there is none."""
-    if text is None:
-        return config_from_shapes(weights, where)
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: config: expected JSON, found otherwise ({error}); {ENCODER_REMEDY}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: config: expected a JSON object, found {type(data).__name__}; {ENCODER_REMEDY}")
-    return config_from_json(data, where)
-
-
-def _config_text(metadata: Mapping[str, str], where: str) -> str | None:
+def _config(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     """The config of transformers in a file's metadata, plain or, as mmgp writes it, in base64; None without one."""
-    if text := metadata.get("config"):
-        return text
-    if (encoded := metadata.get("config_base64")) is None:
-        return None
-    try:
-        return base64.b64decode(encoded, validate=True).decode("utf-8")
-    except (binascii.Error, UnicodeDecodeError) as error:
-        message = f"{where}: config_base64: expected base64, found otherwise ({error}); {ENCODER_REMEDY}"
-        raise ValueError(message) from None
+    text: str | bytes | None = metadata.get("config")
+    if not text and (encoded := metadata.get("config_base64")) is not None:
+        try:
+            text = base64.b64decode(encoded, validate=True)
+        except binascii.Error as error:
+            message = f"{where}: config_base64: expected base64, found otherwise ({error}); {ENCODER_REMEDY}"
+            raise ValueError(message) from None
+    return read_object(text, f"{where}: config", ENCODER_REMEDY) if text else None
 
 
-def _gguf_config(files: GGUFFile, weights: Mapping[str, Stored]) -> str:
+def _gguf_config(files: GGUFFile, weights: Mapping[str, Stored]) -> dict[str, Any]:
     """The sizes in a GGUF file's metadata as a transformers config; ValueError for other architectures."""
     fields = files.fields
     kind = fields.get("general.architecture")
@@ -267,4 +221,4 @@ def _gguf_config(files: GGUFFile, weights: Mapping[str, Stored]) -> str:
     scaling = fields.get(f"{kind}.rope.scaling.type", "default")
     found["vocab_size"] = embedding.shape[0] if embedding else None
     found["rope_scaling"] = {"rope_type": "default" if scaling == "none" else scaling}
-    return json.dumps({"model_type": kind, **{name: value for name, value in found.items() if value is not None}})
+    return {"model_type": kind, **{name: value for name, value in found.items() if value is not None}}

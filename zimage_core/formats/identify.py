@@ -11,7 +11,6 @@ Sources of names: huggingface/diffusers `loaders/single_file_utils.py@v0.42.1`, 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -361,15 +360,9 @@ def _config_fields(files: TensorFiles, shapes: Mapping[str, Shape]) -> dict[str,
         "cap_feat_dim": shape("cap_embedder.0.weight", 1)[0],
         "axes_dims": rotary_axes(head_dim),
     }
-    raw = files.metadata.get("config")
-    if not raw:
-        return found
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"metadata config: expected JSON, found otherwise ({e})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"metadata config: expected a JSON object, found {type(config).__name__}")
+    config = json_object(files.metadata.get("config") or "{}")
+    if config is None:
+        raise ValueError("metadata config: expected a JSON object, found otherwise")
     for name in (f.name for f in fields(ZImageConfig)):
         if name in config:
             value = tuple(config[name]) if isinstance(config[name], list) else config[name]

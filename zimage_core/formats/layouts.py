@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from .names import FUSED_PARTS, canonical_module
-from .safetensors import Shape, TensorFiles, Tensors
+from .safetensors import Shape, TensorFiles, Tensors, json_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -228,11 +228,10 @@ def _part_shapes(files: TensorFiles, module: str, keys: Keys) -> tuple[int, int,
 
 def _described(files: TensorFiles, key: str) -> dict[str, object]:
     """What a layer says of itself. ValueError unless it is SVDQuant with signed activations in a known layout."""
-    try:
-        found = json.loads(bytes(files.stored(key).tolist()))
-    except (ValueError, TypeError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    import torch
+
+    found = json_object(bytes(files.stored(key).view(torch.uint8).tolist()))
+    if found is None or found.get("format") != FORMAT:
         _refuse(files, key, f"the format {FORMAT} beside proj_down", found)
     if found.get("act_unsigned") or found.get("layout", TILES) not in (TILES, "natural"):
         _refuse(files, key, f"signed activations, natural or in {TILES}", found)

@@ -258,6 +258,13 @@ def json_object(text: str | bytes | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def read_object(text: str | bytes, where: object, remedy: str = "download it again") -> dict[str, Any]:
+    """The object that a text holds as JSON. ValueError, naming its place, for anything else."""
+    if (found := json_object(text)) is None:
+        raise ValueError(f"{where}: expected a JSON object, found otherwise; {remedy}")
+    return found
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file; ValueError where it is none or cannot be read."""
     try:

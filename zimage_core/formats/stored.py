@@ -123,10 +123,9 @@ class StoredWeight(nn.Module):
     A fused weight is several pieces, one below the other, each with a form of its own.
     """
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype | None):
+    def __init__(self, rows: int, columns: int):
         super().__init__()
         self.shape = (rows, columns)
-        self.dtype = dtype or torch.get_default_dtype()
         self.pieces: list[tuple[str, dict[str, str]]] = []  # form, part -> buffer
         self.starts = [0]
 
@@ -163,10 +162,10 @@ class StoredLinear(StoredWeight):
     kernels = False
     products: Mapping[str, Callable[..., Tensor]] = {}
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, device=None, dtype=None):
-        super().__init__(out_features, in_features, dtype)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(out_features, in_features)
         self.in_features, self.out_features = in_features, out_features
-        values = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        values = nn.Parameter(torch.empty(out_features)) if bias else None
         self.register_parameter("bias", values)
         self.register_module("adapter", None)
 
@@ -243,14 +242,11 @@ def choose_arithmetic(
 class HostEmbedding(StoredWeight):
     """An embedding whose table stays on the host, mapped in its stored form; only the rows asked for are read."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, *, device=None, dtype=None):
-        super().__init__(num_embeddings, embedding_dim, dtype)
-
     def _apply(self, fn, recurse=True):
         return self  # .to(device) leaves the table where it is
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows (..., K) of ids (...), on the ids' device in the module's dtype."""
+        """Rows (..., K) of ids (...), on the host, in fp32 or as stored."""
         (form, names), index = self.pieces[0], ids.reshape(-1).cpu()
-        rows = dequantize(form, {part: self.buffer(name)[index] for part, name in names.items()}).to(self.dtype)
-        return rows.view(*ids.shape, -1).to(ids.device)
+        rows = dequantize(form, {part: self.buffer(name)[index] for part, name in names.items()})
+        return rows.view(*ids.shape, -1)

@@ -5,7 +5,6 @@ Source: huggingface/diffusers `models/autoencoders/autoencoder_kl.py@v0.42.1`.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ..models.vae import VAE, VAEConfig, check_dtype
 from .identify import EXPECTED, identify, open_part
 from .load import Sources, fill, match_tensors
 from .names import unwrapped, vae_tensor
-from .safetensors import TensorFiles
+from .safetensors import TensorFiles, read_object
 from .weights import find_weights
 
 _REMEDY = EXPECTED["vae"][1]
@@ -39,8 +38,6 @@ FREE_FIELDS = {"sample_size", "force_upcast"}
 
 def config_from_diffusers(config: dict) -> VAEConfig:
     """A diffusers AutoencoderKL config as VAEConfig; ValueError for a field or value not known here."""
-    if not isinstance(config, dict):
-        raise ValueError(f"config: expected a JSON object, found {type(config).__name__}; {_REMEDY}")
     ours: dict[str, Any] = {
         name: tuple(config[name]) if isinstance(config[name], list) else config[name]
         for name in VAEConfig.__dataclass_fields__
@@ -96,9 +93,7 @@ def _match(files: TensorFiles) -> tuple[VAE, Sources]:
     shapes = {vae_tensor(key, levels)[0]: stored.shape for key, stored in found.items()}
     raw = files.metadata.get("config")
     try:
-        config = config_from_diffusers(json.loads(raw)) if raw else config_from_shapes(shapes)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{files.path}: config: expected JSON, found otherwise ({error}); {_REMEDY}") from None
+        config = config_from_diffusers(read_object(raw, "config", _REMEDY)) if raw else config_from_shapes(shapes)
     except ValueError as error:
         raise ValueError(f"{files.path}: {error}") from None
     with torch.device("meta"):

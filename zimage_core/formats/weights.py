@@ -27,7 +27,7 @@ from ..sizes import round_up
 from . import kitchen
 from .gguf import QUANTIZED
 from .identify import FLOATS
-from .safetensors import Shape, TensorFiles, json_object
+from .safetensors import Shape, TensorFiles, read_object
 from .stored import FORMS
 
 READ = "BF16, F16, F32, ComfyUI's FP8, NVFP4 or INT8, or quanto INT8"
@@ -302,9 +302,7 @@ class _Finder:
         return isinstance(found, dict) and found.get("quant_method") == "modelopt"
 
     def _json(self, text: str | bytes, where: str) -> dict:
-        if (found := json_object(text)) is None:
-            self._refuse(where, "a JSON object", "otherwise")
-        return found
+        return read_object(text, f"{self.files.path}: {where}", self.remedy)
 
     def _refuse(self, key: str, expected: str, found: object) -> NoReturn:
         raise ValueError(f"{self.files.path}: {key}: expected {expected}, found {found}; {self.remedy}")

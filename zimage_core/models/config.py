@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 RANGES: dict[str, tuple[float, float]] = {
     "dim": (2, 2**16),
@@ -19,6 +21,20 @@ RANGES: dict[str, tuple[float, float]] = {
     "axes_lens": (1, 2**31),
 }
 """The least and the most of each number of a config, with room around every published model."""
+
+
+def check_numbers(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """ValueError unless every number of a config, a dataclass, is of its default's kind and within its range."""
+    for field in fields(config):
+        found, (low, high) = getattr(config, field.name), ranges[field.name]
+        several = isinstance(field.default, tuple)
+        real = isinstance(field.default, float)
+        values = found if several and isinstance(found, tuple) else (found,)
+        fit = (type(value) in ((int, float) if real else (int,)) and low <= value <= high for value in values)
+        if several != isinstance(found, tuple) or not values or not all(fit):
+            what = "a number" if real else "integers" if several else "an integer"
+            raise ValueError(f"config: {field.name}: expected {what} from {low} to {high}, found {found!r}")
+
 
 SHIFT = 3.0
 """Of Turbo's sigmas; a folder's scheduler_config.json may have another (6 for Z-Image)."""
@@ -48,19 +64,10 @@ class ZImageConfig:
     axes_lens: tuple[int, ...] = (1536, 512, 512)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            low, high = RANGES[field.name]
-            values = getattr(self, field.name)
-            if isinstance(field.default, tuple):
-                if not isinstance(values, tuple) or len(values) != 3:
-                    raise ValueError(f"config: {field.name}: expected three integers, found {values!r}")
-            else:
-                values = (values,)
-            for value in values:
-                kinds = (int, float) if isinstance(field.default, float) else (int,)
-                if type(value) not in kinds or not low <= value <= high:
-                    what = "a number" if float in kinds else "an integer"
-                    raise ValueError(f"config: {field.name}: expected {what} from {low} to {high}, found {value!r}")
+        check_numbers(self, RANGES)
+        for name in ("axes_dims", "axes_lens"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"config: {name}: expected three integers, found {getattr(self, name)}")
         if self.dim % self.n_heads or self.dim // self.n_heads != sum(self.axes_dims):
             raise ValueError(
                 f"config: axes_dims {self.axes_dims} must add up to the head width {self.dim}/{self.n_heads}"

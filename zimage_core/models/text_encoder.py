@@ -20,34 +20,49 @@ from torch import Tensor, nn
 
 from ..linear.adapters import Adapted, Linear
 from ..sizes import round_up
+from .config import check_numbers
 from .ops import finite
 from .tokenizer import Tokenizer
+from .transformer import run_block
 
+RANGES: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 10**6),
+    "hidden_size": (1, 10**5),
+    "intermediate_size": (1, 10**6),
+    "num_layers": (1, 999),
+    "num_attention_heads": (1, 10**4),
+    "num_key_value_heads": (1, 10**4),
+    "head_dim": (1, 10**4),
+    "rope_theta": (1e-3, 1e12),
+    "rms_norm_eps": (1e-12, 1),
+}
 PADDED = 32  # tokens: on a GPU prompts are padded to a multiple of it
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """Sizes of the encoder; the defaults are Qwen3-4B's. `num_layers` is one less than the model's, see above."""
+    """Sizes of the encoder under transformers' names; the defaults are Qwen3-4B's.
+
+    `num_layers` is one less than the model's `num_hidden_layers`, see above.
+    """
 
     vocab_size: int = 151936
     hidden_size: int = 2560
     intermediate_size: int = 9728
     num_layers: int = 35
-    num_heads: int = 32
-    num_kv_heads: int = 8
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
     head_dim: int = 128
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise ValueError(f"expected {name} above 0, found {value}")
-        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+        check_numbers(self, RANGES)
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups or self.head_dim % 2:
             raise ValueError(
-                f"expected heads divisible by key/value heads and an even head width, found "
-                f"{self.num_heads}, {self.num_kv_heads} and {self.head_dim}"
+                f"config: expected heads divisible by key/value heads and an even head width, found {heads}, {groups} "
+                f"and {self.head_dim}"
             )
 
 
@@ -68,9 +83,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, in fp32, returned in x's dtype (promoted by the weight's), or fp16."""
 
-    def __init__(self, width: int, eps: float, device=None, dtype=None):
+    def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,17 +96,17 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with normed queries and keys."""
 
-    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+    def __init__(self, config: TextEncoderConfig, linear: Callable[..., nn.Module]):
         super().__init__()
-        c, d, kw = config.hidden_size, config.head_dim, {"device": device, "dtype": dtype}
-        self.groups = config.num_heads // config.num_kv_heads
+        c, d = config.hidden_size, config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
         self.head_dim = d
-        self.q_proj = linear(c, config.num_heads * d, bias=False, **kw)
-        self.k_proj = linear(c, config.num_kv_heads * d, bias=False, **kw)
-        self.v_proj = linear(c, config.num_kv_heads * d, bias=False, **kw)
-        self.o_proj = linear(config.num_heads * d, c, bias=False, **kw)
-        self.q_norm = RMSNorm(d, config.rms_norm_eps, **kw)
-        self.k_norm = RMSNorm(d, config.rms_norm_eps, **kw)
+        self.q_proj = linear(c, config.num_attention_heads * d, bias=False)
+        self.k_proj = linear(c, config.num_key_value_heads * d, bias=False)
+        self.v_proj = linear(c, config.num_key_value_heads * d, bias=False)
+        self.o_proj = linear(config.num_attention_heads * d, c, bias=False)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps)
+        self.k_norm = RMSNorm(d, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -106,12 +121,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated feed-forward: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+    def __init__(self, config: TextEncoderConfig, linear: Callable[..., nn.Module]):
         super().__init__()
-        c, f, kw = config.hidden_size, config.intermediate_size, {"device": device, "dtype": dtype}
-        self.gate_proj = linear(c, f, bias=False, **kw)
-        self.up_proj = linear(c, f, bias=False, **kw)
-        self.down_proj = linear(f, c, bias=False, **kw)
+        c, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = linear(c, f, bias=False)
+        self.up_proj = linear(c, f, bias=False)
+        self.down_proj = linear(f, c, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(finite(F.silu(self.gate_proj(x)) * self.up_proj(x)))
@@ -120,37 +135,30 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One pre-norm decoder layer. In fp16 the residual stream x stays fp32, see `ops.finite`."""
 
-    def __init__(self, config: TextEncoderConfig, linear, device=None, dtype=None):
+    def __init__(self, config: TextEncoderConfig, linear: Callable[..., nn.Module]):
         super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
-        self.self_attn = Attention(config, linear, **kw)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **kw)
-        self.mlp = MLP(config, linear, **kw)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, linear)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, linear)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + finite(self.self_attn(self.input_layernorm(x), cos, sin))
         return x + finite(self.mlp(self.post_attention_layernorm(x)))
 
 
-def run_block(stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
-    """Run one layer; stage is "layers"."""
-    return block(x, *args)
-
-
 class TextEncoder(Adapted):
     """Qwen3 up to its second-to-last hidden state; parameters are named as in transformers' Qwen3Model.
 
-    `linear(in_features, out_features, bias=False, device=, dtype=)` builds every projection and
-    `embedding(rows, width, device=, dtype=)` the token table, which may stay on the host.
+    `linear(in_features, out_features, bias=False)` builds every projection and `embedding(rows, width)` the token
+    table, which may stay on the host.
     """
 
-    def __init__(self, config: TextEncoderConfig, linear=Linear, device=None, dtype=None, embedding=nn.Embedding):
+    def __init__(self, config: TextEncoderConfig, linear=Linear, embedding=nn.Embedding):
         super().__init__()
         self.config = config
-        kw = {"device": device, "dtype": dtype}
-        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, **kw)
-        self.layers = nn.ModuleList(Layer(config, linear, **kw) for _ in range(config.num_layers))
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, linear) for _ in range(config.num_layers))
 
     @property
     def device(self) -> torch.device:

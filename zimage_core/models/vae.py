@@ -17,12 +17,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..failures import check_finite, out_of_memory
+from .config import check_numbers
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,15 @@ AUTO_PIXELS = 1536 * 1536
 """Above this "auto" starts with tiles: fp32 takes 3 KiB per pixel, 6.8 GiB here, and a machine without a GPU kills the
 process instead of raising an error."""
 
-MOST_CHANNELS, MOST_LEVELS = 8192, 16
+MOST_LEVELS = 16
+RANGES = {
+    "block_out_channels": (1, 8192),
+    "layers_per_block": (1, MOST_LEVELS),
+    "latent_channels": (1, 8192),
+    "norm_num_groups": (1, 8192),
+    "scaling_factor": (1e-6, 1e6),
+    "shift_factor": (-1e6, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -51,26 +61,14 @@ class VAEConfig:
     shift_factor: float = 0.1159
 
     def __post_init__(self):
-        channels = self.block_out_channels
-        if not isinstance(channels, tuple) or not channels:
-            raise ValueError(f"VAEConfig: expected a tuple as block_out_channels, found {channels!r}")
-        sizes = (self.layers_per_block, self.latent_channels, self.norm_num_groups, *channels)
-        if not all(type(n) is int and 0 < n <= MOST_CHANNELS for n in sizes):
-            raise ValueError(f"VAEConfig: expected sizes from 1 to {MOST_CHANNELS}, found {self}")
-        if len(channels) > MOST_LEVELS or self.layers_per_block > MOST_LEVELS:
+        check_numbers(self, RANGES)
+        channels, groups = self.block_out_channels, self.norm_num_groups
+        if len(channels) > MOST_LEVELS:
+            raise ValueError(f"config: block_out_channels: expected up to {MOST_LEVELS} levels, found {len(channels)}")
+        if any(c % groups for c in channels):
             raise ValueError(
-                f"VAEConfig: expected up to {MOST_LEVELS} levels of up to {MOST_LEVELS} blocks, found "
-                f"{len(channels)} of {self.layers_per_block}"
+                f"config: expected block_out_channels divisible by norm_num_groups {groups}, found {channels}"
             )
-        if any(c % self.norm_num_groups for c in channels):
-            raise ValueError(
-                f"VAEConfig: expected block_out_channels divisible by norm_num_groups "
-                f"{self.norm_num_groups}, found {channels}"
-            )
-        for name, least in (("scaling_factor", 1e-6), ("shift_factor", 0)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not least <= abs(value) <= 1e6:
-                raise ValueError(f"VAEConfig: {name}: expected a number of {least} to 1e6, found {value!r}")
 
     @property
     def downscale(self) -> int:
@@ -155,37 +153,22 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class DownBlock(nn.Module):
-    """Resnets, then half the size unless it is the last level."""
+class Level(nn.Module):
+    """Resnets, then the size of the next level: half (on the way down) or twice, unless it is the last one."""
 
-    def __init__(self, config: VAEConfig, channels_in: int, channels_out: int, last: bool):
+    def __init__(self, config: VAEConfig, channels_in: int, channels_out: int, down: bool, last: bool):
         super().__init__()
+        count = config.layers_per_block + (not down)
         self.resnets = nn.ModuleList(
-            ResnetBlock(config, channels_in if i == 0 else channels_out, channels_out)
-            for i in range(config.layers_per_block)
+            ResnetBlock(config, channels_in if i == 0 else channels_out, channels_out) for i in range(count)
         )
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels_out)])
+        resize = Downsample if down else Upsample
+        self.add_module("downsamplers" if down else "upsamplers", nn.ModuleList([] if last else [resize(channels_out)]))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Module):
-    """Resnets (one more than on the way down), then twice the size unless it is the last level."""
-
-    def __init__(self, config: VAEConfig, channels_in: int, channels_out: int, last: bool):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(config, channels_in if i == 0 else channels_out, channels_out)
-            for i in range(config.layers_per_block + 1)
-        )
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(channels_out)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+        for part in self.children():
+            for layer in cast(nn.ModuleList, part):
+                x = layer(x)
         return x
 
 
@@ -197,7 +180,7 @@ class Encoder(nn.Module):
         channels = config.block_out_channels
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(config, channels[max(i - 1, 0)], c, last=i == len(channels) - 1) for i, c in enumerate(channels)
+            Level(config, channels[max(i - 1, 0)], c, True, i == len(channels) - 1) for i, c in enumerate(channels)
         )
         self.mid_block = MidBlock(config, channels[-1])
         self.conv_norm_out = _norm(config, channels[-1])
@@ -219,7 +202,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(config, channels[0])
         self.up_blocks = nn.ModuleList(
-            UpBlock(config, channels[max(i - 1, 0)], c, last=i == len(channels) - 1) for i, c in enumerate(channels)
+            Level(config, channels[max(i - 1, 0)], c, False, i == len(channels) - 1) for i, c in enumerate(channels)
         )
         self.conv_norm_out = _norm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
@@ -241,36 +224,34 @@ class VAE(nn.Module):
         self.decoder = Decoder(self.config)
 
     def encode(self, images: Tensor, tiling: str | int = "auto") -> Tensor:
-        """images (B, 3, H, W) in -1..1 -> scaled latents (B, C, h, w) fp32, the posterior's mean; see encode_raw."""
-        return (self.encode_raw(images, tiling) - self.config.shift_factor) * self.config.scaling_factor
-
-    def decode(self, latents: Tensor, tiling: str | int = "auto") -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) fp32 in about -1..1; see decode_raw."""
-        return self.decode_raw(latents.float() / self.config.scaling_factor + self.config.shift_factor, tiling)
-
-    def encode_raw(self, images: Tensor, tiling: str | int = "auto") -> Tensor:
-        """Like encode, without scale and shift.
+        """images (B, 3, H, W) in -1..1 -> scaled latents (B, C, h, w) fp32, the posterior's mean.
 
         tiling: "off", "on" (where larger than a tile), "auto" (above AUTO_PIXELS, and after an out-of-memory error),
         or the edge in cells of the largest tile to use.
         Raises ValueError for another shape, edges that are no multiples of 8, and weights in fp16.
         """
-        down, channels = self.config.downscale, self.config.latent_channels
+        config, down = self.config, self.config.downscale
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % down or images.shape[3] % down:
             raise ValueError(
                 f"VAE.encode: expected pictures (B, 3, H, W) with H and W divisible by {down}, found "
                 f"{tuple(images.shape)}; crop or resize the picture"
             )
-        return self._run(lambda x: self.encoder(x)[:, :channels], images, tiling, cell_in=down, cell_out=1)
 
-    def decode_raw(self, latents: Tensor, tiling: str | int = "auto") -> Tensor:
-        """Like decode, for latents without scale and shift; tiling and errors as encode_raw."""
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+        def mean(x: Tensor) -> Tensor:
+            return self.encoder(x)[:, : config.latent_channels]
+
+        return (self._run(mean, images, tiling, down, 1) - config.shift_factor) * config.scaling_factor
+
+    def decode(self, latents: Tensor, tiling: str | int = "auto") -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) fp32 in about -1..1; tiling and errors as `encode`."""
+        config = self.config
+        if latents.ndim != 4 or latents.shape[1] != config.latent_channels:
             raise ValueError(
-                f"VAE.decode: expected latents (B, {self.config.latent_channels}, h, w), found "
+                f"VAE.decode: expected latents (B, {config.latent_channels}, h, w), found "
                 f"{tuple(latents.shape)}; use the VAE that belongs to the diffusion model"
             )
-        return self._run(self.decoder, latents, tiling, cell_in=1, cell_out=self.config.downscale)
+        unscaled = latents.float() / config.scaling_factor + config.shift_factor
+        return self._run(self.decoder, unscaled, tiling, 1, config.downscale)
 
     def _run(self, function: Callable, x: Tensor, tiling: str | int, cell_in: int, cell_out: int) -> Tensor:
         """Apply `function` to each picture, whole or in tiles; after an out-of-memory error in smaller tiles."""

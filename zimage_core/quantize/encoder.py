@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from ..formats.encoder import ENCODER_REMEDY, EncoderFile, open_encoder
 from ..formats.weights import blocked
-from ..models.text_encoder import TextEncoderConfig
 from ..sizes import round_up
 from .writer import DTYPES, Header, StreamedFile, check_apart
 
@@ -65,7 +65,7 @@ def quantize_encoder(
             header |= {f"model.{key}": entry for key, entry in planned.items()}
         # The widest dtypes first, so that every tensor is aligned.
         header = dict(sorted(header.items(), key=lambda item: -DTYPES[item[1][0]].itemsize))
-        with StreamedFile(dst, header, _metadata(file.text, file.config, linears, bits)) as out:
+        with StreamedFile(dst, header, _metadata(file, linears, bits)) as out:
             for done, name in enumerate(names):
                 if progress:
                     progress(done, len(names), name)
@@ -172,9 +172,16 @@ def _nvfp4_parts(name: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _metadata(text: str | None, config: TextEncoderConfig, linears: list[str], bits: int) -> dict[str, str]:
+def _metadata(file: EncoderFile, linears: list[str], bits: int) -> dict[str, str]:
     """The file's metadata: the config and, for 8 bits, which Linears are small, both as mmgp writes them."""
-    data = json.loads(text) if text else _config_dict(config)
+    data = file.data or {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_hidden_layers": file.config.num_layers + 1,
+        **{name: size for name, size in asdict(file.config).items() if name != "num_layers"},
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
     if bits == 4:
         return {"format": "pt", "config": json.dumps(data)}
     kinds = {f"model.{name}": {"weights": "qint8", "activations": "none"} for name in linears}
@@ -186,24 +193,5 @@ def _metadata(text: str | None, config: TextEncoderConfig, linears: list[str], b
     }
 
 
-def _config_dict(config: TextEncoderConfig) -> dict:
-    """The config of transformers, for a file without one."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers + 1,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-    }
-
-
-def _base64(data: dict) -> str:
+def _base64(data: Mapping) -> str:
     return base64.b64encode(json.dumps(data).encode("utf-8")).decode("ascii")
