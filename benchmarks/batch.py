@@ -50,6 +50,7 @@ PACE = {
     "size": "pixels",
     "count": "pictures",
     "a_minute": "a minute|.1f",
+    "start": "start s|.0f",
     "busy": "busy|.3f",
     "of_parts": "of the parts|.3f",
     "times": "times one GPU|.2f",
@@ -65,6 +66,10 @@ def prompts(count: int, take: str) -> Iterator[dict]:
         yield {"id": f"{take}-{i}", "prompt": f"{text}, {i}", "seed": i}
 
 
+def now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
 class Bench:
     """The options, the files, and the rows of the table so far."""
 
@@ -75,6 +80,7 @@ class Bench:
         self.rows: list[dict] = []
         self.facts: dict[str, object] = {}
         self.takes = 0
+        self.begun = now()
 
     def options(self) -> dict[str, object]:
         """The files, without a limit on memory, so that everything stays on the device."""
@@ -85,6 +91,7 @@ class Bench:
     def run(self, size: int, count: int, **how: object) -> batch.Run:
         """A batch of new prompts of a size, in a new folder."""
         self.takes += 1
+        self.begun = now()
         defaults = {"width": size, "height": size, "steps": self.steps}
         rows = list(prompts(count, f"take{self.takes}"))
         return batch.run(rows, self.scratch / str(self.takes), defaults=defaults, **how)
@@ -93,7 +100,8 @@ class Bench:
         """Pictures a minute by the manifest's times, over about `--seconds`: the sum of the workers' own rates.
 
         They are timed from when each of so many workers has had `warm` pictures until the first of them has had its
-        last. busy: the part of that time that the workers spent on pictures, by their own clocks.
+        last. start: seconds from the beginning of the run to the last worker's first picture. busy: the part of the
+        timed seconds that the workers spent on pictures, by their own clocks.
         """
         begun, warm = time.perf_counter(), False
         seen: dict[tuple[str, int], list[tuple[datetime.datetime, float]]] = {}
@@ -117,7 +125,8 @@ class Bench:
         took = [(times[-1][0] - times[0][0]).total_seconds() for times in timed]
         rate = sum((len(times) - 1) / seconds for times, seconds in zip(timed, took))
         busy = sum(spent for times in timed for _, spent in times[1:]) / sum(took)
-        return {"count": sum(map(len, timed)) - workers, "a_minute": 60 * rate, "busy": busy}
+        start = (max(min(times)[0] for times in seen.values()) - self.begun).total_seconds()
+        return {"count": sum(map(len, timed)) - workers, "a_minute": 60 * rate, "start": start, "busy": busy}
 
     def row(self, way: str, size: int, **found: object) -> None:
         self.rows.append({"way": way, "size": size, **found})
@@ -164,6 +173,7 @@ def batches(run: Bench) -> None:
         for exact in (True, False):
             generator = PictureGenerator({**run.options(), "device": str(run.device)}, exact=exact)
             generator.pipeline("warm", size, size, num_inference_steps=run.steps, generator=0)
+            run.begun = now()
             started = batch.run(
                 list(prompts(run.args.count, f"both{size}")),
                 run.scratch / f"both-{size}-{exact}",
@@ -184,21 +194,22 @@ def batches(run: Bench) -> None:
 
 
 def several(run: Bench, counts: list[int], on_ray: list[int]) -> None:
-    """Processes, or Ray's workers, on more and more GPUs (processes on the CPU where there is none)."""
+    """Processes on so many GPUs (on the CPU where there is none) in the order given, then Ray's workers."""
     shown = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for size in run.sizes:
-        first = 0.0
-        for count, ray in [(count, False) for count in sorted({*counts, *on_ray})] + [
-            (count, True) for count in on_ray
-        ]:
+        rows: dict[tuple[int, bool], dict] = {}
+        processes = ((count, False) for count in dict.fromkeys([*counts, *on_ray]))
+        for count, ray in [*processes, *((count, True) for count in on_ray)]:
             devices = shown[:count] if shown else ["cpu"] * count
             if len(devices) < count:
                 raise SystemExit(f"{count} GPUs: torch sees {len(shown)}")
             how = {"ray": "local", "workers": (count, count)} if ray else {"devices": devices}
             found = run.pace(run.run(size, run.args.count * count, **how, **run.options()), count)
-            first = first or found["a_minute"] / count
-            way = f"{count} workers on Ray" if ray else f"{count} processes"
-            run.row(way, size, **found, times=found["a_minute"] / first)
+            run.row(f"{count} workers on Ray" if ray else f"{count} processes", size, **found)
+            rows[count, ray] = run.rows[-1]
+        least = min(rows)[0]
+        for row in rows.values():
+            row["times"] = row["a_minute"] / rows[least, False]["a_minute"] * least
 
 
 def comfyui(run: Bench) -> None:
@@ -229,6 +240,7 @@ def comfyui(run: Bench) -> None:
             path.write_text(json.dumps(graph))
             columns = WorkflowColumns(graph, [f"4.{text}=prompt", "5.seed=seed"])
             run.takes += 1
+            run.begun = now()
             rows = list(prompts(run.args.count, f"take{run.takes}"))
             where = run.scratch / str(run.takes)
             started = batch.run(rows, where, generator=ComfyUI(server.url, path), columns=columns)

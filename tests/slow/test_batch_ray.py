@@ -35,7 +35,7 @@ def cluster(monkeypatch):
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**27})
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27})
     nodes = [running.add_node(num_cpus=1, object_store_memory=2**27) for _ in range(2)]
     running.wait_for_nodes()
     yield running, nodes

@@ -204,8 +204,9 @@ class ClusterRun:
                 fn_constructor_args=(self.options, self.device, self.exact, self.sink.url),
                 batch_format="numpy",
                 batch_size=size,
-                compute=self.ray.data.ActorPoolStrategy(min_size=least, max_size=most),
-                **({"num_gpus": 1} if self.on_gpu else {"num_cpus": 1}),
+                compute=self.ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+                # On CPUs they hold none, as those who read the rows would wait for one for ever.
+                **({"num_gpus": 1} if self.on_gpu else {"num_cpus": 0}),
             )
             for block in results.iter_batches(batch_format="numpy", batch_size=None, prefetch_batches=0):
                 for text in block["result"]:

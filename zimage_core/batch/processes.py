@@ -4,7 +4,7 @@ A process that dies is started again. The rows that it was at when it died are t
 fail if they meet the same end; its other rows go back into the queue. Parent and child speak JSON, a line a message;
 no lock is shared, so a kill at any moment stops nobody else.
 
-    parent -> child   {options, exact, sink, journal}, {tasks: [...]} whenever the child is idle, {flush}, {stop}
+    parent -> child   {options, exact, sink, journal}, {tasks: [...]} whenever the child is idle, {flush}; {stop} whenever
     child -> parent   {facts, device, plan} or {refused}, then {begin: [ids]}, {result}, {idle}, {flushed}
 """
 
@@ -35,13 +35,13 @@ Event = tuple["Child", "dict[str, Any] | None"]
 
 
 class Child:
-    """A worker process and the rows that it has; begun: those that it was at last."""
+    """A worker process and the rows that it has; begun: those that it was at last; loading: it knows what to load."""
 
-    def __init__(self, device: str | None, spec: Mapping[str, Any], events: queue.SimpleQueue[Event]):
+    def __init__(self, device: str | None, events: queue.SimpleQueue[Event]):
         self.device = device
         self.tasks: dict[str, Task] = {}
         self.begun: list[str] = []
-        self.idle = False
+        self.loading = self.idle = False
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         # Beside a GPU torch's threads have little to do, and wait for one another where PNG files take their cores.
         given = {} if device == "cpu" else {"OMP_NUM_THREADS": "1"}
@@ -51,7 +51,6 @@ class Child:
             stdout=subprocess.PIPE,
             env={**given, **os.environ, "PYTHONPATH": path},
         )
-        self.send({**spec, "options": {**spec["options"], "device": device}, "journal": journal_name()})
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
     def _listen(self, events: queue.SimpleQueue[Event]) -> None:
@@ -67,6 +66,11 @@ class Child:
             stdin = cast("IO[bytes]", self.process.stdin)
             stdin.write(json.dumps(message).encode() + b"\n")
             stdin.flush()
+
+    def begin(self, spec: Mapping[str, Any]) -> None:
+        """Have it load its pipeline."""
+        self.loading = True
+        self.send({**spec, "options": {**spec["options"], "device": self.device}, "journal": journal_name()})
 
     def give(self, tasks: Sequence[Task]) -> None:
         self.idle = False
@@ -93,12 +97,14 @@ class Processes:
         self.device = self.plan = ""
 
     def start(self) -> dict[str, object]:
-        """Start the first worker; returns the facts for the rows' keys as it sees them, which bind all others.
+        """Start all processes, and the first worker; returns the facts for the rows' keys as it sees them, which bind
+        all others.
 
         ValueError with what it refuses, RuntimeError where processes cannot live.
         """
         self.sink.begin(journal_name())
-        self._spawn(self.devices[0])
+        self.children = [Child(device, self.events) for device in self.devices]
+        self.children[0].begin(self.spec)
         while True:
             child, event = self.events.get()
             if event is None:
@@ -115,8 +121,9 @@ class Processes:
     def results(self, tasks: Iterator[Task], total: int) -> Iterator[Result]:
         """Do the tasks, `total` of them; results in the order in which they come. Errors as in `start`."""
         self.left = total
-        for device in self.devices[len(self.children) :]:
-            self._spawn(device)
+        for child in self.children:
+            if not child.loading:
+                child.begin(self.spec)
         while True:
             for child in self.children:
                 if child.idle and (chunk := self._chunk(tasks)):
@@ -186,10 +193,9 @@ class Processes:
                 self.barren = 0
                 yield found
         self.children.remove(child)
-        self._spawn(child.device)
-
-    def _spawn(self, device: str | None) -> None:
-        self.children.append(Child(device, self.spec, self.events))
+        self.children.append(Child(child.device, self.events))
+        if child.loading:
+            self.children[-1].begin(self.spec)
 
     def close(self) -> None:
         """Let all processes end after their batches, and write the journal."""
@@ -241,6 +247,8 @@ def main() -> int:
 
     threading.Thread(target=listen, daemon=True).start()
     spec = messages.get()
+    if "stop" in spec:
+        return 0
     try:
         generator = PictureGenerator(spec["options"], spec["exact"])
         facts = generator.facts()
