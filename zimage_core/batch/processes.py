@@ -4,7 +4,7 @@ A process that dies is started again. The rows that it was at when it died are t
 fail if they meet the same end; its other rows go back into the queue. Parent and child speak JSON, a line a message;
 no lock is shared, so a kill at any moment stops nobody else.
 
-    parent -> child   {options, exact, sink, journal}, {tasks: [...]} whenever the child is idle, {flush}; {stop} whenever
+    parent -> child   {options, exact, sink, journal}, {tasks: [...]} when the child is idle, {flush}; any time {stop}
     child -> parent   {facts, device, plan} or {refused}, then {begin: [ids]}, {result}, {idle}, {flushed}
 """
 
