@@ -1,4 +1,4 @@
-"""Prompts: what a call is given, and the features of the last ones, which need no text encoder again."""
+"""Prompts: reading what a call is given, and a cache of the features of the latest prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Captions:
-    """Prompts -> cap_feats (L, C) on the host, of the prompts that were used last."""
+    """A cache on the host, prompt -> cap_feats (L, C), of the prompts that were used last."""
 
     def __init__(self, tokenizer: Path):
         self.wanted = 0  # prompts of the last `Pipeline.encode`, which are kept however many
@@ -38,7 +38,7 @@ class Captions:
         return load_tokenizer(self._tokenizer_file)
 
     def find(self, job: Job) -> None:
-        """Fill in the features of a job's texts, or the tokens of those that are not known."""
+        """Give a job the cached features of its texts, and the tokens of the texts that are not cached."""
         if (made_by := (_encoder_loras(job.loras), job.limit)) != self._made_by:
             self._feats.clear()
             self._made_by = made_by
@@ -49,7 +49,7 @@ class Captions:
                 job.tokens[text] = self.tokenizer(text, job.limit)
 
     def keep(self, job: Job) -> None:
-        """Remember the features of a job's texts, and forget the oldest of too many."""
+        """Cache the features of a job's texts; the oldest entries are dropped when there are too many."""
         for text in job.texts:
             self._feats[text] = job.feats[text]
             self._feats.move_to_end(text)
@@ -58,9 +58,9 @@ class Captions:
 
 
 def read_captions(name: str, texts: Any, embeds: Any) -> list[Caption]:
-    """Prompts, or the features that are given instead, as a list.
+    """Prompts, or the features given instead of them, as a list.
 
-    ValueError, under their name, unless they are text that is Unicode, or finite tensors (L, C), and not both.
+    ValueError, under their name, unless they are either Unicode text or finite tensors (L, C).
     """
     if embeds is not None:
         many = isinstance(embeds, Sequence) or isinstance(embeds, Tensor) and embeds.ndim == 3
@@ -84,9 +84,9 @@ def read_captions(name: str, texts: Any, embeds: Any) -> list[Caption]:
 
 
 def read_negative(positive: int, guided: bool, texts: Any, embeds: Any) -> list[Caption]:
-    """With guidance of either kind the negative prompts, one for all or one for each positive one; without, none.
+    """The negative prompts, one for all prompts or one for each; none without guidance.
 
-    ValueError as `read_captions`, and for another number; a warning where they have no effect.
+    ValueError as `read_captions`, and for another number of them. Logs a warning if they have no effect.
     """
     found = read_captions("negative prompt", "" if texts is None and embeds is None else texts, embeds)
     if len(found) not in (1, positive):
@@ -99,5 +99,5 @@ def read_negative(positive: int, guided: bool, texts: Any, embeds: Any) -> list[
 
 
 def _encoder_loras(loras: Loras) -> Loras:
-    """Those that change the text encoder."""
+    """The LoRAs that change the text encoder."""
     return tuple((found, strength) for found, strength in loras if found.text_encoder)

@@ -129,8 +129,8 @@ def control_contexts(
 
 @dataclass(frozen=True)
 class Given:
-    """What sampling begins with, on the host: noise (B, 16, h, w), latents (1, 16, h, w) of a picture to start from,
-    and the control contexts (1, C, h, w)."""
+    """What sampling starts from, on the host: noise (B, 16, h, w), latents (1, 16, h, w) of a start picture if there is
+    one, and the control contexts (1, C, h, w)."""
 
     noise: Tensor
     clean: Tensor | None = None
@@ -141,7 +141,7 @@ class Given:
         return self.noise if self.clean is None else (1 - sigma) * self.clean + sigma * self.noise
 
     def hold(self, edit: Edit | None, device: torch.device) -> Callable[[Tensor, float], Tensor] | None:
-        """For `sampler.denoise`: what an edit does not repaint stays as the noisy picture has it; None without one."""
+        """A function for `sampler.denoise` that puts the noisy source back where an edit repaints nothing; or None."""
         if edit is None or self.clean is None:
             return None
         clean, noise, cells = (tensor.to(device) for tensor in (self.clean, self.noise, edit.cells))

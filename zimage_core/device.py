@@ -1,4 +1,4 @@
-"""Which device and dtype to compute with, where the user names none, and what is wrong with those that are named."""
+"""Choosing the device and dtype to compute with, and checking those that the user names."""
 
 from __future__ import annotations
 

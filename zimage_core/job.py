@@ -72,13 +72,13 @@ class Pictures(list[Any]):
 
 @dataclass
 class Job:
-    """What one call asks for, and what is known of it so far.
+    """What one call asks for, and what has been computed for it so far.
 
     noise (B, 16, H/8, W/8) and seeds: as `sampler.starting_noise` gives them. images: pictures to start from. negative:
     with guidance or nag, one for all prompts or one for each. each: pictures of every prompt. sampler: one of
     `sampler.SAMPLERS`; shift: that of the sigmas. tile: pixels of an edge, None for whole pictures. limit: tokens of a
     prompt. output: one of OUTPUTS. on_step, on_step_end: as `sampler.denoise` takes them. feats: cap_feats (L, C) on
-    the host of the prompts that are known; tokens: token ids of the others.
+    the host of the prompts that are encoded; tokens: token ids of the others.
     """
 
     positive: Sequence[Caption]
@@ -148,7 +148,7 @@ class Job:
         )
 
     def check_embeds(self, width: int) -> None:
-        """ValueError where features that the call was given are of another width."""
+        """ValueError if features that the call was given have another width."""
         for one in (*self.positive, *self.negative):
             if isinstance(one, Tensor) and one.shape[1] != width:
                 raise ValueError(f"prompt embeds: expected (tokens, {width}), found {tuple(one.shape)}")
@@ -185,7 +185,10 @@ def enlarged_size(width: int, height: int, factor: float) -> tuple[int, int, int
 
 
 def enlarged(job: Job, factor: float, sigmas: Tensor) -> Job:
-    """What redraws a job's pictures, which it lacks yet, enlarged; errors as `enlarged_size` and `check_count`."""
+    """The job that redraws another job's pictures, still without them, at a larger size.
+
+    Errors are those of `enlarged_size` and `check_count`.
+    """
     height, width, tile = enlarged_size(job.width, job.height, factor)
     count = check_count(len(job.positive), job.each, height, width)
     noise, seeds = sampler.starting_noise(job.seeds, count, height, width)
@@ -194,7 +197,7 @@ def enlarged(job: Job, factor: float, sigmas: Tensor) -> Job:
 
 
 def load_loras(loras: LoraChoice) -> Loras:
-    """LoRAs and their strengths, read where files are given. ValueError for anything but pairs of the two."""
+    """LoRAs with their strengths; files are read. ValueError for anything but pairs of the two."""
     try:
         pairs: list[Any] = list(loras)
     except TypeError:
@@ -215,9 +218,9 @@ def load_loras(loras: LoraChoice) -> Loras:
 def choose_noise(
     generator: sampler.Seeds, latents: Any, count: int, height: int, width: int
 ) -> tuple[Tensor, list[int] | None]:
-    """The noise of a call and its seeds, as `sampler.starting_noise`; or the latents that it was given, without seeds.
+    """The noise of a call and its seeds (see `sampler.starting_noise`), or the latents that it was given and None.
 
-    ValueError unless these are finite and of the call's shape.
+    ValueError unless such latents are finite and of the call's shape.
     """
     if latents is None:
         return sampler.starting_noise(generator, count, height, width)
@@ -233,7 +236,10 @@ def choose_noise(
 def choose_sigmas(
     steps: int, sigmas: Iterable[float] | None, strength: float, image: bool, masked: bool, shift: float, schedule: str
 ) -> Tensor:
-    """The sigmas of a call, with an image to start from, a mask, or neither; a warning where one has no effect."""
+    """The sigmas of a call. image, masked: whether it starts from a picture, and has a mask.
+
+    Logs a warning if strength or picture has no effect.
+    """
     within("strength", strength, 0, 1, "0.6 keeps much of the picture, 1 nothing", above=True)
     if strength != 1 and (sigmas is not None or not image):
         logger.warning(
@@ -247,7 +253,7 @@ def choose_sigmas(
 
 
 def read_variety(asked: float | Variety) -> Variety | None:
-    """What makes seeds differ more, from its strength or as it is; None where that is 0."""
+    """A `Variety`, also from its strength alone; None for a strength of 0."""
     found = asked if isinstance(asked, Variety) else Variety(number("variety", asked))
     return found if found.strength else None
 
@@ -289,7 +295,7 @@ def check_count(positive: int, each: int, height: int, width: int, images: Seque
 
 
 def own_size(images: Sequence[Image.Image], latents: Any, side: int) -> tuple[int, int]:
-    """Width and height of what a call starts from, else a model's own `side`."""
+    """Width and height of the picture or latents that a call starts from, else the model's own `side` twice."""
     if images:
         return images[0].size
     if isinstance(latents, Tensor) and latents.ndim == 4:

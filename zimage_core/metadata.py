@@ -56,17 +56,17 @@ def png(picture: Image.Image, facts: Mapping[str, Any]) -> bytes:
 
 
 def read(picture: Image.Image) -> dict[str, Any]:
-    """The facts that a picture's file of this package holds. ValueError where there are none."""
+    """The facts in a picture that this package wrote. ValueError if there are none."""
     return parse(text(picture))
 
 
 def text(picture: Image.Image) -> str:
-    """What a picture's file has where this package writes facts."""
+    """The text in the place where this package writes facts, "None" if there is none."""
     return str(getattr(picture, "text", {}).get(CHUNK) or picture.getexif().get(DESCRIPTION))
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The facts in a text. ValueError where there are none."""
+    """The facts that a text holds as JSON. ValueError if it holds none."""
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):

@@ -189,7 +189,8 @@ def pad(image: Image.Image, left: int, top: int, right: int, bottom: int) -> tup
 def canny(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
     """A picture's outlines, white on black, as the ControlNets were trained on; needs OpenCV.
 
-    low, high: gradients from which an edge goes on, and begins. ValueError without OpenCV, or unless 0 <= low <= high.
+    high: the gradient at which an edge starts, low: down to which it continues. ValueError without OpenCV, or unless
+    0 <= low <= high.
     """
     try:
         import cv2

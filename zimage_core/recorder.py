@@ -37,7 +37,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def __call__(self, name: str, steps: int = 1) -> Iterator[None]:
-        """A stage, while its work is done; one that raises is not kept."""
+        """Measure a stage while it runs; one that raises is not recorded."""
         on_cuda = self._device.type == "cuda"
         if on_cuda:
             torch.cuda.synchronize(self._device)

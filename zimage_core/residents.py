@@ -1,7 +1,7 @@
-"""What is on the device when: the three models of a pipeline, read when needed, placed for their stage, sent away.
+"""Which model is on the device when: each is read when its stage first needs it, placed for it, and sent away after it.
 
-They are there one after the other, within a budget that the plan shares out before work starts; only with no limit at
-all do they wait there for the next picture. `planning.Stage` says how much of a model may be there.
+Text encoder, transformer and VAE take turns on the device, within a budget that a plan divides before work starts. Only
+without any limit do they stay there for the next picture. `planning.Stage` says how much of a model may be there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ResidentTransformer(Resident[ZImageTransformer]):
         return streamer
 
     def set_controlnets(self, files: Collection[Path], read: Callable[[Path], ControlNet]) -> None:
-        """Have exactly the ControlNets of these files beside it; those that are not there yet are read."""
+        """Use exactly the ControlNets of these files; those that are not loaded yet are read."""
         if set(self._nets) == set(files):
             return
         self._graphs.clear()
@@ -78,10 +78,10 @@ class ResidentTransformer(Resident[ZImageTransformer]):
         super().leave()
 
     def followed(self, job: Job, given: Given, graphs: bool) -> tuple[Model, dict[str, Any]]:
-        """The model that `sampler.denoise` calls, and the conditionings that it follows, by its arguments' names.
+        """The model and the conditionings for `sampler.denoise`, the latter as its keyword arguments.
 
-        graphs: replay CUDA graphs of steps where possible. Beside a ControlNet they are not: a graph does not know its
-        control picture.
+        graphs: replay steps as CUDA graphs where possible. It is not possible beside a ControlNet, as a graph would
+        replay the control picture that it was captured with.
         """
         steps: Model = functools.partial(self.model, hooks=self._hooks)
         if graphs and not self._nets and self._graphs.possible:
@@ -122,9 +122,9 @@ class ResidentTransformer(Resident[ZImageTransformer]):
 
 
 class Residents:
-    """The models of a pipeline: planned within a budget, read and brought for their stage, and what leaves for it.
+    """The models of a pipeline: plans their memory, brings each to the device for its stage, and sends the others away.
 
-    once: a model is dropped before the next one comes. Every function takes the job that is under way.
+    once: drop each model before the next one is loaded. Every function takes the job that is running.
     """
 
     def __init__(self, sources: Sources, budget: int | str | None, once: bool):
@@ -132,7 +132,7 @@ class Residents:
         self._sources, self._once = sources, once
         self._on_meta = MetaModels(sources)
         self._there: dict[str, Resident] = {}  # by the name of their stage
-        self._too_much: dict[str, int] = {}  # model -> pixels from which it was out of memory with resident blocks
+        self._too_much: dict[str, int] = {}  # model -> pixels at which it ran out of memory with blocks resident
 
     @property
     def transformer(self) -> ResidentTransformer | None:
@@ -144,7 +144,7 @@ class Residents:
         return self.budget is None and not self._once
 
     def plan(self, job: Job) -> None:
-        """Plan what a job takes of the device; ValueError where the budget cannot hold it, or a LoRA does not fit."""
+        """Plan a job's use of the device. ValueError if the budget cannot hold it, or a LoRA does not fit a model."""
         transformer, encoder = self._on_meta.transformer, self._on_meta.text_encoder if job.tokens else None
         files, device = self._sources.files, self._sources.device
         for model in filter(None, (transformer, encoder)):
@@ -192,7 +192,7 @@ class Residents:
         return work(job, *options)
 
     def encode(self, job: Job, where: str) -> None:
-        """Caption features of the job's tokens; the encoder leaves the device. where names the tokenizer in errors."""
+        """Encode the job's tokens into its features, and free the encoder. where: the tokenizer's name in errors."""
         source, device = self._sources.files.text_encoder, self._sources.device
         self._sources.check_unchanged(source)  # on a CPU it stays mapped
 
@@ -226,7 +226,7 @@ class Residents:
         return found
 
     def drop_transformer(self) -> None:
-        """Let the transformer go when it has done its part, if it is needed once."""
+        """Free the transformer after its stage, if each model is needed only once."""
         if self._once:
             self._drop("transformer")
 
@@ -242,7 +242,7 @@ class Residents:
         return found.model
 
     def _bring(self, job: Job, name: str, source: Path, read: Callable[[torch.device], R]) -> R:
-        """The model of a stage, read if it is not there, while what may not be beside it goes to the host."""
+        """The model of a stage, read if it is not loaded. Models that may not be beside it are sent to the host."""
         if job.plan.usable is not None:
             self._leave(name)
         if name not in self._there:
@@ -252,12 +252,12 @@ class Residents:
         return cast(R, self._there[name])
 
     def _where(self, job: Job, name: str) -> torch.device:
-        """Where a model's weights go when it is read: to the device only if all of them may be there."""
+        """Where a model is read to: the device if all of it may be there, else the host."""
         stage = job.plan.stage(name)
         return self._sources.device if stage.resident == stage.blocks else torch.device("cpu")
 
     def _place(self, job: Job, name: str, resident: Resident) -> BlockStreamer:
-        """As many of its blocks on the device as the plan allows."""
+        """Put as many of its blocks on the device as the plan allows; returns what streams the others."""
         resident.streamer.place(self._sources.device, job.plan.stage(name).allowance)
         return resident.streamer
 
@@ -285,9 +285,9 @@ class Residents:
 
 
 def usable(budget: int | str | None, device: torch.device, held: int) -> int | None:
-    """Bytes of a device that a budget lets be used, held ones among them; None for no limit.
+    """Bytes of the device that a budget allows, including those held by our models now; None for no limit.
 
-    "auto" is what others leave free there, and all of a CPU's.
+    "auto" allows all that other programs leave free on a GPU, and sets no limit on a CPU.
     """
     if not isinstance(budget, str):
         return budget

@@ -104,7 +104,7 @@ def read_sigmas(given: Iterable[float], shift: float = SHIFT) -> Tensor:
 
 
 def draw_noise(generator: torch.Generator | int, batch: int, height: int, width: int, channels: int = 16) -> Tensor:
-    """(batch, channels, H/8, W/8) fp32 normal noise, drawn on the CPU so that a seed means the same everywhere.
+    """(batch, channels, H/8, W/8) fp32 normal noise, made on the CPU so that a seed gives the same on every device.
 
     height, width in pixels. An int seeds a fresh generator, as ComfyUI does.
     """
@@ -167,7 +167,7 @@ def at_sigma(cond: Conditioning, sigma: float, shift: float = SHIFT) -> Conditio
 
 @dataclass(frozen=True)
 class Point:
-    """Where a step begins: latents (B, 16, h, w) at a sigma, their flow, and the picture that it points at."""
+    """The start of a step: latents (B, 16, h, w) at a sigma, and their flow; `image` is the picture they lead to."""
 
     sigma: float
     latents: Tensor
@@ -179,12 +179,16 @@ class Point:
 
 
 def euler(now: Point, last: Point | None, after: float, flow: Callable[[Tensor], Tensor]) -> Tensor:
-    """Along the flow. A sampler gives the latents at `after`; it knows the point before, and the flow at `after`."""
+    """One step along the flow.
+
+    Every sampler returns the latents at the sigma `after`. now, last: the points of this step and of the one before;
+    flow(latents): the flow at `after`.
+    """
     return now.latents + (after - now.sigma) * now.flow
 
 
 def heun(now: Point, last: Point | None, after: float, flow: Callable[[Tensor], Tensor]) -> Tensor:
-    """Along the mean of the flows at both ends of the step; the model runs twice but for the last step."""
+    """Along the mean of the flows at both ends of the step: two runs of the model, one in the last step."""
     there = euler(now, last, after, flow)
     return there if after == 0 else now.latents + (after - now.sigma) * (now.flow + flow(there)) / 2
 
@@ -200,7 +204,7 @@ def res_multistep(now: Point, last: Point | None, after: float, flow: Callable[[
 
 
 def _multistep(now: Point, last: Point | None, after: float, weight: Callable[[float, float], float]) -> Tensor:
-    """Towards the image that is extrapolated from the last two, over the step h in log sigma; else as `euler`.
+    """Towards the image extrapolated from the last two, over the step h in log sigma; Euler in the first and last step.
 
     weight(h, 1 - exp(-h)) is that of the image's change for each unit of log sigma.
     """

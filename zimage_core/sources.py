@@ -1,6 +1,6 @@
-"""How the models of a pipeline are read, with their weights or from headers alone.
+"""Reading the models of a pipeline, with their weights or, for a plan, from headers alone.
 
-A plan needs every model before its weights are there: `MetaModels` has them on the meta device by the same functions.
+A plan needs every model before its weights are loaded: `MetaModels` reads them to the meta device, by the same code.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .models.vae import VAE
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of a pipeline, and what its models compute with. Each function reads a model to `where`.
+    """The files of a pipeline, and how its models compute. Each function loads a model onto the device `where`.
 
-    device: where they are to run. attention: "sdpa" or "int8".
+    device: where the models will run. attention: "sdpa" or "int8".
     """
 
     files: ModelFiles
@@ -64,19 +64,19 @@ class Sources:
         return {**options, "compute_device": self.device}
 
     def remember(self, *paths: Path) -> None:
-        """Note which files these are, unless they are noted already."""
+        """Note size and time of these files, unless they were noted before."""
         for path in paths:
             self._stamps.setdefault(path, stamp(path))
 
     def check_unchanged(self, *paths: Path) -> None:
-        """ValueError where a file is not the one that was noted."""
+        """ValueError if a file has changed since it was noted."""
         for path in paths:
             if stamp(path) != self._stamps[path]:
                 raise ValueError(f"{path}: changed since its header was read; wait until it is whole, and load it anew")
 
 
 class MetaModels:
-    """The models of a pipeline on the meta device, each read when first asked for; errors as the loaders raise them."""
+    """The models of a pipeline on the meta device, each loaded on first use. Errors are those of the loaders."""
 
     def __init__(self, sources: Sources):
         self._sources = sources
@@ -95,7 +95,7 @@ class MetaModels:
         return self._sources.vae(META)
 
     def controlnet(self, path: Path) -> ControlNet:
-        """A ControlNet for the transformer; ValueError also for one that was made for another."""
+        """A ControlNet for the transformer. ValueError also if it was made for another model."""
         if path not in self._controlnets:
             self._controlnets[path] = self._sources.controlnet(path, META)
         self._controlnets[path].check(self.transformer)

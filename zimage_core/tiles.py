@@ -1,4 +1,4 @@
-"""Steps in tiles: pictures larger than what the model knows, as overlapping parts of one noise.
+"""Sampling in tiles: pictures larger than the model was trained for, as overlapping parts of one noise.
 
 At each step the model predicts the flow of every tile, and the flows are blended where tiles overlap, so that all of
 them go towards one picture. Source: MultiDiffusion, arXiv 2302.08113. Units: latents' cells.

@@ -40,5 +40,5 @@ class Variety:
 
 
 def seed_of(noise: Tensor) -> int:
-    """A seed that follows from a picture's starting noise (C, h, w) fp32, however that came about."""
+    """A seed computed from a picture's starting noise (C, h, w) fp32, so that given latents have one, too."""
     return abs(int(noise.flatten()[:2].contiguous().view(torch.int64))) % 2**63

@@ -164,7 +164,7 @@ def check_weights(model: nn.Module, device: torch.device) -> list[Check]:
 
 
 class Inputs:
-    """The inputs of some linears while it is open: the first that comes to each, (M, K)."""
+    """Records, while open, the first input (M, K) of each of some linears."""
 
     def __init__(self, linears: dict[str, SVDQLinear]):
         self.linears = linears

@@ -1,4 +1,4 @@
-"""Files that are whole under their name or not there: temporary names that cannot be a user's, syncs, locks."""
+"""Writing files so that a name never holds half a file: temporary names, syncs to the disk, and locks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ DEVICES = {
 
 
 def beside(path: Path, ending: str) -> Path:
-    """A hidden name of this program's own in the folder of a file."""
+    """A hidden name in the folder of a file, which only this program uses."""
     return path.with_name(f".{path.name}.zimage-{ending}")
 
 
 def lock(path: Path) -> FileLock:
-    """A lock on writing a path, against this process and others, until it is released; its empty file stays.
+    """Take the lock for writing a path, which holds between processes and within this one; its empty file stays.
 
-    ValueError where another run has it. On a network file system without locks there is none.
+    ValueError if another run holds it. A network file system that has no locks is written without one.
     """
     name = beside(path, "lock")
     refuse_link(name)
@@ -46,30 +46,30 @@ def lock(path: Path) -> FileLock:
 
 
 def refuse_link(path: Path) -> None:
-    """ValueError for a link, which this program has not made."""
+    """ValueError for a link: this program makes none, so it is someone else's."""
     if path.is_symlink():
         raise ValueError(f"{path}: expected a name that is free or this program's own, found a link; move it away")
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file, to write and read. FileExistsError where there is anything under that name, a link too."""
+    """Create a file and open it to write and read. FileExistsError if the name is taken, by a link too."""
     return path.open("x+b")
 
 
 def reopen(path: Path) -> BinaryIO:
-    """A file that is there, to write and read; OSError for a link."""
+    """Open an existing file to write and read. OSError for a link."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     return os.fdopen(os.open(path, flags), "r+b")
 
 
 def sync(file: BinaryIO) -> None:
-    """Have what was written on the disk."""
+    """Flush what was written to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk; nothing where the system knows no such thing."""
+    """Flush a folder's names to the disk. Windows has no such call, and nothing is done there."""
     if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -79,14 +79,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def place(part: Path, path: Path) -> None:
-    """Give a file that is closed and on the disk its final name, and have that on the disk, too."""
+    """Rename a closed, flushed file to its final name, and flush the name, too."""
     sync_folder(path.parent)
     os.replace(part, path)
     sync_folder(path.parent)
 
 
 def check_target(path: Path) -> None:
-    """ValueError unless a file can be written there: its folder, its name, what is under that name, and the rights."""
+    """ValueError unless a file can be written there: the folder is there, the name free or a file's, rights suffice."""
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such folder; make it first, or choose another folder")
     try:
@@ -150,7 +150,7 @@ def _part(path: Path, process: str = "") -> Path:
 
 
 def _clean_up(path: Path) -> None:
-    """Remove what killed processes of this machine left of a file."""
+    """Remove the temporary files that killed processes of this machine left beside a path."""
     for part in path.parent.glob(_part(path, "*").name):
         process = part.name.split(".")[3]
         if process.isdecimal() and not _runs(int(process)):
@@ -161,7 +161,7 @@ def _clean_up(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process of this machine runs; on Windows unknown, but there a file that is open cannot be removed."""
+    """Whether a process is running. On Windows only our own is known, but an open file cannot be removed there."""
     if sys.platform == "win32":
         return process == os.getpid()
     try:

@@ -202,7 +202,7 @@ def check_fit(net: ControlNet, module: Any, ours: bool) -> None:
 
 
 def set_beside(model: comfy.model_patcher.ModelPatcher, patchers: list[ControlPatcher], shape: Sequence[int]) -> None:
-    """Tell our MODEL which ControlNets run beside it: their activations count, and they share its budget."""
+    """Register the ControlNets that run beside our MODEL: their activations count, and they share its budget."""
     if not isinstance(getattr(model.model, "beside", None), tuple):
         return
     base = model.model
@@ -236,7 +236,7 @@ class Encoding:
 def with_controls(
     run: Callable[..., Tensor], cond: Conditioning, base: ZImageTransformer, options: dict, x: Tensor, timesteps: Tensor
 ) -> tuple[Callable[..., Tensor], Conditioning]:
-    """How our MODEL runs blocks, and its conditioning, with the ControlNets that work at this step."""
+    """The function that runs our MODEL's blocks, and its conditioning, with the ControlNets of this step."""
     found = options.get(CONTROLS, ())
     if any(math.isfinite(applied.sigmas[0]) or applied.sigmas[1] >= 0 for applied in found):
         sigma = float(timesteps.flatten()[0])

@@ -147,7 +147,7 @@ class DenseWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, patches: Mapping[str, list[tuple]], device: torch.device) -> None:
-        """Make the model's weights those that these patches give, computed on a device; without patches its own."""
+        """Replace the model's weights by patched ones, computed on a device; without patches, restore its own."""
         wanted = {name: list(found) for name, found in patches.items() if found}
         changed = {
             self.places[name].tensor

@@ -177,7 +177,7 @@ class DiffusionModel(Adapted):
 
 
 def patches(options: dict, name: str) -> list[Callable]:
-    """What nodes have set of one kind of patch."""
+    """The patches of one kind that nodes have set."""
     return options.get("patches", {}).get(name, [])
 
 

@@ -43,13 +43,13 @@ def apply_nag(
 
 
 def nag_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Nag, int] | None:
-    """What a MODEL's clone has of NAG: its numbers, and the negative prompt's tokens."""
+    """The NAG of a MODEL's clone: its numbers, and how many tokens the negative prompt has; None without."""
     found = model.model_options.get("transformer_options", {}).get(NAG)
     return found and (found[0], found[1].shape[1])
 
 
 def _counted(executor, *args: Any, **kwargs: Any) -> Tensor:
-    """A run in which the memory that NAG takes is part of what the model asks for."""
+    """Run with NAG's memory counted in what the model asks for."""
     patcher = executor.class_obj.model_patcher
     patcher.model.nag = nag_of(patcher)
     try:

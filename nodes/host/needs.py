@@ -1,4 +1,4 @@
-"""What is taken from ComfyUI, by node: a newer ComfyUI may lack some of it.
+"""What each node uses of ComfyUI: a newer ComfyUI may lack some of it.
 
 A node that lacks something stays in its workflows and says so when it runs; the others work.
 """
@@ -96,13 +96,13 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 
 
 def lacking(names: Iterable[str]) -> list[str]:
-    """Those of ComfyUI's names that this one does not have, without those inside of others that it does not have."""
+    """The names that this ComfyUI lacks; of nested ones only the outermost."""
     gone = [name for name in dict.fromkeys(names) if not there(name)]
     return [name for name in gone if not any(name.startswith(f"{other}.") for other in gone)]
 
 
 def there(name: str) -> bool:
-    """Whether a name can be had: a module's attribute, or an attribute of that."""
+    """Whether a name exists: a module's attribute, or an attribute of that."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:
@@ -118,7 +118,7 @@ def there(name: str) -> bool:
 
 
 def provided(nodes: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, type]:
-    """The nodes, those that lack something of this ComfyUI in a form that refuses to run; the log says it, too."""
+    """The nodes; one that needs what this ComfyUI lacks is replaced by one that refuses to run, which is logged."""
     found = dict(nodes)
     for node_id, names in NODES.items():
         gone = lacking(names)
@@ -134,7 +134,7 @@ def provided(nodes: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, 
 
 
 def refusing(node, why: str) -> type:
-    """A node with the inputs and outputs of another that ends in a ValueError when it runs."""
+    """A node with the inputs and outputs of another, which raises a ValueError when it runs."""
 
     def refuse(self, **inputs):
         raise ValueError(why)

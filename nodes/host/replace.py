@@ -21,8 +21,8 @@ COUNT = "\N{INPUT SYMBOL FOR NUMBERS} LoRA Count"
 
 @dataclass(frozen=True)
 class Replacement:
-    """A node of another pack: ours for it, its widgets in the order of a saved workflow's values, the inputs that both
-    have, our outputs by its own, and what its optional inputs are where a prompt leaves them out."""
+    """A node of another pack: our node for it, its widgets in the order of a saved workflow's values, the inputs that
+    both have, our outputs by its own, and the defaults of the optional inputs that a prompt may leave out."""
 
     new: str
     widgets: tuple[str, ...]

@@ -41,7 +41,7 @@ def empty_latent(width: int, height: int, batch: int, denoise: float) -> dict:
 
 
 def advice(model: ZImagePatcher, cfg: float, negative: list | None) -> list[str]:
-    """Lines where the model's file seems to be made for the other preset, and for a negative prompt without effect."""
+    """Hints for the node: the file seems made for the other preset, the negative prompt has no effect."""
     if negative is not None and cfg == 1 and not model.model_options.get("disable_cfg1_optimization"):
         lines = ["negative prompt: has no effect at cfg 1; set cfg above 1, or use Z-Image NAG"]
     else:

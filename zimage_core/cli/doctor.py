@@ -100,7 +100,7 @@ def timed_ways(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def nvidia_card() -> str | None:
-    """The name of an NVIDIA card that the driver knows, whether torch does or not."""
+    """The name of an NVIDIA card that the driver reports, even if torch does not see it."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
@@ -133,7 +133,7 @@ def package_state(name: str) -> str:
 
 
 def is_nunchaku_engine() -> bool:
-    """Whether the installed package called nunchaku is the inference engine, told by its files."""
+    """Whether the installed package called nunchaku is the inference engine, by its files."""
     spec = importlib.util.find_spec("nunchaku")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     return any((folder / "models").is_dir() or any(folder.glob("_C.*")) for folder in folders)

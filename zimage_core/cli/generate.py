@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def advise_preset(args: argparse.Namespace) -> None:
-    """Say where a model seems to want another preset than the default."""
+    """Warn if a model's name or metadata suggest another preset than the default."""
     if args.preset is None and args.model is not None and args.steps is None and args.guidance is None:
         from ..formats.identify import likely_variant
 

@@ -139,7 +139,7 @@ def captions(args: argparse.Namespace, prompts: Sequence[str], device: torch.dev
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that say something. ValueError where there is none, or no text."""
+    """The lines of a text file that are not blank. ValueError if there is none, or if it is no text."""
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:

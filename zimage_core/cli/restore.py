@@ -1,4 +1,4 @@
-"""The options of `zimage generate` in a picture's facts, and `--from PICTURE`, which gives them again."""
+"""`--from PICTURE`: the options of `zimage generate` that a picture's facts hold, applied again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LISTS = ("lora", "control", "control_image", "pad", "variety")
 
 
 def options(args: argparse.Namespace, **resolved: object) -> list[str]:
-    """The options that make the same pictures again, as `--name=value`; resolved: what `auto` became in this run.
+    """The options that make the same pictures again, as `--name=value`, with files as they were named.
 
-    Files are named as they were on the command line.
+    resolved: the values that `auto` took in this run.
     """
     values = vars(args) | {name: value for name, value in resolved.items() if value is not None}
     found = [f"--{name.replace('_', '-')}={values[name]}" for name in PLAIN if values[name] is not None]
@@ -34,7 +34,7 @@ def options(args: argparse.Namespace, **resolved: object) -> list[str]:
 
 
 class Restore(argparse.Action):
-    """`--from PICTURE`: its prompts and options, where the command line has no other ones."""
+    """`--from PICTURE`: takes its prompts and options, except those given on the command line."""
 
     def __call__(
         self,
@@ -55,7 +55,7 @@ class Restore(argparse.Action):
 
 
 def read(path: Path) -> tuple[list[str], list[str]]:
-    """The prompts and options that a picture's file holds. ValueError where it holds none, or others than these."""
+    """The prompts and options stored in a picture. ValueError if there are none, or options of another program."""
     from ..pictures import open_picture
 
     with open_picture(path) as picture:

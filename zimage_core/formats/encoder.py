@@ -1,4 +1,4 @@
-"""Text encoder files: the sizes that their config, metadata or shapes tell, and the strict load.
+"""Text encoder files: their sizes, from a config, metadata or shapes, and the strict load.
 
 Source: transformers/models/qwen3/configuration_qwen3.py@v5.23.0.
 """

@@ -92,7 +92,7 @@ WITHIN = {
     "text encoder": r"^(text_encoders\.\w+\.|cond_stage_model\.\w+\.)(transformer\.)?(?=model\.)",
     "vae": r"^(vae|first_stage_model)\.",
 }
-"""Role -> what stands in front of its names in a whole checkpoint."""
+"""Role -> the prefix of its names in a whole checkpoint."""
 
 PLACES = {
     "model": "it goes into models/diffusion_models and is loaded with the model loader or --model",

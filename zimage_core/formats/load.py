@@ -39,7 +39,7 @@ Rename = Callable[[str], "tuple[str, str | None] | None"]
 
 @dataclass(frozen=True)
 class Sources:
-    """Where in an open file each of a model's tensors is: target -> what makes up its rows, in order."""
+    """Where each tensor of a model is in an open file: target -> the stored tensors of its rows, in order."""
 
     files: TensorFiles
     stored: Mapping[str, list[Stored]]
@@ -110,8 +110,9 @@ def match_tensors(
 ) -> Sources:
     """Where each tensor that a model on the meta device needs is in a file.
 
-    rename gives the model's name of a tensor and its part; unneeded tells which others may be there; any_form allows
-    everything to be stored small. ValueError, ending in the remedy, for tensors that are unknown, doubled, missing,
+    rename: a tensor's name in the file -> the model's name and part. unneeded: whether a name may be there though the
+    model lacks it. any_form: whether every tensor may be stored small.
+    ValueError, ending in the remedy, for tensors that are unknown, doubled, missing,
     misshapen or of another type.
     """
     expected = expected_tensors(model)
@@ -236,8 +237,8 @@ def _check_scales(sources: Sources, stored: Stored, parts: Mapping[str, Tensor])
 def _check_numbers(sources: Sources, tensors: Mapping[str, Tensor]) -> None:
     """ValueError where tensors hold NaN or infinity, or a smoothing factor is 0.
 
-    It is asked of small ones, where a gate's tanh would hide it, and in fp16, where saturating would. Larger ones are
-    not read for it: what they make is checked after each stage.
+    Small tensors are checked, where a gate's tanh would hide it, and all in fp16, where saturation would. Larger ones
+    are not read for it: the result of each stage is checked instead.
     """
     for key, tensor in tensors.items():
         if tensor.is_meta:

@@ -70,7 +70,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def stamp(path: Path) -> tuple[object, ...]:
-    """Sizes and times of a file, or of the model's files in a folder; nothing where nothing is."""
+    """Names, sizes and times of a file, or of the model's files in a folder; empty if there is none."""
     try:
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
         found = [(file.name, file.stat()) for file in files]
@@ -80,7 +80,7 @@ def stamp(path: Path) -> tuple[object, ...]:
 
 
 def check_stamp(header: Header) -> None:
-    """ValueError where a file is no longer the one whose header was read."""
+    """ValueError if a file has changed since its header was read."""
     if stamp(header.path) != header.stamp:
         raise ValueError(f"{header.path}: changed since its header was read; wait until it is whole, then start again")
 
@@ -223,7 +223,7 @@ class TensorFiles:
         return self._open[path].get_tensor(self.prefix + name)
 
     def narrow(self, prefix: str) -> None:
-        """Leave the tensors whose names begin with a prefix, without it: one model of a file of several."""
+        """Keep only the tensors whose names begin with a prefix, and drop it: one model of a file of several."""
         self.prefix += prefix
         self.tensors = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
 
@@ -266,7 +266,7 @@ def read_object(text: str | bytes, where: object, remedy: str = "download it aga
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; ValueError where it is none or cannot be read."""
+    """The text of a UTF-8 file. ValueError for other bytes, more than 64 MiB, or a file that cannot be read."""
     try:
         if check_file(path).stat().st_size > MOST_TEXT:
             raise ValueError(f"{path}: expected up to {MOST_TEXT >> 20} MiB of text, found more; download it again")

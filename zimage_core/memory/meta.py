@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def run_once(self, module: nn.Module, run: Callable[..., Any], *args: object) -> Any:
-        """run(*args), a tensor or a tuple of them, of a module, whose tensors and adapters tell its form."""
+        """run(*args), which returns a tensor or a tuple of them; skipped if a module of the same form has run."""
         tensors = (*(tensor for _, _, tensor in slots(module)), *(x for x in args if isinstance(x, Tensor)))
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         if key in self._runs:

@@ -111,7 +111,7 @@ class BlockStreamer:
 
     def run_block(self, stage: str, index: int, block: nn.Module, x: Tensor, *args: object) -> Tensor:
         """`run` with the signature of the models' hooks."""
-        if not self.host:  # torch.compile takes all blocks for one while none is told from the others
+        if not self.host:  # torch.compile compiles all blocks once as long as no index tells them apart
             return block(x, *args)
         return self.run(self._index[id(block)], functools.partial(block, x, *args))
 
@@ -165,7 +165,7 @@ class BlockStreamer:
         return total
 
     def _go_home(self, index: int, pin: bool) -> None:
-        """Let a block use its flat host buffer; one is made if there is none or its tensors were replaced."""
+        """Move a block to its flat host buffer, which is made anew if the block's tensors were replaced."""
         home = self._homes.get(index)
         if home is None or home.pinned < pin or not home.valid():
             self._homes[index] = HostBlock(self.blocks[index], pin)
@@ -175,7 +175,7 @@ class BlockStreamer:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _take_up_changes(self, index: int) -> None:
-        """Renew the host buffer of a block whose tensors were replaced since `place`."""
+        """Make the host buffer of a block anew, whose tensors were replaced since `place`."""
         self._copies.drain()
         self._in_buffer.pop(index, None)
         self._go_home(index, self.host[index].pinned)

@@ -20,7 +20,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "axes_dims": (2, 2**12),
     "axes_lens": (1, 2**31),
 }
-"""The least and the most of each number of a config, with room around every published model."""
+"""The smallest and largest value of each number of a config, well around every published model's."""
 
 
 def check_numbers(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:

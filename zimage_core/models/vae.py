@@ -354,7 +354,7 @@ def tiled(function: Callable, x: Tensor, tile: int, overlap: int, cell_in: int, 
 def decode_image(vae: VAE, latents: Tensor, tiling: str | int = "auto") -> Tensor:
     """Scaled latents (B, C, h, w) -> pictures (B, H, W, 3) fp32 in 0..1 on the VAE's device; see VAE.decode.
 
-    Raises ValueError where the VAE gives numbers that are none.
+    Raises ValueError if the VAE gives NaN or infinity.
     """
     pictures = vae.decode(latents, tiling)
     check_finite(pictures, "VAE, decoding", "the VAE's file is damaged, download it again")
