@@ -206,7 +206,7 @@ def test_duplicates_are_applied_once(model):
         "layers.0.attention.out.lora.up.weight": pairs["layers.0.attention.to_out.0"][1],
     }
     loaded = Lora.from_tensors(twice)
-    assert len(loaded.report.ignored) == 8 and "applied once" in loaded.summary()
+    assert len(loaded.report.ignored) == 8 and "applied once" in loaded.report.summary()
     lora.apply(model, [(once, 1.0)])
     expected = picture(model)
     lora.apply(model, [(loaded, 1.0)])

@@ -6,6 +6,8 @@ Legend: n rows, S blocks of a row.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,39 +23,28 @@ def q8_0(codes: Tensor) -> Tensor:
     return (blocks[..., 2:].contiguous().view(torch.int8).float() * _halves(blocks[..., :2])).flatten(1)
 
 
-def _legacy(block: Tensor, offset: int, fifth: Tensor | None) -> Tensor:
-    """Nibbles of blocks of 32 (n, S, 16), low ones first, with fifth bits (n, S, 4) if there are any, less offset."""
-    q = torch.cat((block & 15, block >> 4), -1)
-    if fifth is not None:
-        shifts = torch.arange(8, dtype=torch.uint8, device=block.device)
-        q = q | ((fifth.unsqueeze(-1) >> shifts) & 1).flatten(-2) << 4
-    return q.float() - offset
+def _legacy(codes: Tensor, minimum: bool, fifth: bool) -> Tensor:
+    """Blocks of 32: fp16 scale, fp16 minimum if any, 4 bytes of fifth bits if any, 16 bytes of nibbles, low ones first.
 
-
-def q4_0(codes: Tensor) -> Tensor:
-    """Blocks of 32: fp16 scale, 16 bytes of nibbles around 8."""
-    blocks = codes.unflatten(1, (-1, 18))
-    return (_halves(blocks[..., :2]) * _legacy(blocks[..., 2:], 8, None)).flatten(1)
-
-
-def q4_1(codes: Tensor) -> Tensor:
-    """Blocks of 32: fp16 scale, fp16 minimum, 16 bytes of nibbles."""
-    blocks = codes.unflatten(1, (-1, 20))
+    Without a minimum the numbers lie around 8 or, with fifth bits, 16.
+    """
+    start = 4 if minimum else 2
+    blocks = codes.unflatten(1, (-1, start + 4 * fifth + 16))
+    nibbles = blocks[..., -16:]
+    q = torch.cat((nibbles & 15, nibbles >> 4), -1)
+    if fifth:
+        shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+        q = q | ((blocks[..., start : start + 4, None] >> shifts) & 1).flatten(-2) << 4
+    if not minimum:
+        return (_halves(blocks[..., :2]) * (q.float() - (16 if fifth else 8))).flatten(1)
     d, m = _halves(blocks[..., :4]).split(1, -1)
-    return (d * _legacy(blocks[..., 4:], 0, None) + m).flatten(1)
+    return (d * q.float() + m).flatten(1)
 
 
-def q5_0(codes: Tensor) -> Tensor:
-    """Q4_0 around 16, with 4 bytes of fifth bits before the nibbles."""
-    blocks = codes.unflatten(1, (-1, 22))
-    return (_halves(blocks[..., :2]) * _legacy(blocks[..., 6:], 16, blocks[..., 2:6])).flatten(1)
-
-
-def q5_1(codes: Tensor) -> Tensor:
-    """Q4_1 with 4 bytes of fifth bits before the nibbles."""
-    blocks = codes.unflatten(1, (-1, 24))
-    d, m = _halves(blocks[..., :4]).split(1, -1)
-    return (d * _legacy(blocks[..., 8:], 0, blocks[..., 4:8]) + m).flatten(1)
+q4_0 = functools.partial(_legacy, minimum=False, fifth=False)
+q4_1 = functools.partial(_legacy, minimum=True, fifth=False)
+q5_0 = functools.partial(_legacy, minimum=False, fifth=True)
+q5_1 = functools.partial(_legacy, minimum=True, fifth=True)
 
 
 def q2_k(codes: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import stat
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
@@ -201,9 +201,6 @@ class TensorFiles:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-
-    def keys(self) -> Iterable[str]:
-        return self.tensors.keys()
 
     def get(self, name: str) -> Tensor:
         """The tensor as stored, a view of the mapped file; copy it before the file is closed.

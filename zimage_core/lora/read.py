@@ -263,10 +263,6 @@ class Lora:
         sources, report = read_plan(name, {key: tuple(t.shape) for key, t in tensors.items()}, metadata)
         return _build(name, sources, report, tensors.__getitem__, PeftConfig.read(metadata, name))
 
-    def summary(self) -> str:
-        """The report in a few lines."""
-        return self.report.summary()
-
     def deltas(self, model: nn.Module) -> Mapping[str, Sequence[Delta]]:
         """The changes meant for a model: a text encoder's or a transformer's."""
         return self.text_encoder if hasattr(model, "embed_tokens") else self.transformer
@@ -352,7 +348,7 @@ def load_lora(path: str | Path) -> Lora:
         config = PeftConfig.read(files.metadata, str(path), text)
         lora = _build(str(path), sources, report, lambda key: files.get(key).clone(), config)
     level = logging.WARNING if lora.report.unmatched or lora.report.warnings else logging.INFO
-    logger.log(level, "%s", lora.summary())
+    logger.log(level, "%s", lora.report.summary())
     return lora
 
 
