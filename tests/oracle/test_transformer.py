@@ -113,15 +113,30 @@ def test_positions_beyond_the_table_of_lengths(pair):
     assert relative(out, run_theirs(reference, latents, t, caps)) <= 1e-4
 
 
+@pytest.fixture(scope="module")
+def wide_block():
+    """diffusers' block of the real width, with modulation."""
+    from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+
+    with torch.device("meta"):  # without the class's own random numbers
+        block = ZImageTransformerBlock(0, 3840, 30, 30, 1e-5, True, modulation=True)
+    return randomize(block.to_empty(device="cpu"), 3)
+
+
 @pytest.mark.parametrize("modulated", [True, False])
 @torch.no_grad()
-def test_one_block_at_the_real_width(modulated):
+def test_one_block_at_the_real_width(wide_block, modulated):
     from diffusers.models.transformers.transformer_z_image import RopeEmbedder, ZImageTransformerBlock
 
-    config = ZImageConfig()
+    config, reference = ZImageConfig(), wide_block
     assert config.ffn_dim == 10240
-    reference = randomize(ZImageTransformerBlock(0, 3840, 30, 30, 1e-5, True, modulation=modulated), 3)
-    block = Block(config, torch.nn.Linear, modulated).eval()
+    if not modulated:
+        with torch.device("meta"):
+            reference = ZImageTransformerBlock(0, 3840, 30, 30, 1e-5, True, modulation=False).eval()
+        kept = {name: t for name, t in wide_block.state_dict().items() if not name.startswith("adaLN_modulation.")}
+        reference.load_state_dict(kept, assign=True)
+    with torch.device("meta"):
+        block = Block(config, torch.nn.Linear, modulated).eval()
     state = reference.state_dict()
     qkv = torch.cat([state.pop(f"attention.to_{x}.weight") for x in "qkv"])
     w3_w1 = torch.cat([state.pop(f"feed_forward.{x}.weight") for x in ("w3", "w1")])

@@ -753,18 +753,23 @@ def test_the_plan_counts_loras_before_the_model_is_read(tiny_files, style, preci
     else:
         module, leaves = next(f[1:3] for f in FORMATS if f[0] == style)
         chosen = [(Lora.from_tensors({f"diffusion_model.{module}.{k}": t for k, t in leaves.items()}), 1.0)]
-    planned = []
-    for loras in ([], chosen):
-        pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision=precision, vram_budget=64)
-        model = load_transformer(tiny_files["model"], dtype=torch.float32, precision=precision)
-        lora.apply(model, loras)
-        planned.append(weights(model.blocks, model).total)
-        for _ in range(2):  # before the model is read, and after
-            plan = pipe("a cat", 32, 32, 1, generator=1, loras=loras).plan
-            assert plan.stage("transformer").weights == planned[-1]
-    assert planned[1] > planned[0]
-    plan = pipe("a cat", 32, 32, 1, generator=1).plan
-    assert plan.stage("transformer").weights == planned[0]
+    pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision=precision, vram_budget=64)
+    model = load_transformer(tiny_files["model"], dtype=torch.float32, precision=precision)
+    bare = weights(model.blocks, model).total
+    lora.apply(model, chosen)
+    planned = weights(model.blocks, model).total
+    assert planned > bare
+    for loras, expected in ((chosen, planned), (chosen, planned), ([], bare)):  # before the model is read, and after
+        plan = pipe("a cat", 32, 32, 1, generator=1, loras=loras).plan
+        assert plan.stage("transformer").weights == expected
+
+
+def test_the_plan_before_the_model_is_read_counts_no_lora_where_there_is_none(tiny_files):
+    pipe = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a4", vram_budget=64)
+    model = load_transformer(tiny_files["model"], dtype=torch.float32, precision="w4a4")
+    for _ in range(2):
+        plan = pipe("a cat", 32, 32, 1, generator=1).plan
+        assert plan.stage("transformer").weights == weights(model.blocks, model).total
 
 
 def test_a_lora_that_does_not_fit_is_told_before_any_work(tiny_files):

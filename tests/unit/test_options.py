@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 
@@ -225,6 +226,24 @@ def beside(tmp_path_factory, tiny_files, control_tensors):
     return folder / "net.safetensors", folder / "lora.safetensors"
 
 
+@pytest.fixture(scope="module")
+def together(tiny_files, beside):
+    """A function: two pictures with a LoRA and a ControlNet, without limit and in a budget, from options."""
+    net, lora = beside
+    control = Control(Image.new("RGB", (48, 32), "gray"), net, 0.5, 0.0, 0.7)
+    options = {**SIZE, "loras": [(lora, 1.0)], "control": control}
+    budgets = (None, "80MiB")
+    models = {**tiny_files, "device": "cpu", "dtype": "float32", "precision": "w4a16"}
+    pipelines = [load_pipeline(**models, vram_budget=budget) for budget in budgets]
+    return lambda **asked: [draw(["a cat", "a tree"], **{**options, **asked}) for draw in pipelines]
+
+
+@pytest.fixture(scope="module")
+def plain(together):
+    """A function of a size: what `together` gives without other options."""
+    return functools.cache(lambda height=32, width=48: together(height=height, width=width)[0])
+
+
 @pytest.mark.parametrize(
     "asked",
     [
@@ -239,16 +258,9 @@ def beside(tmp_path_factory, tiny_files, control_tensors):
     ],
     ids=lambda asked: "-".join(asked),
 )
-def test_options_go_together_with_lora_controlnet_budget_and_batch(tiny_files, beside, asked):
+def test_options_go_together_with_lora_controlnet_budget_and_batch(together, plain, asked):
     """Streamed in a budget, with a LoRA and a ControlNet, two prompts at a time of an INT4 model: as without limit."""
-    net, lora = beside
-    control = Control(Image.new("RGB", (48, 32), "gray"), net, 0.5, 0.0, 0.7)
-    plain = {**SIZE, "loras": [(lora, 1.0)], "control": control, "height": 32, "width": 48}
-    plain |= {name: asked[name] for name in ("height", "width") if name in asked}
-    found = []
-    for budget in (None, "80MiB"):
-        draw = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a16", vram_budget=budget)
-        found.append(draw(["a cat", "a tree"], **{**plain, **asked}))
+    found = together(**asked)
     assert found[1].plan.stage("transformer").resident < found[1].plan.stage("transformer").blocks
     assert not differ(*found)
-    assert differ(found[0], draw(["a cat", "a tree"], **plain))
+    assert differ(found[0], plain(**{name: asked[name] for name in ("height", "width") if name in asked}))
