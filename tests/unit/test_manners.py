@@ -186,8 +186,8 @@ def test_what_a_run_says(options, tmp_path, capsys):
     assert "nunchaku" not in plain.stderr and max(map(len, plain.stderr.splitlines())) < 120
     quiet = zimage("generate", "a cat", *options, "--strength=0.5", target, "-q", cwd=tmp_path)
     assert (quiet.stdout.split(), quiet.stderr) == ([str(tmp_path / "a.png")], "")
-    assert cli.main(["generate", "a cat", *options, "--steps=0", "--quiet"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    wrong = zimage("generate", "a cat", *options, "--steps=0", "--quiet", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     wordy = zimage("generate", "a cat", *options, target, "-v", cwd=tmp_path)
     assert "nunchaku: " in wordy.stderr
     with pytest.raises(SystemExit, match="2"):
