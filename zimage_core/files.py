@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TypeAlias
 
 from .formats.identify import identify, model_info
 from .formats.safetensors import read_object, read_text
-from .models.config import SHIFT
+from .models.config import SHIFT, ZImageConfig
 from .models.tokenizer import find_tokenizer
 
 LARGEST_SHIFT = 100
@@ -60,22 +61,27 @@ def find_files(
     for name, path in parts.items():
         if not os.path.exists(path):  # False of names that no system takes, too
             raise ValueError(f"{path}: the {name.replace('_', ' ')} is not there; check the path")
-    model_info(parts["model"])
+    config = model_info(parts["model"]).config
     for name, what in (("text_encoder", "Qwen3-4B text encoder"), ("vae", "16-channel VAE")):
         if name not in parts:
             option = name.replace("_", "-")
             raise ValueError(f"{model}: a {what} is needed beside the transformer; name it with --{option} ({name}=)")
     if "tokenizer" not in parts:
         parts["tokenizer"] = get_tokenizer(parts["text_encoder"])
-    like = is_demo_like(parts["model"])
-    return ModelFiles(**parts, demo=model is None, demo_like=like, shift=read_shift(parts["model"]))
+    like, shift = config == _demo_config(), read_shift(parts["model"])
+    return ModelFiles(**parts, demo=model is None, demo_like=like, shift=shift)
 
 
 def is_demo_like(model: str | Path | None) -> bool:
     """Whether a transformer has the sizes of the bundled one, as one that was made from it has."""
+    return model is None or model_info(model).config == _demo_config()
+
+
+@functools.cache
+def _demo_config() -> ZImageConfig:
     from .demo import demo_files
 
-    return model is None or model_info(model).config == model_info(demo_files()["model"]).config
+    return model_info(demo_files()["model"]).config
 
 
 def read_shift(transformer: Path) -> float:

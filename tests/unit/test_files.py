@@ -161,7 +161,7 @@ def test_shards_are_read_where_the_index_says(tmp_path):
     for number, expected in ((1, one), (2, two)):
         write(a=number, b=1, c=2)
         with open_tensors(tmp_path) as files:
-            assert sorted(files.keys()) == ["a", "b", "c"] and torch.equal(files.get("a"), expected)
+            assert sorted(files.tensors) == ["a", "b", "c"] and torch.equal(files.get("a"), expected)
     for weight_map, words in (
         ({"a": 1, "b": 2, "c": 2}, "2.safetensors: expected tensor 'b', as model.*index.json says, found none"),
         ({"a": 1, "c": 2}, r"1.safetensors: tensor 'b' is not in model.safetensors.index.json"),

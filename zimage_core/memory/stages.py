@@ -19,7 +19,7 @@ from ..models.controlnet import ControlNet
 from ..models.guidance import Nag
 from ..models.text_encoder import PADDED, TextEncoder
 from ..models.transformer import PIXELS_PER_CELL, TOKENS_MULTIPLE, Conditioning, Hooks, ZImageTransformer
-from ..models.vae import VAE, decode_image
+from ..models.vae import VAE, VAEConfig, decode_image
 from ..sizes import round_up
 from ..tiles import Tiles
 from .meta import META, LiveBytes, M, on_meta, peak_bytes
@@ -122,15 +122,24 @@ def _padded(captions: Sequence[int]) -> tuple[int, ...]:
 
 def decoding_bytes(vae: VAE, height: int, width: int, pictures: int = 1, tile: int | None = None) -> int:
     """Decoding pictures one after another, whole or in tiles of `tile` cells."""
+    return _decoding_bytes(vae.config, vae.decoder.conv_in.weight.dtype, height, width, pictures, tile)
 
-    def decode(model: VAE, live: LiveBytes) -> None:
-        decoder: nn.Module = model.decoder
-        plain, down = decoder.forward, model.config.downscale
+
+@functools.cache
+def _decoding_bytes(
+    config: VAEConfig, dtype: torch.dtype, height: int, width: int, pictures: int, tile: int | None
+) -> int:
+    with META:
+        vae = VAE(config).to(dtype)
+    decoder: nn.Module = vae.decoder
+    plain, down = decoder.forward, config.downscale
+
+    def decode(live: LiveBytes) -> None:
         decoder.forward = lambda x: live.run_once(decoder, plain, x)
-        latents = torch.empty(pictures, model.config.latent_channels, height // down, width // down, device=META)
-        decode_image(model, latents, tile or "off").mul_(255).round_()
+        latents = torch.empty(pictures, config.latent_channels, height // down, width // down, device=META)
+        decode_image(vae, latents, tile or "off").mul_(255).round_()
 
-    return _counted(vae, (height, width, pictures, tile), decode)
+    return peak_bytes(decode)
 
 
 def _counted(model: M, key: Hashable, run: Callable[[M, LiveBytes], object]) -> int:
