@@ -119,6 +119,7 @@ class Pipeline:
         self.last: Pictures | None = None  # of the call that ended last
         self._loras: Loras = ()
         self._lock = threading.RLock()  # a callback may call the pipeline
+        self._advised: set[str] = set()  # what was said already: thousands of rows may be of one size
         self._captions = Captions(self.files.tokenizer)
         self._residents = Residents(sources, vram_budget, once)
 
@@ -250,7 +251,9 @@ class Pipeline:
             larger = enlarged(job, upscale, choose_sigmas(STEPS, None, STRENGTH, True, False, shift, schedule))
         for one in filter(None, (job, larger)) if self.files.demo_like else ():
             for sentence in advice([text for text in positive if isinstance(text, str)], one.height, one.width):
-                logger.warning(sentence)
+                if sentence not in self._advised:
+                    logger.warning(sentence)
+                self._advised.add(sentence)
         if larger is None:
             return self._generate(job)
         with self._lock:

@@ -171,7 +171,7 @@ def test_what_cannot_be_used_is_told_with_its_row_before_work_starts(tmp_path, m
     ("name", "text", "message"),
     [
         ("a.jsonl", '{"prompt": "a"}\n["b"]\n', "row 2: expected a JSON object"),
-        ("a.jsonl", '{"prompt": "a"}\n{"prompt"\n', "row 2: expected one JSON object a line"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt"\n', "row 2: expected one JSON object a line, found a fault at"),
         ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "row 1: a name is there twice"),
         ("a.csv", "prompt,id\na\n", "row 1: expected 2 cells, found 1"),
         ("a.csv", "prompt,prompt\na,b\n", "the header has a column twice"),

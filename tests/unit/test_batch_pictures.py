@@ -157,6 +157,28 @@ def test_what_worker_processes_refuse_is_told_before_work(tiny_files, tmp_path):
         batch.run(rows, tmp_path, **tiny_files, devices=["cuda:77"])
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--workers=2"], "--workers is for --ray"),
+        (["--workflow=a.json"], "are for --comfyui URL"),
+        (["--set=5.seed=seed"], "are for --comfyui URL"),
+        (["--output=9"], "are for --comfyui URL"),
+    ],
+)
+def test_options_of_another_engine_are_refused(tmp_path, capsys, given, words):
+    (tmp_path / "rows.txt").write_text("a cat\n")
+    assert cli.main(["batch", str(tmp_path / "rows.txt"), f"--out={tmp_path / 'out'}", *given]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_holds_for_all_rows_is_said_once(tmp_path, caplog):
+    rows = [{"prompt": f"a red circle {i}", "width": 32, "height": 32, "steps": 1} for i in range(3)]
+    assert all(result.error is None for result in batch.run(rows, tmp_path, device="cpu"))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["32 x 32"]
+
+
 def test_gpus_that_are_not_there_are_refused(tmp_path, capsys, monkeypatch):
     import torch
 

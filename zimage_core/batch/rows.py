@@ -193,9 +193,11 @@ def parse_json(line: str, where: str) -> Cells:
         return found
 
     try:
-        found = json.loads(line, object_pairs_hook=unique)
+        found = json.loads(line.strip(), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected one JSON object a line, found {error.msg} at {error.colno}") from None
+        raise ValueError(
+            f"{where}: expected one JSON object a line, found a fault at character {error.pos + 1} ({error.msg})"
+        ) from None
     except RecursionError:
         raise ValueError(f"{where}: expected one JSON object a line, found one nested too deeply") from None
     if not isinstance(found, dict):

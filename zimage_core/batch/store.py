@@ -291,7 +291,9 @@ def open_store(where: str, filesystem: Any = None) -> Store:
 
 def from_url(url: str, scheme: str) -> tuple[Any, str]:
     """The file system of a URL and the path in it: pyarrow's own where it has one, else fsspec's."""
+    remedy = ""
     if scheme in ("s3", "gs", "gcs", "hdfs", "abfs", "abfss"):
+        remedy = '; or pip install "zimage-int4[arrow]", which has it, too'
         with contextlib.suppress(ImportError):
             from pyarrow import ArrowInvalid, fs
 
@@ -304,4 +306,4 @@ def from_url(url: str, scheme: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{scheme}:// address: {error}") from None
+        raise ValueError(f"{scheme}:// address: {error}{remedy if isinstance(error, ImportError) else ''}") from None

@@ -108,8 +108,12 @@ def start(args: argparse.Namespace, progress: Progress) -> Run | ClusterRun:
 
     if sum(map(bool, (args.ray, args.gpus, args.comfyui))) > 1:
         raise ValueError("--gpus, --ray and --comfyui are three ways to do the work; choose one")
+    if args.workers and not args.ray:
+        raise ValueError("--workers is for --ray; --gpus 0,1 starts a process for each of these GPUs")
     if args.comfyui:
         return start_comfyui(args, progress)
+    if args.workflow or args.set or args.output:
+        raise ValueError("--workflow, --set and --output are for --comfyui URL, whose queue they fill")
     take_preset(args)
     defaults: dict[str, Any] = {name: getattr(args, name) for name in DEFAULTS}
     if args.lora:
