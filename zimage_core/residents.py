@@ -24,6 +24,7 @@ from .job import Job
 from .lora.apply import apply
 from .memory import plan as planning
 from .memory.graphs import Graphs
+from .memory.meta import META
 from .memory.offload import BlockStreamer
 from .memory.stages import libraries
 from .models.controlnet import ControlNet, run_order
@@ -31,7 +32,7 @@ from .models.text_encoder import TextEncoder, encode_tokens
 from .models.transformer import PIXELS_PER_CELL, Conditioning, Hooks, ZImageTransformer
 from .models.vae import VAE
 from .sampler import Model
-from .sources import MetaModels, Sources
+from .sources import Sources
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Residents:
     def __init__(self, sources: Sources, budget: int | str | None, once: bool):
         self.budget = budget  # bytes, "auto" or None
         self._sources, self._once = sources, once
-        self._on_meta = MetaModels(sources)
+        self._known: dict[tuple[object, ...], nn.Module] = {}  # the models as their headers have them
         self._there: dict[str, Resident] = {}  # by the name of their stage
         self._too_much: dict[str, int] = {}  # model -> pixels at which it ran out of memory with blocks resident
 
@@ -145,13 +146,17 @@ class Residents:
 
     def plan(self, job: Job) -> None:
         """Plan a job's use of the device. ValueError if the budget cannot hold it, or a LoRA does not fit a model."""
-        transformer, encoder = self._on_meta.transformer, self._on_meta.text_encoder if job.tokens else None
-        files, device = self._sources.files, self._sources.device
+        sources, device, files = self._sources, self._sources.device, self._sources.files
+        transformer = self._on_meta(sources.transformer)
+        encoder = self._on_meta(sources.text_encoder) if job.tokens else None
         for model in filter(None, (transformer, encoder)):
             apply(model, job.loras)
         if encoder is not None:
             check_width(encoder.config.hidden_size, transformer.config.cap_feat_dim, files.text_encoder, files.model)
         job.check_embeds(transformer.config.cap_feat_dim)
+        controls = [self._on_meta(sources.controlnet, path) for path in job.controlnets]
+        for control in controls:
+            control.check(transformer)
         budget = usable(self.budget, device, sum(self._held().values()))
         stays = ("transformer", "VAE") if budget is None and not self._once else ()
         limits = planning.Limits(
@@ -168,11 +173,17 @@ class Residents:
             limits,
             transformer=transformer,
             encoder=encoder,
-            vae=self._on_meta.vae,
-            controls=[self._on_meta.controlnet(path) for path in job.controlnets],
+            vae=self._on_meta(sources.vae),
+            controls=controls,
         )
-        self._sources.remember(files.model, files.text_encoder, files.vae, *job.controlnets)
+        sources.remember(files.model, files.text_encoder, files.vae, *job.controlnets)
         logger.info(job.plan.table())
+
+    def _on_meta(self, read: Callable[..., M], *paths: Path) -> M:
+        """A model on the meta device, read once from its file's header. Errors are the loader's."""
+        if (key := (read.__name__, *paths)) not in self._known:
+            self._known[key] = read(*paths, META)
+        return cast(M, self._known[key])
 
     def attempt(self, job: Job, name: str, pixels: int, work: Callable[..., T], *options: object) -> T:
         """Run work(job, *options); after an out-of-memory error retry once with every block of a model streamed.

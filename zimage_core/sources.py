@@ -1,11 +1,10 @@
 """Reading the models of a pipeline, with their weights or, for a plan, from headers alone.
 
-A plan needs every model before its weights are loaded: `MetaModels` reads them to the meta device, by the same code.
+A plan needs every model before its weights are loaded: `where` is the meta device then.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from .formats.encoder import load_text_encoder
 from .formats.load import load_transformer
 from .formats.safetensors import stamp
 from .formats.vae import load_vae
-from .memory.meta import META
 from .models.attention import KINDS
 from .models.controlnet import ControlNet
 from .models.text_encoder import TextEncoder
@@ -73,30 +71,3 @@ class Sources:
         for path in paths:
             if stamp(path) != self._stamps[path]:
                 raise ValueError(f"{path}: changed since its header was read; wait until it is whole, and load it anew")
-
-
-class MetaModels:
-    """The models of a pipeline on the meta device, each loaded on first use. Errors are those of the loaders."""
-
-    def __init__(self, sources: Sources):
-        self._sources = sources
-        self._controlnets: dict[Path, ControlNet] = {}
-
-    @functools.cached_property
-    def transformer(self) -> ZImageTransformer:
-        return self._sources.transformer(META)
-
-    @functools.cached_property
-    def text_encoder(self) -> TextEncoder:
-        return self._sources.text_encoder(META)
-
-    @functools.cached_property
-    def vae(self) -> VAE:
-        return self._sources.vae(META)
-
-    def controlnet(self, path: Path) -> ControlNet:
-        """A ControlNet for the transformer. ValueError also if it was made for another model."""
-        if path not in self._controlnets:
-            self._controlnets[path] = self._sources.controlnet(path, META)
-        self._controlnets[path].check(self.transformer)
-        return self._controlnets[path]

@@ -34,7 +34,7 @@ from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.models.vae import VAE, VAEConfig
 from zimage_core.sampler import denoise
 from zimage_core.sizes import GIB
-from zimage_core.sources import MetaModels, Sources
+from zimage_core.sources import Sources
 
 pytestmark = pytest.mark.skipif(
     torch.__version__ < "2.5", reason="torch 2.4 cannot count the memory of w4a8, which it cannot run"
@@ -216,16 +216,15 @@ def test_planned_weights_are_those_of_the_model(tiny_files):
     for dtype, precision in ((BF16, "w4a16"), (FP32, "w4a4")):
         options = {"dtype": dtype, "backend": "reference", "precision": precision}
         model = load_transformer(tiny_files["model"], **options)
-        planned = MetaModels(Sources(find_files(**tiny_files), torch.device("cpu"), **options))
-        assert weights(planned.transformer.blocks, planned.transformer) == weights(model.blocks, model)
+        sources = Sources(find_files(**tiny_files), torch.device("cpu"), **options)
+        planned, planned_encoder = sources.transformer(META), sources.text_encoder(META)
+        assert weights(planned.blocks, planned) == weights(model.blocks, model)
         encoder = load_text_encoder(tiny_files["text_encoder"], dtype=dtype)
-        assert weights(planned.text_encoder.layers, planned.text_encoder.layers) == weights(
-            encoder.layers, encoder.layers
-        )
-        assert module_bytes(planned.vae) == module_bytes(load_vae(tiny_files["vae"]))
+        assert weights(planned_encoder.layers, planned_encoder.layers) == weights(encoder.layers, encoder.layers)
+        assert module_bytes(sources.vae(META)) == module_bytes(load_vae(tiny_files["vae"]))
         # and what they take is the same wherever the weights are
-        assert sampling(planned.transformer, 64, 64, 1, [9]) == sampling(model, 64, 64, 1, [9])
-        assert encoding_bytes(planned.text_encoder, 9) == encoding_bytes(encoder, 9)
+        assert sampling(planned, 64, 64, 1, [9]) == sampling(model, 64, 64, 1, [9])
+        assert encoding_bytes(planned_encoder, 9) == encoding_bytes(encoder, 9)
 
 
 def test_captions_of_several_lengths_take_what_the_longest_do(tiny_files):

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "recorder": set(),
     "files": {"demo", "formats", "hub", "models"},
     "control": {"failures", "formats", "models", "pictures", "sizes"},
-    "sources": {"files", "formats", "memory", "models"},
+    "sources": {"files", "formats", "models"},
     "job": {
         "captions",
         "control",

@@ -391,7 +391,7 @@ def test_attention_in_eight_bits_is_tried_and_timed(kitchen, monkeypatch):
 def test_a_picture_with_attention_in_eight_bits(kitchen, tiny_files, monkeypatch):
     """Every block computes it so, the plan knows it, and the picture is near that of torch's attention."""
     from zimage_core import load_pipeline
-    from zimage_core.sources import MetaModels
+    from zimage_core.memory.meta import META
 
     kitchen()
     monkeypatch.setenv("INT8_ATTENTION", "1")
@@ -399,7 +399,7 @@ def test_a_picture_with_attention_in_eight_bits(kitchen, tiny_files, monkeypatch
     for name in ("sdpa", "int8"):
         pipeline = load_pipeline(**tiny_files, device="cpu", attention=name)
         pictures[name] = pipeline("a red circle", 64, 64, num_inference_steps=1, generator=0)[0]
-        planned = MetaModels(pipeline.sources).transformer
+        planned = pipeline.sources.transformer(META)
         assert pipeline.transformer.attention is attention.KINDS[name] is planned.attention
     a, b = (torch.tensor(list(pictures[name].tobytes())).float() for name in ("sdpa", "int8"))
     assert 0 < (a - b).abs().mean() < 8
