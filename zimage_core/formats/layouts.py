@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -66,6 +66,17 @@ def present(files: TensorFiles) -> None:
                 del files.tensors[key]
         files.tensors |= {f"{module}.{leaf}": entry for leaf, entry in shown.items()}
         files.derived |= {f"{module}.{leaf}": partial(fused.get, module, leaf) for leaf in shown}
+
+
+def nunchaku_shapes(n: int, k: int, rank: int, fp4: bool) -> dict[str, Shape]:
+    """The tensors of a linear that nunchaku's files always have: leaf -> shape."""
+    return {
+        "qweight": (n, k // 2),
+        "wscales": (k // (MICRO_GROUP if fp4 else GROUP), n),
+        "smooth_factor": (k,),
+        "proj_down": (k, rank),
+        "proj_up": (n, rank),
+    }
 
 
 class _Fused:
@@ -187,14 +198,9 @@ def _shapes(files: TensorFiles, module: str, parts: list[Keys]) -> Tensors:
     if len(columns) > 1 or len(ranks) > 1:
         _refuse(files, module, "one width and one rank of its parts", f"{sorted(columns)} and {sorted(ranks)}")
     (k,), (rank,) = columns, ranks
-    fp4 = any(name in shown for name in ("wtscale", "wcscales"))
-    tensors: Tensors = {
-        "qweight": ("I8", (rows, k // 2)),
-        "wscales": (shown.get("wscales") or shown["weight_scale"], (k // (MICRO_GROUP if fp4 else GROUP), rows)),
-        "smooth_factor": (shown["smooth_factor"], (k,)),
-        "proj_down": (shown["proj_down"], (k, rank)),
-        "proj_up": (shown["proj_up"], (rows, rank)),
-    }
+    fp4 = _is_fp4(shown)
+    shown |= {"qweight": "I8", "wscales": shown.get("wscales") or shown["weight_scale"]}
+    tensors: Tensors = {leaf: (shown[leaf], shape) for leaf, shape in nunchaku_shapes(rows, k, rank, fp4).items()}
     if "bias" in shown:
         tensors["bias"] = shown["bias"], (rows,)
     return tensors | ({"wcscales": ("F32", (rows,))} if fp4 else {})
@@ -209,21 +215,23 @@ def _part_shapes(files: TensorFiles, module: str, keys: Keys) -> tuple[int, int,
     (k, rank), shape = down, files.tensors[main][1]
     count, groups = shape[0] if shape else 0, k // GROUP
     n = count * TILE if len(shape) == 4 else count
-    expected: dict[str, Shape] = {"smooth_factor": (k,), "proj_up": (n, rank)}
-    if "qweight" in keys:
-        group = MICRO_GROUP if any(name in keys for name in ("wtscale", "wcscales")) else GROUP
-        expected |= {"qweight": (n, k // 2), "wscales": (k // group, n)}
-    elif len(shape) == 4:
-        expected["weight"] = (count, groups, TILE // INTERLEAVE, INTERLEAVE * GROUP // 2)
-        expected |= {"weight_scale": (count, groups, TILE), "proj_up": (count, rank, TILE)}
-    else:
+    expected = nunchaku_shapes(n, k, rank, _is_fp4(keys))
+    if "qweight" not in keys:
+        del expected["qweight"], expected["wscales"]
         expected |= {"weight": (n, k // 2), "weight_scale": (groups, n)}
+        if len(shape) == 4:
+            expected["weight"] = (count, groups, TILE // INTERLEAVE, INTERLEAVE * GROUP // 2)
+            expected |= {"weight_scale": (count, groups, TILE), "proj_up": (count, rank, TILE)}
     for leaf, size in (("bias", n), ("wcscales", n), ("wtscale", 1)):
         if leaf in keys:
             expected[leaf] = (size,)
     if "comfy_quant" in keys:
         expected["comfy_quant"] = files.tensors[keys["comfy_quant"]][1][:1]
     return n, k, rank, expected
+
+
+def _is_fp4(leaves: Container[str]) -> bool:
+    return "wtscale" in leaves or "wcscales" in leaves
 
 
 def _described(files: TensorFiles, key: str) -> dict[str, object]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from .identify import EXPECTED, FLOATS, STORED, FileInfo, ModelInfo, model_info, open_part, unexpected
-from .layouts import GROUP, MICRO_GROUP, TILE
+from .layouts import TILE, nunchaku_shapes
 from .names import FUSED_PARTS, UNUSED, canonical_tensor
 from .safetensors import Shape, TensorFiles
 
@@ -77,19 +77,14 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[Shape, tuple[str, ...]
             expected[f"{name}.weight"] = (module.shape, None)
         elif isinstance(module, SVDQLinear):
             n, k, rank = module.out_features, module.in_features, module.rank
-            group = MICRO_GROUP if module.fp4 else GROUP
             if n % TILE or k % TILE or rank % RANK_TILE:
                 raise ValueError(
                     f"{name}: the SVDQuant layout needs widths divisible by {TILE} and ranks by {RANK_TILE}, "
                     f"found {n} x {k} at rank {rank}; this file cannot be a SVDQuant model"
                 )
-            expected |= {
-                f"{name}.qweight": ((n, k // 2), CODES),
-                f"{name}.wscales": ((k // group, n), ("F8_E4M3",) if module.fp4 else HALVES),
-                f"{name}.smooth_factor": ((k,), HALVES),
-                f"{name}.proj_down": ((k, rank), HALVES),
-                f"{name}.proj_up": ((n, rank), HALVES),
-            }
+            dtypes = {"qweight": CODES} | ({"wscales": ("F8_E4M3",)} if module.fp4 else {})
+            for leaf, shape in nunchaku_shapes(n, k, rank, module.fp4).items():
+                expected[f"{name}.{leaf}"] = shape, dtypes.get(leaf, HALVES)
             if module.bias is not None:
                 expected[f"{name}.bias"] = ((n,), HALVES)
             if module.fp4:
