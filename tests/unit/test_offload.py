@@ -227,6 +227,22 @@ def test_bytes_used_are_counted_with_the_rest_of_the_model():
     assert placement.weights(blocks, model).total == module_bytes(model)
 
 
+def test_what_is_placed_again_counts_what_was_replaced_added_and_removed_since():
+    blocks = blocks_of(1.0, 2.0)
+    streamer = streamer_of(blocks, float("inf"))
+    before, where = streamer.used, streamer.addresses
+    assert (streamer.place(CPU, float("inf")), streamer.addresses) == (before, where)
+    blocks[0].weight = nn.Parameter(torch.ones(1002), requires_grad=False)
+    assert streamer.place(CPU, float("inf")) == before + 4 and streamer.addresses != where
+    blocks[1].register_buffer("added", torch.ones(5))
+    assert streamer.place(CPU, float("inf")) == before + 4 + 20
+    del blocks[1].added
+    blocks[1].inner = Scale(3.0)
+    assert streamer.place(CPU, float("inf")) == before + 4 + module_bytes(blocks[1].inner)
+    assert streamer.place(CPU, 0) == BUFFERS * max(map(flat_bytes, blocks)) and streamer.addresses is None
+    assert streamer.place(CPU, float("inf")) == before + 4 + module_bytes(blocks[1].inner)
+
+
 def test_replaced_tensors_are_taken_up_even_without_placing_again():
     blocks = blocks_of(1, 2, 3)
     streamer = streamer_of(blocks)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear.svdq import SVDQLinear, svdq_linears
-from .copies import CPU, CopyAtOnce, DeviceSlot, HostBlock, copier, put
+from .copies import CPU, Contents, CopyAtOnce, DeviceSlot, HostBlock, contents, copier, put, unchanged
 from .placement import BUFFERS, change, codes_bytes, fit, flat_bytes, module_bytes, slots
 
 
@@ -41,6 +41,8 @@ class BlockStreamer:
         self.used = 0  # bytes on the device
         self.codes = 0  # of them, those of kept 8-bit codes
         self.addresses: int | None = None  # a digest of where all tensors lie, None where blocks are streamed
+        self._placed: tuple[torch.device, float] | None = None  # what `place` was last asked for, where nothing streams
+        self._seen: Contents = []  # what it then left
         self._model = model
         self._index = {id(block): i for i, block in enumerate(self.blocks)}
         self._make_copier = copies
@@ -64,6 +66,9 @@ class BlockStreamer:
         resident. With one that holds more than all blocks, 8-bit codes are kept. Cheap where nothing changes.
         """
         device = torch.device(device)
+        if self._placed == (device, allowance) and unchanged(self._seen):
+            return self.used
+        self._placed, self._seen = None, []
         rest = self._place_rest(device)
         sizes = [module_bytes(block) for block in self.blocks]
         buffer = max(map(flat_bytes, self.blocks), default=0)
@@ -96,12 +101,15 @@ class BlockStreamer:
             self._keep_codes(True)
         self.used = rest + sum(sizes[i] for i in keep) + BUFFERS * self._size() + self.codes
         self.addresses = None if self.host else self._digest()
+        if not self.host:
+            self._placed, self._seen = (device, allowance), [held for part in self._parts() for held in contents(part)]
         return self.used
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def leave(self) -> None:
         """Move everything to the host; `place` brings it back."""
+        self._placed, self._seen = None, []
         self._drop_slots()
         self._keep_codes(False)
         for i in range(len(self.blocks)):
@@ -140,9 +148,11 @@ class BlockStreamer:
             put(home.places)
             self._copies.used(slot)
 
+    def _parts(self) -> Sequence[nn.Module]:
+        return [self._model] if self._model else self.blocks
+
     def _digest(self) -> int:
-        parts = [self._model] if self._model else self.blocks
-        held = [tensor for part in parts for _, _, tensor in slots(part)]
+        held = [tensor for part in self._parts() for _, _, tensor in slots(part)]
         held += [linear.codes for linear in self._linears() if linear.codes is not None]
         return hash(tuple(tensor.data_ptr() for tensor in held))
 
