@@ -28,7 +28,7 @@ from zimage_core.formats import names
 from zimage_core.formats.controlnet import load_controlnet
 from zimage_core.formats.encoder import config_from_json, load_text_encoder
 from zimage_core.formats.load import load_transformer
-from zimage_core.formats.safetensors import read_header
+from zimage_core.formats.safetensors import read_header, read_object
 from zimage_core.formats.vae import config_from_diffusers, load_vae
 from zimage_core.lora.read import PeftConfig, load_lora
 from zimage_core.models.tokenizer import load_tokenizer
@@ -216,7 +216,7 @@ def test_configs_of_the_text_encoder(config, base):
     "norm_num_groups", "scaling_factor", "shift_factor", "in_channels", "down_block_types"]), values))  # fmt: skip
 def test_configs_of_the_vae(config):
     with suppress(ValueError):
-        config_from_diffusers(config)
+        config_from_diffusers(read_object(json.dumps(config), "config"))
 
 
 @many
