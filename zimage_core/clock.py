@@ -1,4 +1,4 @@
-"""What calls take: a GPU's time alone, or a CPU's."""
+"""Timing calls: by the GPU's time alone, or a CPU's."""
 
 from __future__ import annotations
 

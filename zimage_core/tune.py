@@ -48,7 +48,7 @@ WAYS: tuple[Way, ...] = (
     ("nunchaku", "w4a4"),
     ("kitchen", "w4a4"),
 )
-"""What `auto` chooses from, in the order in which ways go that are about as fast: more precise ones first."""
+"""What `auto` chooses from, more precise ways first: of those that are about as fast, the first is taken."""
 PRODUCTS: dict[str, tuple[Way, ...]] = {
     "float8_e4m3fn": (("triton", "fp8"),),
     "int8": (("kitchen", "int8"), ("triton", "int8")),
@@ -72,7 +72,7 @@ _lock = threading.Lock()
 
 
 def select(backend: str = "auto", precision: str = "auto", *, device, dtype: torch.dtype, fp4: bool = False) -> Backend:
-    """The backend and precision that run a model's linears; where either is "auto", on a GPU the fastest measured.
+    """The backend and precision for a model's linears; "auto" is what was measured fastest on this GPU.
 
     ValueError as `backends.select`, and where every way that is asked for was refused by its trial."""
     chosen = backends.select(backend, precision, device=device, dtype=dtype, fp4=fp4)
@@ -93,7 +93,7 @@ def select(backend: str = "auto", precision: str = "auto", *, device, dtype: tor
 
 
 def select_ops(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, fp4: bool = False) -> ops.Ops:
-    """`ops.select`; plain torch also where the trial refused our kernels."""
+    """The functions between linears (`ops.select`): plain torch also if our kernels failed their trial."""
     chosen = ops.select(backend, device, dtype, head_dim)
     if backend == "auto" and chosen is not ops.TORCH:
         record = known(device, dtype, fp4)
@@ -149,13 +149,13 @@ def product_refusal(way: Way, device: torch.device, dtype: torch.dtype) -> str |
 
 
 def _gain(record: Record | None, way: Way) -> float:
-    """How many times as fast as in 16 bits something is in 8; 0 where that is not known, or it failed its trial."""
+    """The speed-up of 8 bits over 16; 0 if it was not measured or failed its trial."""
     facts = record["ways"].get(" ".join(way), {}) if record else {}
     return facts["w16_ms"] / facts["w8_ms"] if "w8_ms" in facts else 0.0
 
 
 def usable(device: torch.device, dtype: torch.dtype, fp4: bool = False) -> list[Way]:
-    """The ways that `auto` chooses from on a device; only the first of them is there on anything but a GPU."""
+    """The ways that `auto` may choose on a device; without a GPU only the first."""
     if device.type != "cuda":
         return [("reference", "w4a16")]
     modules = {name: backends.load(name) for name in backends.BACKENDS}
@@ -230,7 +230,7 @@ def time_ways(
     shapes: Mapping[tuple[int, int], float],
     elapsed: Elapsed,
 ) -> tuple[dict[Way, dict[str, float]], float]:
-    """Each way's ms of a block's linears for few and many rows, and the seconds that this took beside compilation."""
+    """Each way's milliseconds for a block's linears, with few and many rows; and the seconds spent on timing."""
     torch.manual_seed(0)
     totals = {way: dict.fromkeys(ROWS, 0.0) for way in ways}
     begun, compiling = time.perf_counter(), 0.0
@@ -254,7 +254,7 @@ def time_ways(
 
 
 def _call(way: Way, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, coded: bool) -> Callable[[], torch.Tensor]:
-    """A linear as a block runs it: where x comes from a kernel of ours, `coded`, that has quantized it."""
+    """A call of a linear as a block makes it. coded: x comes from a kernel of ours, already quantized."""
     module = backends.load(way[0])
     smooth, columns = backends.Backend(*way, module, "").smoothing(prepared, len(x)) if coded else (None, 0)
     if smooth is None:
@@ -264,7 +264,7 @@ def _call(way: Way, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, coded
 
 
 def rounds(calls: Mapping[Way, Callable[[], object]], device: torch.device, elapsed: Elapsed, count: int) -> dict:
-    """The least ms of each call, which take turns; one SLOW times slower than the fastest is called only once."""
+    """The shortest time of each call in ms, in turns; what is SLOW times slower than the fastest runs only once."""
     least = {way: elapsed(call, device) for way, call in calls.items()}
     for _ in range(count - 1):
         for way, call in calls.items():
@@ -393,7 +393,7 @@ def _whole(ways: object) -> bool:
 
 
 def _figure(name: str, found: object) -> bool:
-    """Whether one is a sentence where a way was refused, no number or a finite one, and of times above 0."""
+    """Whether a figure is valid: a sentence for a refusal, else None or a finite number, above 0 for a time."""
     if name == "refused":
         return isinstance(found, str)
     number = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found < math.inf
@@ -401,7 +401,7 @@ def _figure(name: str, found: object) -> bool:
 
 
 def keep(path: Path, record: Record, anew: bool) -> Record:
-    """Write figures to a file; returns those that are there then, as another process may have been faster."""
+    """Write figures to a file, and return the file's: another process may have been first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
