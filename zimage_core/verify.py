@@ -14,7 +14,6 @@ Source: SVDQuant, arXiv:2411.05007 section 4.2. Legend: N out, K in, R rank.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from .bench import every_way
 from .formats.identify import model_info
-from .formats.safetensors import open_tensors
+from .formats.safetensors import json_object, open_tensors
 from .linear.backends import Quantized
 from .linear.svdq import SVDQLinear, SVDQWeights
 from .models.transformer import ZImageTransformer
@@ -130,11 +129,10 @@ def check_header(path: Path, model: ZImageTransformer) -> Check:
     found = f"{info.format}, {len(model.blocks)} blocks, {tensors} tensors"
     if not info.rank:
         return Check("header", True, found, "a Z-Image transformer")
-    try:
-        said = json.loads(info.metadata.get("quantization_config") or "{}")
-        rank, dense_refiners = said.get("rank", info.rank), bool(said.get("skip_refiners", not info.quantized_refiners))
-    except (ValueError, AttributeError, RecursionError):
+    said = json_object(info.metadata.get("quantization_config") or "{}")
+    if said is None:
         return Check("header", False, "metadata quantization_config that is no JSON object", "a JSON object")
+    rank, dense_refiners = said.get("rank", info.rank), bool(said.get("skip_refiners", not info.quantized_refiners))
     expected = f"rank {info.rank}, skip_refiners {not info.quantized_refiners}, as the tensors have it"
     found += f", metadata: rank {rank}, skip_refiners {dense_refiners}"
     return Check("header", (rank, dense_refiners) == (info.rank, not info.quantized_refiners), found, expected)

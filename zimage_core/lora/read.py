@@ -157,13 +157,12 @@ def _check_shapes(name: str, kind: str, shapes: Shapes, keys: Mapping[str, str])
             fail(leaf, "a tensor that is not empty")
         elif leaf == "oft_blocks" and (len(shape) != 3 or shape[1] != shape[2]):
             fail(leaf, "(blocks, size, size) of diagonal OFT (BOFT is not read)")
-        elif leaf in ("down", "up") or leaf.startswith(("hada_", "lokr_")):
-            if len(shape) != 2:
-                fail(leaf, "a matrix")
         elif leaf in ("up_bias", "diff_b") and len(shape) != 1:
             fail(leaf, "a vector")
         elif leaf == "diff" and len(shape) > 2:
             fail(leaf, "a matrix or a vector")
+        elif (leaf in ("down", "up") or leaf.startswith(("hada_", "lokr_"))) and len(shape) != 2:
+            fail(leaf, "a matrix")
     for left, right in (("up", "down"), *((f"{w}_a", f"{w}_b") for w in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2"))):
         if left in flat and flat[left][1] != flat[right][0]:
             raise ValueError(
