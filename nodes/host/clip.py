@@ -20,7 +20,7 @@ from ...zimage_core.models.text_encoder import TextEncoder
 from ...zimage_core.models.tokenizer import MAX_TOKENS, TEMPLATE, Tokenizer, load_tokenizer
 from ...zimage_core.sizes import readable
 from . import messages
-from .files import DEMO, find, reads_encoder
+from .files import DEMO, contained, find, reads_encoder
 from .patcher import Adapted, StreamingPatcher, describe_need
 
 NO_WEIGHTS = (
@@ -53,7 +53,11 @@ def half_or_float(device: torch.device) -> torch.dtype:
 def core_clip(path: Path, tokenizer_path: Path | None = None) -> comfy.sd.CLIP:
     """A CLIP of the core's text encoder and tokenizer."""
     root = Path(comfy.sd.__file__).parents[1]
-    tokenizer = load_tokenizer(tokenizer_path or get_tokenizer(path, comfyui=root))
+    if tokenizer_path is None:
+        tokenizer_path = get_tokenizer(path, comfyui=root)
+        for file in (*tokenizer_path.glob("*.json"), *tokenizer_path.glob("*.txt")):
+            contained(file, root)
+    tokenizer = load_tokenizer(tokenizer_path)
     device = comfy.model_management.text_encoder_device()
     offload = comfy.model_management.text_encoder_offload_device()
     loaded = load_text_encoder(path, device=offload, dtype=half_or_float(device), compute_device=device)

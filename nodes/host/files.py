@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import chain
 from pathlib import Path
 
 import folder_paths
@@ -47,10 +49,10 @@ def demo_paths(kind: str) -> dict[str, Path]:
 
 
 def find(folder: str, name: str, demo: str) -> Path:
-    """The path of a name in `choices(folder, demo)`; ValueError where the file is missing.
+    """The path of a name in `choices(folder, demo)`; ValueError where the file is missing, or as `contained`.
 
     A name that leads out of the folder is no name: names come from whoever sends a prompt, and ComfyUI leaves the check
-    of those in VALIDATE_INPUTS to the node. Links in the folder are its owner's, and followed.
+    of those in VALIDATE_INPUTS to the node.
     """
     bundled = demo_paths(demo)
     if name in bundled:
@@ -66,7 +68,33 @@ def find(folder: str, name: str, demo: str) -> Path:
         where = " or ".join(map(str, roots)) or f"models/{folder}"
         instead = f", or choose {next(iter(bundled))!r}" if bundled else ""
         raise ValueError(f"{name!r} is not in {where}: put the file there and press R to refresh{instead}")
-    return Path(path)
+    return contained(Path(path))
+
+
+def contained(path: Path, *more: Path) -> Path:
+    """A path of a models folder; ValueError where a link leads it, or anything in a folder, out of all of them.
+
+    Every folder that ComfyUI knows counts, Hugging Face's cache, whose snapshots are made of links, and `more`.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    known = [
+        [found[0]] if isinstance(found[0], str) else found[0] for found in folder_paths.folder_names_and_paths.values()
+    ]
+    inside = {os.path.realpath(folder) for folder in (*chain(*known), HF_HUB_CACHE, *more)}
+    waiting, seen = [path], set()
+    while waiting:
+        entry = waiting.pop()
+        real = Path(os.path.realpath(entry))
+        if not any(map(real.is_relative_to, inside)):
+            raise ValueError(
+                f"{entry}: a link out of ComfyUI's model folders, to {real}, which is not followed; add "
+                f"{real.parent} to extra_model_paths.yaml, or put the file itself here"
+            )
+        if real.is_dir() and real not in seen:
+            seen.add(real)
+            waiting += sorted(entry.iterdir())
+    return path
 
 
 def check_model(name: str) -> None:

@@ -22,8 +22,8 @@ class Server:
     """One running ComfyUI with the pack linked into its custom_nodes.
 
     checkout: ComfyUI's; base: the folder for its models, input and output; args: more for its main.py; models: {path
-    below base/models: file} to link there; pack: what is linked into custom_nodes. RuntimeError where it does not
-    start.
+    below base/models: file} to link there, whose folders ComfyUI is told of, as of this repository's; pack: what is
+    linked into custom_nodes. RuntimeError where it does not start.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class Server:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
                 target.symlink_to(source)
+        folders = {str(ROOT), *(str(source.resolve().parent) for source in (models or {}).values())}
+        (base / "linked.yaml").write_text(json.dumps({"linked": {"zimage_linked": "\n".join(sorted(folders))}}))
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -54,6 +56,7 @@ class Server:
         self.log = log or base / "comfyui.log"
         command = [python, str(checkout / "main.py"), "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(base), "--database-url", f"sqlite:///{base}/user/comfyui.db"]
+        command += ["--extra-model-paths-config", str(base / "linked.yaml")]
         command += ["--disable-api-nodes", "--disable-auto-launch", *args]
         env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
         with self.log.open("wb") as log_file:

@@ -64,6 +64,8 @@ def host(tmp_path_factory):
             [str(base / "models" / key)],
             folder_paths.folder_names_and_paths[key][1],
         )
+    for folder in (ROOT, base):  # that tests link to
+        folder_paths.add_model_folder_path("zimage_linked", str(folder))
     folder_paths.set_output_directory(str(base / "output"))
     folder_paths.set_temp_directory(str(base / "temp"))
     (base / "models" / "diffusion_models" / TINY.name).symlink_to(TINY)

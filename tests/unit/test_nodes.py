@@ -66,6 +66,7 @@ class FolderPaths(types.ModuleType):
         self.folder_names_and_paths = {name: ([str(root / name)], {".safetensors", ".sft", ".pt"}) for name in names}
         for name in names:
             (root / name).mkdir()
+        self.folder_names_and_paths["linked"] = ([str(TINY.parent)], set())  # that tests link to
 
     def get_folder_paths(self, name):
         return self.folder_names_and_paths[name][0]
