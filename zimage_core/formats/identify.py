@@ -264,6 +264,8 @@ def stored_form(tensors: Tensors, metadata: Mapping[str, str]) -> Form:
                 return Form("svdq-fp4", "SVDQuant NVFP4", key)
             if form == "svdq-int4" and (kind, group) != ("int4", GROUP):
                 return Form("svdq-other", f"SVDQuant (weights {kind} in groups of {group})", key)
+            if form == "quanto-int8" and any(d.startswith("F8_") for d in dtypes):
+                return Form(form, "quanto FP8", key)
             return Form(form, words, key)
     if blocks := sorted(dtypes & QUANTIZED.keys()):
         return Form("gguf", f"GGUF {'/'.join(blocks)}")
