@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 _CONTROL = re.compile(
-    r"(?P<file>.+?)(?::(?P<strength>-?(?:\d+\.?\d*|\.\d+)|nan|inf)(?::(?P<start>\d*\.?\d+)-(?P<end>\d*\.?\d+))?)?"
+    r"(?P<file>.+?)(?::(?P<strength>[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|(?i:nan|inf)))"
+    r"(?::(?P<start>\d*\.?\d+)-(?P<end>\d*\.?\d+))?)?"
 )
 
 

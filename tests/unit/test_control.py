@@ -262,5 +262,8 @@ def test_control_options():
         ("C:\\x\\net.safetensors:0.8", ("C:\\x\\net.safetensors", 0.8, 0, 1)),
         ("a:b:-1:0.25-.5", ("a:b", -1, 0.25, 0.5)),
         ("a:0.5-1", ("a:0.5-1", 1, 0, 1)),
+        ("a:2e9", ("a", 2e9, 0, 1)),
+        ("a:+5e-1:0-1", ("a", 0.5, 0, 1)),
+        ("a:-INF", ("a", -math.inf, 0, 1)),
     ):
         assert notation.control(text) == expected
