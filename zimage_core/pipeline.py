@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ from .job import (
     picture_size,
     read_variety,
 )
-from .linear.backends import Backend
+from .linear.backends import Backend, guard
 from .lora.read import Loras
 from .memory import plan as planning
 from .models.guidance import Nag
@@ -256,7 +257,7 @@ class Pipeline:
                 self._advised.add(sentence)
         if larger is None:
             return self._generate(job)
-        with self._lock:
+        with self._alone():
             self._prepare(larger)  # a ValueError where the budget cannot hold it
             return self._generate(replace(larger, images=self._generate(replace(job, output="pil"))))
 
@@ -280,7 +281,7 @@ class Pipeline:
         They are remembered, a megabyte each, until the next `encode` or a call with other LoRAs for the text encoder.
         """
         texts = list(dict.fromkeys(prompts))
-        with self._lock:
+        with self._alone():
             self._captions.wanted = len(texts)
             record = Recorder(self.device, on_stage)
             self._encode(Job(texts, 1, MULTIPLE, MULTIPLE, self._loras, record))
@@ -307,7 +308,7 @@ class Pipeline:
 
         Nothing is loaded or generated. ValueError where the budget cannot hold it.
         """
-        with self._lock:
+        with self._alone():
             job = Job(list(prompts), 1, height, width, self._loras, Recorder(self.device, None))
             self._prepare(job)
             return job.plan
@@ -318,9 +319,15 @@ class Pipeline:
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.vram_budget / total), self.device)
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time, with the pipeline's GPU as the current one: not only kernels of ours expect that."""
+        with self._lock, guard(self.device):
+            yield
+
     def _generate(self, job: Job) -> Pictures:
         """The stages in their order."""
-        with self._lock:
+        with self._alone():
             self._encode(job)
             given = self._encode_pictures(job)
             found, backend = self._residents.attempt(job, "transformer", job.pixels, self._sample, given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
@@ -139,6 +140,25 @@ def lora_of(pairs) -> Lora:
     """A LoRA of {module: (down (r, K), up (N, r))}."""
     halves = {f"{m}.lora_{half}.weight": t for m, pair in pairs.items() for half, t in zip(("down", "up"), pair)}
     return Lora.from_tensors(halves)
+
+
+def test_its_gpu_is_the_current_one_while_it_works(tiny_files, monkeypatch):
+    """Functions of torch fault on tensors of another GPU than the current one; more than one GPU is simulated here."""
+    current = []
+
+    @contextmanager
+    def guard(device):
+        current.append(device)
+        yield
+        current.remove(device)
+
+    monkeypatch.setattr(pipeline, "guard", guard)
+    found = load_pipeline(**tiny_files, device="cpu", dtype="float32", precision="w4a16")
+    stages = []
+    found.encode(["a cat"], on_stage=lambda name, _: stages.append((name, list(current))))
+    found("a dog", **SIZE, on_stage=lambda name, _: stages.append((name, list(current))))
+    assert {name for name, _ in stages} == set(WHOLE_RUN)
+    assert all(devices == [torch.device("cpu")] for _, devices in stages) and not current
 
 
 def test_threads_share_a_pipeline(tiny_files):

@@ -98,7 +98,8 @@ def branch_scales(prepared: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     In fp64 and rounded up to 4 bits, so that CPU and GPU, which sum in another order, agree."""
     channel, down = prepared["channel_scale"], prepared["proj_down"].double().abs()
     mantissa, exponent = torch.frexp(1.01 * (down @ prepared["smooth_factor"].double().abs()))
-    rank_scale = torch.ldexp((16 * mantissa).ceil() / 16, exponent).float().clamp_(min=1e-12)
+    power = (exponent.long() + 1023 << 52).view(torch.float64)  # torch.ldexp faults where another GPU is current
+    rank_scale = ((16 * mantissa).ceil() / 16 * power).float().clamp_(min=1e-12)
     largest = (prepared["proj_up"].float().abs() * rank_scale).amax(1)
     wide = torch.maximum(channel, largest * TO_FP8)
     if not wide.is_meta and not bool((wide <= MOST_GROWTH * channel).all()):
