@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {printable(name)}: {printable(value if len(value) <= 300 else value[:300] + ' ...')}")
     if runs:
         sys.stdout.flush()
-        print(f"runs here: {runs}")
+        print(f"runs here: {runs} (by its header; values are checked when it is loaded)")
     return 0
 
 
