@@ -107,10 +107,7 @@ def main() -> int:
     sizes = (base,)
     if args.tiny:
         base, rank, size, places, args.budget = TINY, 16, 64, (0, 2), 0.4
-        sizes = (
-            base,
-            TextEncoderConfig(640, 128, 256, 2, 2, 1, 64),
-        )
+        sizes = (base, TextEncoderConfig(640, 128, 256, 2, 2, 1, 64))
     files = write_synthetic(args.folder, *sizes, rank=rank, device=device)
     assert model_info(files["model"]).rank == rank
     net = write_quantized(args.folder, base, places, min(rank, RANK), device)

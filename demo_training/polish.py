@@ -201,7 +201,7 @@ def main() -> None:
         for edge, (_, shards, _) in SIZES.items():
             numbers = range(FIRST_SHARD, FIRST_SHARD + max(1, round(shards * args.share)))
             tasks = [(str(args.folder / "tokenizer"), edge, edge, number) for number in numbers]
-            layouts[edge] = pool.map(train._captioned_layouts, tasks, chunksize=1)
+            layouts[edge] = pool.map(train.captioned_layouts, tasks, chunksize=1)
     torch.manual_seed(train.SEED)
     torch.backends.cudnn.benchmark = True
     vae, norm = load_vae(args.folder / "vae.safetensors")

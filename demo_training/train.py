@@ -290,7 +290,7 @@ def train_tokenizer(work: Path) -> None:
     print(f"tokenizer: {len(fast)} tokens")
 
 
-def _captioned_layouts(task: tuple[str, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def captioned_layouts(task: tuple[str, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """SHARD layouts, and of each PHRASINGS captions' tokens (SHARD, PHRASINGS, longest) int16 and their numbers; a
     number of 0 marks a caption that is too long. 4 % of the captions are empty, 4 % have a stray word."""
     tokenizer, height, width, shard = task
@@ -328,7 +328,7 @@ def store_latents(work: Path, device: str, share: float) -> None:
             shards = max(1, round(count * share / SHARD))
             tasks = [(str(work / "tokenizer"), height, width, shard) for shard in range(shards)]
             latents, ids, lengths = [], [], []
-            for rows, tokens, numbers in pool.imap(_captioned_layouts, tasks):
+            for rows, tokens, numbers in pool.imap(captioned_layouts, tasks):
                 for part in np.array_split(rows, max(1, SHARD * height * width // PIXELS_AT_ONCE)):
                     images = scenes.render(part, height, width, device).bfloat16()
                     with torch.no_grad():

@@ -248,6 +248,7 @@ def choose_sigmas(
     if image and strength == 1 and sigmas is None and not masked:
         logger.warning("image: nothing of it is kept at strength 1; 0.6 keeps much of it")
     if sigmas is not None:
+        integer("steps", steps)  # their number has no effect then, another type is a mistake all the same
         return sampler.read_sigmas(sigmas, shift)
     return sampler.get_sigmas(steps, strength if image else 1.0, shift, schedule)
 

@@ -67,6 +67,7 @@ def tiny(tiny_files):
         ({"width": "128"}, "width: expected an integer, found '128'"),
         ({"height": 2**20}, "height: expected up to 16384 pixels, found 1048576"),
         ({"num_inference_steps": 8.0}, "steps: expected an integer, found 8.0"),
+        ({"num_inference_steps": 8.0, "sigmas": [1.0]}, "steps: expected an integer, found 8.0"),
         ({"num_images_per_prompt": 1.5}, "num_images_per_prompt: expected an integer, found 1.5"),
         ({"num_images_per_prompt": 10**9}, "pictures: expected up to 2097152 of 32 x 32 in a call, found 1000000000"),
         ({"guidance_scale": "1"}, "guidance: expected a number, found '1'"),

@@ -97,8 +97,9 @@ class Processes:
         self.device = self.plan = ""
 
     def start(self) -> dict[str, object]:
-        """Start all processes, and the first worker; returns the facts for the rows' keys as it sees them, which bind
-        all others.
+        """Start all processes, and have the first load its pipeline; returns its facts for the rows' keys.
+
+        They bind the others, which load theirs with the work.
 
         ValueError with what it refuses, RuntimeError where processes cannot live.
         """

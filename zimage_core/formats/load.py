@@ -107,8 +107,7 @@ def match_tensors(
 
     rename: a tensor's name in the file -> the model's name and part. unneeded: whether a name may be there though the
     model lacks it. any_form: whether every tensor may be stored small.
-    ValueError, ending in the remedy, for tensors that are unknown, doubled, missing,
-    misshapen or of another type.
+    ValueError, ending in the remedy, for tensors that are unknown, doubled, missing, misshapen or of another type.
     """
     expected = expected_tensors(model)
     named: dict[str, dict[str | None, str]] = {}

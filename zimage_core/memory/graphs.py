@@ -122,7 +122,8 @@ class Graphs:
     def possible(self) -> bool:
         """Whether steps can be captured: on an NVIDIA GPU, nothing streamed, by kernels that allow it.
 
-        torch's own allocator is required: ComfyUI's default, cudaMallocAsync, has no memory pool for graphs.
+        torch's own allocator is required: of ComfyUI's default, cudaMallocAsync, Triton's launcher refuses what was
+        allocated while capturing.
         """
         backend = self._transformer.backend
         known = (backend is None or backend.name in BACKENDS) and self._by_torch

@@ -38,7 +38,8 @@ class Request:
 
     captions: tokens of one caption for all pictures, or of one for each; negative: those of the negative prompts in the
     same way, none where nothing follows them; encoded: tokens of the longest prompt that is still to be encoded, 0
-    where all are known. guided, nag, varied, tile: as `stages.sampling_bytes` takes them.
+    where all are known. guided: whether guidance follows the negative prompts, as nag does. varied: whether each
+    picture begins with features of its own. tile: cells of a tile's edge, None for whole pictures.
     """
 
     height: int
