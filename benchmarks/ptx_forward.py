@@ -113,14 +113,15 @@ def check_ops(config: ZImageConfig, device: torch.device, dtype: torch.dtype) ->
     calls = {
         "norm_scale": (x, weight, 1e-5, scale),
         "norm_gate_add": (x, h, weight, 1e-5, scale),
+        "add_norm_scale": (x, h, weight, weight, 1e-5, scale, scale),
         "norm_rope": (qkv, heads, heads, 1e-5, *angles),
         "swiglu": (gates,),
     }
     for name, args in calls.items():
         plain = [arg.float() if isinstance(arg, Tensor) else arg for arg in args]
         found, expected = getattr(fused, name)(*args), getattr(ops, name)(*plain)
-        if name == "norm_rope":
-            found, expected = torch.stack(found), torch.stack(expected)
+        if isinstance(expected, tuple):
+            found, expected = torch.stack(tuple(found)), torch.stack(expected)
         yield name, error(found, expected), one
     for name, width in (("norm_scale", d), ("swiglu", f)):
         smooth = (random(width) * 0.3).exp().to(dtype)

@@ -167,6 +167,7 @@ def try_fused(device: torch.device, dtype: torch.dtype) -> Outcome:
     calls = {
         "norm_scale": (x, weight, 1e-5, gate),
         "norm_gate_add": (x, h, weight, 1e-5, gate),
+        "add_norm_scale": (x, h, weight, weight, 1e-5, gate, gate),
         "norm_rope": (random(batch, tokens, 3, heads, head_dim), *norms, 1e-5, angles.cos(), angles.sin()),
         "swiglu": (random(batch, tokens, 2 * width),),
     }
@@ -175,10 +176,12 @@ def try_fused(device: torch.device, dtype: torch.dtype) -> Outcome:
         expected = getattr(ops.TORCH, name)(*(v.float() if isinstance(v, Tensor) else v for v in given))
         given = tuple(v.to(device) if isinstance(v, Tensor) else v for v in given)
         found = getattr(fused, name)(*given)
-        pairs = zip(found, expected) if name == "norm_rope" else [(found, expected)]
+        pairs = zip(found, expected) if isinstance(expected, tuple) else [(found, expected)]
         errors += [worst(a.flatten(0, 1).flatten(1), b.flatten(0, 1).flatten(1)) for a, b in pairs]
-        if name in ("norm_scale", "swiglu"):
-            y, codes, scale = getattr(fused, name)(*given, smooth=smooth.to(device))
+        if name in ("norm_scale", "add_norm_scale", "swiglu"):
+            coded = getattr(fused, name)(*given, smooth=smooth.to(device))
+            y, codes, scale = coded[1] if name == "add_norm_scale" else coded
+            expected = expected[1] if name == "add_norm_scale" else expected
             errors.append(worst(y.flatten(0, 1), expected.flatten(0, 1)))
             plain = y.flatten(0, 1).float()
             restored = codes.float() * scale[:, None] * smooth.to(device).float()

@@ -45,6 +45,11 @@ def check_kernels(device: str):
             check(out, ops.norm_gate_add(wide[0], wide[1], wide[2], 1e-5, wide[3]), "norm_gate_add")
             out = fused.norm_gate_add(x, h, weight, 1e-5, None)
             check(out, ops.norm_gate_add(wide[0], wide[1], wide[2], 1e-5, None), "norm_add")
+            both = fused.add_norm_scale(x, h, weight, weight + 1, 1e-5, scale, scale)
+            expected = ops.add_norm_scale(*wide[:3], wide[2] + 1, 1e-5, wide[3], wide[3])
+            assert [y.dtype for y in both] == [stream, dtype]
+            check(both[0], expected[0], "add_norm_scale, x")
+            check(both[1], ops.norm_scale(both[0].float(), wide[2] + 1, 1e-5, wide[3]), "add_norm_scale")
             check(fused.swiglu(h), ops.swiglu(h.float()), "swiglu")
         for batch, angles, heads, width in ((1, 1, 3, 128), (2, 2, 6, 64), (2, 1, 6, 64)):
             qkv = random(batch, 5, 3, heads, width, dtype=dtype)
@@ -94,6 +99,11 @@ def test_kernels_compile(gpu):
         (fused._norm_gate_add,
          {"x": stream, "h": half, "weight": half, "gate": half, "out": stream, "gate_stride": "i32", **row},
          {"GATED": True, "SATURATE": old, "BLOCK": 4096}),
+        (fused._add_norm_scale,
+         {"x": stream, "h": half, "weight": half, "gate": half, "total": stream, "next_weight": half, "scale": half,
+          "out": half, "gate_stride": "i32", "scale_stride": "i32", **row},
+         {"GATED": True, "SATURATE": old, "SCALED": True, "BLOCK": 4096,
+          **dict.fromkeys(("smooth", "codes", "row_scale", "code_stride", "LIMIT"))}),
         (fused._norm_rope,
          {"qkv": half, "norm_q": half, "norm_k": half, "cos": "*fp32", "sin": "*fp32", "tokens": "i32",
           "angle_tokens": "i32", "heads": "i32", "eps": "fp32"}, {"SATURATE": old, "BLOCK_H": 32, "K": 128}),

@@ -61,17 +61,20 @@ def test_kernels_compile_for(gpu):
     options = {"num_warps": tiles.pop("num_warps")}
     assert sum(tiles.values()) == 10240
     compiled(fused._swiglu_codes, gpu, ahead, {"SATURATE": sm == 75, "LIMIT": 448.0} | tiles, options)
+    sizes = dict.fromkeys(("k", "stride", "r", "part"), "i32")
     for codes in (int4, fp4):
-        signature = codes | {"channel_scale": "*fp32", "weight": byte, "k": "i32", "stride": "i32"}
-        compiled(kernels.requantize, gpu, signature, {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_C": 128}, {})
+        up = {"proj_up": None, "rank_scale": None} if byte == "*i8" else {"proj_up": half, "rank_scale": "*fp32"}
+        signature = codes | {"channel_scale": "*fp32", "weight": byte} | up | sizes
+        tiles = {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_C": 128, "BLOCK_R": backend.PART}
+        code = compiled(kernels.requantize, gpu, signature, tiles, {})
+        assert gpu in AMD or "f16x2.e4m3x2" not in code, "ptxas of CUDA 12.8 gets that wrong"
     rescale = {"products": "*i32", "row_scale": "*fp32", "channel_scale": "*fp32", "y": half, "n": "i32"}
     compiled(kernels.rescale_add, gpu, rescale, {"TO_CODE": 448 / 127, "BLOCK": 1024}, {})
     if byte != "*i8":
         branch = {"values": half, "rank_scale": "*fp32", "row_scale": "*fp32", "codes": byte}
         branch |= {"k": "i32", "r": "i32", "part": "i32"}
-        for up in (False, True):
-            code = compiled(kernels.code_branch, gpu, branch, {"UP": up, "BLOCK_R": 512}, {})
-            assert gpu in AMD or "f16x2.e4m3x2" not in code, "ptxas of CUDA 12.8 gets that wrong"
+        code = compiled(kernels.code_branch, gpu, branch, {"BLOCK_R": 512}, {})
+        assert gpu in AMD or "f16x2.e4m3x2" not in code, "ptxas of CUDA 12.8 gets that wrong"
 
 
 @pytest.mark.parametrize("gpu", SHARED)

@@ -167,6 +167,11 @@ def test_kernels_between_the_linears_are_tried_too(monkeypatch):
             return Fused.coded(ops.norm_scale(*given), smooth)
 
         @staticmethod
+        def add_norm_scale(*given, smooth=None, columns=0):
+            x, y = ops.add_norm_scale(*given)
+            return x, Fused.coded(y, smooth)
+
+        @staticmethod
         def swiglu(x, smooth=None, columns=0):
             return Fused.coded(ops.swiglu(x), smooth)
 
@@ -323,7 +328,7 @@ def test_a_picture_is_the_same_from_the_cache(as_gpu, tiny_files, monkeypatch):
 
 
 def test_kernels_that_failed_their_trial_are_not_used_between_the_linears(as_gpu, monkeypatch):
-    ours = ops.Ops(*[lambda: None] * 4)
+    ours = ops.Ops(*[lambda: None] * len(ops.Ops._fields))
     monkeypatch.setattr(ops, "select", lambda *_: ours)
     monkeypatch.setattr(tune, "measure", lambda *_: record(reference_w4a16=(9, 9), triton_fused="wrong here"))
     assert tune.select_ops("auto", CPU, BF16, 64) is ops.TORCH

@@ -414,6 +414,8 @@ def test_the_kernels_in_front_make_the_codes_of_quantize_rows(codes, dtype, stre
     asked = [lambda *smooth: fused.swiglu(gated, *smooth)]
     for scale in (None, random(1, 1, width).to(dtype), random(2, 1, 2 * width).to(dtype)[..., width:]):
         asked.append(lambda *smooth, scale=scale: fused.norm_scale(x, weight, 1e-5, scale, *smooth))
+        between = x, gated[..., :width], weight, weight + 1, 1e-5, scale, scale
+        asked.append(lambda *smooth, between=between: fused.add_norm_scale(*between, *smooth)[1])
     for make in asked:
         plain, found = make(), make(smooth, 48)
         assert torch.equal(found.x, plain) and found.shape == (2, 3, width) and plain.dtype == dtype
@@ -444,7 +446,11 @@ def use(block: Block, chosen: ops.Ops) -> None:
 
 
 FUSED = ops.Ops(*(getattr(fused, name) for name in ops.Ops._fields))
-APART = FUSED._replace(norm_scale=lambda *args: fused.norm_scale(*args[:4]), swiglu=lambda x, *_: fused.swiglu(x))
+APART = FUSED._replace(
+    norm_scale=lambda *args: fused.norm_scale(*args[:4]),
+    add_norm_scale=lambda *args: fused.add_norm_scale(*args[:7]),
+    swiglu=lambda x, *_: fused.swiglu(x),
+)
 
 
 def test_a_block_is_the_same_bit_for_bit_with_codes_from_the_kernels_in_front(codes, monkeypatch):

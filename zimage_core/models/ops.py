@@ -1,7 +1,7 @@
 """The operations between a block's linears: norms with modulation, gates, rotary positions, SwiGLU. Plain torch.
 
-`backends.fused` has the same four functions as Triton kernels; `ZImageTransformer.use` sets which of the two `Ops` a
-model runs. Two of them take what a following linear with 8-bit activations asks for (`svdq.smoothing`): the kernels
+`backends.fused` has the same five functions as Triton kernels; `ZImageTransformer.use` sets which of the two `Ops` a
+model runs. Three of them take what a following linear with 8-bit activations asks for (`svdq.smoothing`): the kernels
 then return `backends.Quantized`; plain torch ignores it.
 
 Formulas: huggingface/diffusers `transformer_z_image.py@v0.42.1`.
@@ -24,10 +24,11 @@ FP16_MAX = 65504.0
 
 
 class Ops(NamedTuple):
-    """One implementation of the four functions that a block calls."""
+    """One implementation of the five functions that a block calls."""
 
     norm_scale: Callable[..., Tensor | backends.Quantized]
     norm_gate_add: Callable[..., Tensor]
+    add_norm_scale: Callable[..., tuple[Tensor, Tensor | backends.Quantized]]
     norm_rope: Callable[..., tuple[Tensor, ...]]
     swiglu: Callable[..., Tensor | backends.Quantized]
 
@@ -58,6 +59,22 @@ def norm_gate_add(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor
     return x + (y if gate is None else gate.tanh() * y)
 
 
+def add_norm_scale(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    next_weight: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    smooth: Tensor | None = None,
+    columns: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`norm_gate_add`, and `norm_scale` of its result with another norm's weight."""
+    x = norm_gate_add(x, h, weight, eps, gate)
+    return x, norm_scale(x, next_weight, eps, scale, smooth, columns)
+
+
 def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """q and k normalized per head and rotated by their positions; v unchanged.
 
@@ -81,7 +98,7 @@ def swiglu(x: Tensor, smooth: Tensor | None = None, columns: int = 0) -> Tensor:
     return finite(finite(value) * F.silu(finite(gate)))
 
 
-TORCH = Ops(norm_scale, norm_gate_add, norm_rope, swiglu)
+TORCH = Ops(norm_scale, norm_gate_add, add_norm_scale, norm_rope, swiglu)
 
 
 def select(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Ops:

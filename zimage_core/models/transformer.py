@@ -177,14 +177,12 @@ class Block(nn.Module):
         if t_emb is not None:
             modulation = self.adaLN_modulation(t_emb).unsqueeze(1)
             scale_attn, gate_attn, scale_ffn, gate_ffn = modulation.chunk(4, dim=-1)
-        norm1, norm2, coded = self.attention_norm1, self.attention_norm2, smoothing(self.attention.to_qkv, x)
-        h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_attn, *coded)
+        eps, coded = self.attention_norm1.eps, smoothing(self.attention.to_qkv, x)
+        h = self.ops.norm_scale(x, self.attention_norm1.weight, eps, scale_attn, *coded)
         h = self.attention(h, cos, sin, mask, attend)
-        x = self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_attn)
-        norm1, norm2, coded = self.ffn_norm1, self.ffn_norm2, smoothing(self.feed_forward.w3_w1, x)
-        h = self.ops.norm_scale(x, norm1.weight, norm1.eps, scale_ffn, *coded)
-        h = self.feed_forward(h)
-        return self.ops.norm_gate_add(x, h, norm2.weight, norm2.eps, gate_ffn)
+        norms, coded = (self.attention_norm2.weight, self.ffn_norm1.weight), smoothing(self.feed_forward.w3_w1, x)
+        x, h = self.ops.add_norm_scale(x, h, *norms, eps, gate_attn, scale_ffn, *coded)
+        return self.ops.norm_gate_add(x, self.feed_forward(h), self.ffn_norm2.weight, eps, gate_ffn)
 
 
 class TimestepEmbedder(nn.Module):

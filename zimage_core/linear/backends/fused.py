@@ -37,6 +37,22 @@ def norm_gate_add(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor
     return _normed_added(x.contiguous(), h.contiguous(), weight, eps, gate)
 
 
+def add_norm_scale(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    next_weight: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    smooth: Tensor | None = None,
+    columns: int = 0,
+) -> tuple[Tensor, Tensor | Quantized]:
+    """See `ops.add_norm_scale`."""
+    x, *made = _added_scaled(x.contiguous(), h.contiguous(), weight, next_weight, eps, gate, scale, smooth, columns)
+    return x, made[0] if smooth is None else Quantized(*made)
+
+
 def norm_rope(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     """See `ops.norm_rope`; overwrites q and k where they lie, in fp16 also v, whose infinities saturate."""
     qkv = qkv.contiguous()
@@ -85,6 +101,38 @@ def _normed_added(x: Tensor, h: Tensor, weight: Tensor, eps: float, gate: Tensor
         _stride(gate), width, eps, gate is not None, h.dtype is torch.float16, **_row(width),
     )  # fmt: skip
     return out
+
+
+@operator(
+    "add_norm_scale(Tensor x, Tensor h, Tensor weight, Tensor next_weight, float eps, Tensor? gate, Tensor? scale,"
+    " Tensor? smooth, int columns) -> Tensor[]",
+    lambda x, h, weight, next_weight, eps, gate, scale, smooth, columns: [
+        torch.empty_like(x),
+        *_outputs(x, x.shape[-1], weight.dtype, smooth is not None, columns),
+    ],
+)
+def _added_scaled(
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    next_weight: Tensor,
+    eps: float,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    smooth: Tensor | None,
+    columns: int,
+) -> list[Tensor]:
+    total, width = torch.empty_like(x), x.shape[-1]
+    made = _outputs(x, width, weight.dtype, smooth is not None, columns)
+    out, codes, row_scale = made if smooth is not None else (*made, None, None)
+    limit = None if codes is None else LIMITS[codes.dtype]
+    launch(
+        _add_norm_scale, (x.numel() // width,), x, h, weight, weight if gate is None else gate, total, next_weight,
+        weight if scale is None else scale, out, smooth, codes, row_scale, x.shape[1], _stride(gate), _stride(scale),
+        width, width + columns, eps, gate is not None, h.dtype is torch.float16, scale is not None, limit,
+        **_row(width),
+    )  # fmt: skip
+    return [total, *made]
 
 
 @operator(
@@ -143,18 +191,9 @@ def _norm_scale(
     """LIMIT is the largest code, or None without codes."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.max_contiguous(tl.arange(0, BLOCK), 8)  # per thread; 16 would suit codes, but change the sum
-    inside = columns < width
-    y = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    y *= tl.rsqrt(tl.sum(y * y, 0) / width + eps)
-    y *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if SCALED:
-        y *= 1 + tl.load(scale + row // tokens * scale_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    y = y.to(out.dtype.element_ty)
-    tl.store(out + row * width + columns, y, mask=inside)
-    if LIMIT is not None:
-        values = smoothed(y, smooth, columns, inside)
-        factor = store_scale(row_scale + row, tl.max(tl.abs(values)), LIMIT)
-        store_codes(codes + row * code_stride + columns, values, factor, inside)
+    y = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
+    scale += row // tokens * scale_stride
+    _store_scaled(y, weight, scale, out, smooth, codes, row_scale, row, columns, width, code_stride, eps, SCALED, LIMIT)
 
 
 @triton.jit
@@ -164,6 +203,30 @@ def _norm_gate_add(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
+    y = _added(x, h, weight, gate + row // tokens * gate_stride, row, columns, width, eps, GATED, SATURATE)
+    tl.store(out + row * width + columns, y.to(out.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _add_norm_scale(
+    x, h, weight, gate, total, next_weight, scale, out, smooth, codes, row_scale,
+    tokens, gate_stride, scale_stride, width, code_stride, eps,
+    GATED: tl.constexpr, SATURATE: tl.constexpr, SCALED: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.max_contiguous(tl.arange(0, BLOCK), 8)
+    y = _added(x, h, weight, gate + row // tokens * gate_stride, row, columns, width, eps, GATED, SATURATE)
+    y = y.to(total.dtype.element_ty)
+    tl.store(total + row * width + columns, y, mask=columns < width)
+    y, scale = y.to(tl.float32), scale + row // tokens * scale_stride
+    _store_scaled(
+        y, next_weight, scale, out, smooth, codes, row_scale, row, columns, width, code_stride, eps, SCALED, LIMIT
+    )
+
+
+@triton.jit
+def _added(x, h, weight, gate, row, columns, width, eps, GATED: tl.constexpr, SATURATE: tl.constexpr):
+    """x + tanh(gate) * norm(h) of a row in fp32, 0 beyond its width."""
     inside = columns < width
     y = tl.load(h + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if SATURATE:
@@ -171,10 +234,28 @@ def _norm_gate_add(
     y *= tl.rsqrt(tl.sum(y * y, 0) / width + eps)
     y *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        g = tl.load(gate + row // tokens * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(gate + columns, mask=inside, other=0.0).to(tl.float32)
         y *= 1 - 2 / (tl.exp(2 * g) + 1)
-    y += tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + columns, y.to(out.dtype.element_ty), mask=inside)
+    return y + tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_scaled(
+    y, weight, scale, out, smooth, codes, row_scale, row, columns, width, code_stride, eps,
+    SCALED: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Store norm(y) * (1 + scale) of a row y in fp32, and its codes."""
+    inside = columns < width
+    y *= tl.rsqrt(tl.sum(y * y, 0) / width + eps)
+    y *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        y *= 1 + tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
+    y = y.to(out.dtype.element_ty)
+    tl.store(out + row * width + columns, y, mask=inside)
+    if LIMIT is not None:
+        values = smoothed(y, smooth, columns, inside)
+        factor = store_scale(row_scale + row, tl.max(tl.abs(values)), LIMIT)
+        store_codes(codes + row * code_stride + columns, values, factor, inside)
 
 
 @triton.jit

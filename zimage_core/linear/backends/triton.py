@@ -213,24 +213,16 @@ def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torc
     """The weight of the 8-bit product: q * s (N, K) and the low-rank branch's columns behind it.
 
     Its scale is channel_scale * 448 / the largest code, of fp8 wide_scale."""
-    qweight, extra = prepared["qweight"], columns(prepared, dtype)
-    n, half = qweight.shape
-    weight = torch.empty(n, 2 * half + extra, dtype=dtype, device=qweight.device)
+    n, half = prepared["qweight"].shape
+    extra = columns(prepared, dtype)
+    weight = torch.empty(n, 2 * half + extra, dtype=dtype, device=prepared["qweight"].device)
+    names = ("qweight", "wscales", "outer_scale", "wide_scale" if dtype is torch.float8_e4m3fn else "channel_scale")
+    branch = (prepared["proj_up"], prepared["rank_scale"]) if extra else (None, None)
+    sizes = 2 * half, 2 * half + extra, prepared["proj_up"].shape[1], extra // 3
     block_c = 128 if half % 128 == 0 else 64
-    scale = prepared["wide_scale"] if dtype is torch.float8_e4m3fn else prepared["channel_scale"]
-    given = qweight, prepared["wscales"], prepared.get("outer_scale"), scale, weight, 2 * half, 2 * half + extra
-    launch("requantize", (n // 32, half // block_c), *given, to_code(dtype), 32, block_c)
-    if extra:
-        _code_branch(prepared["proj_up"], prepared["rank_scale"], scale, weight, extra // 3, up=True)
+    given = *(prepared.get(name) for name in names), weight, *branch, *sizes
+    launch("requantize", (n // 32, half // block_c + (extra > 0)), *given, to_code(dtype), 32, block_c, PART)
     return weight
-
-
-def _code_branch(
-    values: torch.Tensor, rank_scale: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, part: int, up: bool
-) -> None:
-    """Write the low-rank columns of codes (rows, K + 3 part), whose rows have a scale, for values (rows, R)."""
-    (rows, width), r, block = codes.shape, values.shape[1], 1 << (part - 1).bit_length()
-    launch("code_branch", (rows,), values, rank_scale, scale, codes, width - 3 * part, r, part, up, block)
 
 
 def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -262,9 +254,10 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
     if not isinstance(x, Quantized):
         x = Quantized(x, *quantize_rows(x, prepared["smooth_factor"], dtype, extra))
     x, codes, row_scale = x
-    rank = F.linear(x, down)
+    (m, k), n, rank = x.shape, len(up), F.linear(x, down)
     if extra:
-        _code_branch(rank, prepared["rank_scale"], row_scale, codes, extra // 3, up=False)
+        given = rank, prepared["rank_scale"], row_scale, codes, k, rank.shape[1], extra // 3
+        launch("code_branch", (m,), *given, 1 << (extra // 3 - 1).bit_length())
     if join:
         join()
     if dtype is torch.float8_e4m3fn:
@@ -273,7 +266,6 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
         if not extra:
             y.addmm_(rank, up.T)
         return y if bias is None else y.add_(bias)
-    m, n = len(x), len(weight)
     if m < 17:  # _int_mm takes no fewer
         codes = F.pad(codes, (0, 0, 0, 32 - m))
     products = torch._int_mm(codes, weight.T)

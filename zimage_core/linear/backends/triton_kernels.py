@@ -119,47 +119,56 @@ def dequantize(
 
 @triton.jit
 def requantize(
-    qweight, wscales, outer_scale, channel_scale, weight, k, stride, TO_CODE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    qweight, wscales, outer_scale, channel_scale, weight, proj_up, rank_scale, k, stride, r, part,
+    TO_CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """weight (N, K) fp8 or int8, its rows `stride` apart, = q * s / (channel_scale * TO_CODE).
 
-    Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    packed = tl.load(qweight + rows[:, None] * (k // 2) + columns[None, :]).to(tl.int32)
-    to_code = (1 / (tl.load(channel_scale + rows) * TO_CODE))[:, None]
-    out = weight + rows[:, None] * stride + (columns // 32 * 64 + columns % 32)[None, :]
-    q, s = _residual(packed & 15, wscales, outer_scale, rows, tl.program_id(1), k, 0, BLOCK_N, BLOCK_C)
-    low = _to_8bit(q * (s * to_code), weight.dtype.element_ty)
-    q, s = _residual(packed >> 4, wscales, outer_scale, rows, tl.program_id(1), k, 1, BLOCK_N, BLOCK_C)
-    tl.store(out, low)
-    tl.store(out + 32, _to_8bit(q * (s * to_code), weight.dtype.element_ty))
+    With proj_up (N, R) in fp8 also the columns of `_store_branch` behind K.
+    Grid (N / BLOCK_N, K / 2 / BLOCK_C), with proj_up one more of the latter."""
+    rows, tile = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    scale = tl.load(channel_scale + rows)
+    if tile * BLOCK_C * 2 < k:
+        columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        packed = tl.load(qweight + rows[:, None] * (k // 2) + columns[None, :]).to(tl.int32)
+        to_code = (1 / (scale * TO_CODE))[:, None]
+        out = weight + rows[:, None] * stride + (columns // 32 * 64 + columns % 32)[None, :]
+        q, s = _residual(packed & 15, wscales, outer_scale, rows, tile, k, 0, BLOCK_N, BLOCK_C)
+        low = _to_8bit(q * (s * to_code), weight.dtype.element_ty)
+        q, s = _residual(packed >> 4, wscales, outer_scale, rows, tile, k, 1, BLOCK_N, BLOCK_C)
+        tl.store(out, low)
+        tl.store(out + 32, _to_8bit(q * (s * to_code), weight.dtype.element_ty))
+    elif proj_up is not None:
+        for start in range(0, part, BLOCK_R):
+            ranks = start + tl.arange(0, BLOCK_R)[None, :]
+            up = tl.load(proj_up + rows[:, None] * r + ranks, mask=ranks < r, other=0.0).to(tl.float32)
+            value = up / scale[:, None] * tl.load(rank_scale + ranks, mask=ranks < r, other=1.0)
+            _store_branch(value, weight + rows[:, None] * stride + k + ranks, part, ranks < part, True)
 
 
 @triton.jit
 def code_branch(
-    values, rank_scale, row_scale, codes, k, r, part, UP: tl.constexpr, BLOCK_R: tl.constexpr,
+    values, rank_scale, row_scale, codes, k, r, part, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The columns of fp8 codes (rows, K + 3 part) behind K for values (rows, R) of the low-rank branch. Grid (rows,).
-
-    x @ down.T gets hi, lo, hi, with hi + lo = values / (rank_scale * row_scale); up gets hi, hi, lo, with hi + lo =
-    values * rank_scale / row_scale: together all of the product but lo * lo. A part is R columns and zeros."""
+    """The columns of `_store_branch` behind K of fp8 codes (M, K + 3 part) for values (M, R), x @ down.T. Grid (M,)."""
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_R)
     inside = ranks < r
     x = tl.load(values + row * r + ranks, mask=inside, other=0.0).to(tl.float32) / tl.load(row_scale + row)
-    scale = tl.load(rank_scale + ranks, mask=inside, other=1.0)
-    if UP:
-        x *= scale
-    else:
-        x /= scale
-    rounded = _to_e4m3(x)
-    high, low = rounded.to(codes.dtype.element_ty), (x - rounded).to(codes.dtype.element_ty)
-    out = codes + row * (k + 3 * part) + k + ranks
-    tl.store(out, high, mask=ranks < part)
-    tl.store(out + part, high if UP else low, mask=ranks < part)
-    tl.store(out + 2 * part, low if UP else high, mask=ranks < part)
+    x /= tl.load(rank_scale + ranks, mask=inside, other=1.0)
+    _store_branch(x, codes + row * (k + 3 * part) + k + ranks, part, ranks < part, False)
+
+
+@triton.jit
+def _store_branch(values, places, part, inside, UP: tl.constexpr):
+    """Store fp32 values of the low-rank branch as fp8 hi + lo in three parts, of R columns and zeros each.
+
+    x @ down.T gets hi, lo, hi, and up gets hi, hi, lo: together all of the product but lo * lo."""
+    rounded = _to_e4m3(values)
+    high, low = rounded.to(places.dtype.element_ty), (values - rounded).to(places.dtype.element_ty)
+    tl.store(places, high, mask=inside)
+    tl.store(places + part, high if UP else low, mask=inside)
+    tl.store(places + 2 * part, low if UP else high, mask=inside)
 
 
 @triton.jit
