@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # torch takes all cores in each, and so do its children
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(processes))))
 
 TINY_MODEL = Path(__file__).parent / "data" / "tiny_ckpt" / "svdq-int4_r32-z-image-tiny.safetensors"
 
