@@ -148,8 +148,9 @@ class DiffusionModel(Adapted):
         return predict_flow(model, x, timesteps, cond)[:, :, :height, :width]
 
     def run_block(self, stage: str, index: int, block, x: Tensor, *args) -> Tensor:
-        """Run one block, from the device or streamed; raises where the user has interrupted."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        """Run one block, from the device or streamed; raises where the user has interrupted, but within a capture."""
+        if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            comfy.model_management.throw_exception_if_processing_interrupted()
         return self.streamer.run_block(stage, index, block, x, *args)
 
     def replays(self, options: dict) -> bool:

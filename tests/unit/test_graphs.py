@@ -43,11 +43,9 @@ class Watched:
 
     answers: list = []
 
-    def __enter__(self):
+    def run(self, model, *given):
         watched.append(self)
-
-    def __exit__(self, *_):
-        pass
+        return model(*given)
 
     def launch_bound(self):
         return self.answers.pop(0) if self.answers else True
@@ -63,6 +61,7 @@ def steps(monkeypatch):
     monkeypatch.setattr(graphs, "free_bytes", lambda device: graphs.FREE_BYTES)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native", raising=False)
     transformer, streamer = SimpleNamespace(backend=None, adapter_version=0), SimpleNamespace(addresses=1)
     found, ran = Graphs(transformer, streamer, Recorded, Watched), []
 
@@ -144,6 +143,18 @@ def test_a_pool_whose_last_graph_was_dropped_is_not_used_again(steps):
     assert len(made) == 2 and made[0].pool is not made[1].pool
 
 
+def test_what_cudamallocasync_keeps_for_graphs_is_given_back_with_the_last(steps, monkeypatch):
+    """The driver keeps the memory of dropped graphs for new ones, which ComfyUI would count as taken."""
+    trimmed = []
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: graphs.ASYNC)
+    driver = SimpleNamespace(cuDeviceGraphMemTrim=trimmed.append)
+    monkeypatch.setattr(graphs.ctypes, "CDLL", lambda name: driver)
+    for _ in range(3):
+        steps.step(caption())
+    steps.graphs.clear()
+    assert trimmed
+
+
 def test_only_what_is_known_to_allow_it_is_captured():
     def possible(**changes):
         facts = {"backend": None, "addresses": 1, "device": torch.device("cpu")} | changes
@@ -164,6 +175,12 @@ def test_only_what_is_known_to_allow_it_is_captured():
             linear.load(form, {"codes": torch.zeros(4, 8, dtype=torch.int8)})
             assert possible(linears=[linear]) is by_torch, form
         patch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+        kernels = SimpleNamespace(DIRECT=True)
+        patch.setattr(graphs, "load", lambda name: kernels)
+        assert possible()
+        kernels.DIRECT = False
+        assert not possible(), "Triton before 3.3 refuses what was allocated while capturing"
+        patch.setattr(torch.cuda, "get_allocator_backend", lambda: "pluggable")
         assert not possible()
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +76,12 @@ def test_kernels_compile_for(gpu):
         branch |= {"k": "i32", "r": "i32", "part": "i32"}
         code = compiled(kernels.code_branch, gpu, branch, {"BLOCK_R": 512}, {})
         assert gpu in AMD or "f16x2.e4m3x2" not in code, "ptxas of CUDA 12.8 gets that wrong"
+        branch = {"x": half, "down": half, "m": "i32"} | {name: branch[name] for name in branch if name != "values"}
+        for k in (3840, 192):
+            tiles = dict(backend.down_tiles(k, sm))
+            options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
+            code = compiled(kernels.code_down, gpu, branch, tiles, options)
+            assert re.search(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", code) and "f16x2.e4m3x2" not in code
 
 
 @pytest.mark.parametrize("gpu", SHARED)
@@ -92,6 +99,46 @@ def test_kernels_that_dequantize_stored_weights_compile_for(gpu):
         blocks = {"codes": "*u8", "weight": half, "groups": "i32"}
         constants = {"BITS": int(form[1]), "KIND": form[3], "SIZE": size, "TILE": dense.TILE // 32}
         compiled(dense._blocks, gpu, blocks, constants, {})
+
+
+def test_a_compiled_kernel_is_known_by_all_that_it_depends_on_and_takes_addresses(monkeypatch):
+    """With a stand-in for what Triton compiles, as there is no GPU: cudaMallocAsync's graphs rest on it."""
+    import torch
+
+    from zimage_core.linear.backends import triton_kernels as kernels
+
+    built, ran = [], []
+
+    class Compiled(triton.compiler.CompiledKernel):
+        function, packed_metadata, module = "function", "metadata", None
+
+        def __init__(self):
+            pass
+
+        def run(self, *given):
+            ran.append(given)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: built.append(arguments) or Compiled()
+
+    def launch(x, n, block=64):
+        counts = len(built), len(ran)
+        kernels.launch(kernel, (2, 3), x, None, n, True, BLOCK=block, num_warps=4)
+        return len(built) - counts[0], len(ran) - counts[1]
+
+    kernel = Kernel()
+    driver = SimpleNamespace(get_current_stream=lambda device: 7)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+    monkeypatch.setattr(kernels, "DIRECT", True)
+    x, other = torch.empty(64), torch.empty(64)
+    assert launch(x, 5) == (1, 0) and launch(other, 5) == (0, 1)
+    assert ran == [(2, 3, 1, 7, "function", "metadata", None, None, None, other.data_ptr(), None, 5, True, 64)]
+    for changed in ((x, 6), (x.half(), 5), (x, 5, 32), (x[1:], 5)):
+        assert launch(*changed) == (1, 0) and launch(*changed) == (0, 1)
+    assert launch(x.to("meta"), 5) == (0, 0)
+    monkeypatch.setattr(kernels, "DIRECT", False)
+    assert launch(x, 8) == launch(x, 8) == (1, 0), "Triton before 3.3 takes arguments otherwise"
 
 
 def compiled(

@@ -10,18 +10,20 @@ A graph reads and writes fixed addresses: inputs are copied there, and other wei
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..formats.stored import FORMS, StoredLinear
-from ..linear.backends import capability, guard
+from ..linear.backends import capability, guard, load
 from ..models.transformer import Conditioning, ZImageTransformer
 
 if TYPE_CHECKING:
@@ -30,24 +32,37 @@ if TYPE_CHECKING:
 BACKENDS = ("triton", "reference")  # whose kernels may be captured
 SHAPES = 8  # kept at a time: captions of two lengths, prompt and negative prompt, of two sizes
 LAUNCH_BOUND = 2.0  # a step may be launch-bound if the GPU takes less than this times the host's time
+ASYNC = "cudaMallocAsync"  # the allocator that ComfyUI chooses
 FREE_BYTES = 2**31  # that the GPU must have left: a graph keeps its activations
 
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 class Watch:
-    """A context manager that times a step: on the host, which launches it, and on the GPU."""
+    """Runs a step and times it: on the host, which launches it, and on the GPU.
+
+    With `ASYNC` on the stream that captures, so that what cuBLAS keeps for a stream is no part of a graph.
+    """
 
     def __init__(self) -> None:
         self.begun, self.done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def __enter__(self) -> None:
-        self.host = time.perf_counter()
-        self.begun.record()
-
-    def __exit__(self, *_: object) -> None:
-        self.done.record()
-        self.host = time.perf_counter() - self.host
+    def run(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """model(latents, t, cond)."""
+        device = latents.device
+        stream = main = torch.cuda.current_stream(device)
+        if torch.cuda.get_allocator_backend() == ASYNC:
+            stream = capture_stream(device)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            self.host = time.perf_counter()
+            self.begun.record()
+            flow = model(latents, t, cond)
+            self.done.record()
+            self.host = time.perf_counter() - self.host
+        main.wait_stream(stream)
+        flow.record_stream(main)
+        return flow
 
     def launch_bound(self) -> bool | None:
         """Whether launching took long beside running; None while the GPU still runs the step."""
@@ -57,7 +72,10 @@ class Watch:
 
 
 class Graph:
-    """One captured step with the tensors that it reads and writes."""
+    """One captured step with the tensors that it reads and writes.
+
+    They are allocated before: of what cudaMallocAsync allocates while capturing nothing may outlive the capture.
+    """
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -65,9 +83,11 @@ class Graph:
         self.latents, self.t, self.source = latents.clone(), t.clone(), cond
         copies: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors(cond).items()}
         self.cond = replace(cond, **copies)
+        self.flow = torch.empty_like(self.latents)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.flow = model(self.latents, self.t, self.cond)
+        stream = capture_stream(latents.device)
+        with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
+            self.flow.copy_(model(self.latents, self.t, self.cond))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -120,16 +140,13 @@ class Graphs:
 
     @property
     def possible(self) -> bool:
-        """Whether steps can be captured: on an NVIDIA GPU, nothing streamed, by kernels that allow it.
-
-        torch's own allocator is required: of ComfyUI's default, cudaMallocAsync, Triton's launcher refuses what was
-        allocated while capturing.
-        """
+        """Whether steps can be captured: on an NVIDIA GPU, nothing streamed, kernels and allocator allow it."""
         backend = self._transformer.backend
         known = (backend is None or backend.name in BACKENDS) and self._by_torch
         if not known or self._streamer.addresses is None or capability(self._streamer.device) is None:
             return False
-        return torch.cuda.get_allocator_backend() == "native"
+        allocator = torch.cuda.get_allocator_backend()
+        return allocator == "native" or (allocator == ASYNC and takes_addresses())
 
     def run(self, model: Model, latents: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """model(latents, t, cond), by a graph if there is one; model calls the transformer, alike in every step.
@@ -149,7 +166,10 @@ class Graphs:
     def _drop_oldest(self) -> None:
         _, step = self._steps.popitem(last=False)
         if step.graph:
-            torch.cuda.synchronize(step.graph.latents.device)  # it may be running
+            device = step.graph.latents.device
+            torch.cuda.synchronize(device)  # it may be running
+            step.graph = None
+            trim(device)
         if not any(step.graph for step in self._steps.values()):
             self._pool = None  # torch refuses a capture into a pool whose last graph is gone
 
@@ -167,8 +187,7 @@ class Graphs:
         if step.runs != 2:  # the first compiles kernels
             return model(latents, t, cond)
         step.watch = self._watch()
-        with step.watch:
-            return model(latents, t, cond)
+        return step.watch.run(model, latents, t, cond)
 
     def _step(self, latents: Tensor, t: Tensor, cond: Conditioning) -> Step:
         """The step of these shapes; all are dropped if weights changed."""
@@ -188,6 +207,26 @@ class Graphs:
 def tensors(cond: Conditioning) -> dict[str, Tensor]:
     """The tensors of a conditioning by field name."""
     return {name: value for name, value in vars(cond).items() if isinstance(value, Tensor)}
+
+
+@cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device, on which steps are captured."""
+    return torch.cuda.Stream(device)
+
+
+def takes_addresses() -> bool:
+    """Whether Triton's kernels, where there are any, run on plain addresses: its launcher refuses those of `ASYNC`."""
+    try:
+        return load("triton_kernels").DIRECT
+    except (ImportError, OSError):
+        return True
+
+
+def trim(device: torch.device) -> None:
+    """Give back what the driver keeps for the allocations in dropped graphs; torch has no call for it."""
+    if torch.cuda.get_allocator_backend() == ASYNC:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuDeviceGraphMemTrim(device.index)
 
 
 def free_bytes(device: torch.device) -> int:

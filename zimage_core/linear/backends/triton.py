@@ -21,9 +21,8 @@ Legend: M rows, N out, K in, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
@@ -213,16 +212,28 @@ def requantize(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torc
     """The weight of the 8-bit product: q * s (N, K) and the low-rank branch's columns behind it.
 
     Its scale is channel_scale * 448 / the largest code, of fp8 wide_scale."""
-    n, half = prepared["qweight"].shape
-    extra = columns(prepared, dtype)
-    weight = torch.empty(n, 2 * half + extra, dtype=dtype, device=prepared["qweight"].device)
-    names = ("qweight", "wscales", "outer_scale", "wide_scale" if dtype is torch.float8_e4m3fn else "channel_scale")
-    branch = (prepared["proj_up"], prepared["rank_scale"]) if extra else (None, None)
-    sizes = 2 * half, 2 * half + extra, prepared["proj_up"].shape[1], extra // 3
-    block_c = 128 if half % 128 == 0 else 64
-    given = *(prepared.get(name) for name in names), weight, *branch, *sizes
-    launch("requantize", (n // 32, half // block_c + (extra > 0)), *given, to_code(dtype), 32, block_c, PART)
+    weight = _empty_weight(prepared, dtype, columns(prepared, dtype))
+    _requantize(prepared, weight)
     return weight
+
+
+def _empty_weight(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype, extra: int) -> torch.Tensor:
+    """What `_requantize` fills, with so many columns for the low-rank branch."""
+    n, half = prepared["qweight"].shape
+    return torch.empty(n, 2 * half + extra, dtype=dtype, device=prepared["qweight"].device)
+
+
+def _requantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor) -> None:
+    """Write `requantize`'s result into weight."""
+    qweight, (n, width), up, dtype = prepared["qweight"], weight.shape, prepared["proj_up"], weight.dtype
+    half = qweight.shape[1]
+    extra = width - 2 * half
+    scale = prepared["wide_scale" if dtype is torch.float8_e4m3fn else "channel_scale"]
+    branch = (up, prepared["rank_scale"]) if extra else (None, None)
+    block_c = 128 if half % 128 == 0 else 64
+    given = qweight, prepared["wscales"], prepared.get("outer_scale"), scale, weight, *branch
+    given += 2 * half, width, up.shape[1], extra // 3
+    launch("requantize", (n // 32, half // block_c + (extra > 0)), *given, to_code(dtype), 32, block_c, PART)
 
 
 def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -231,10 +242,13 @@ def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tenso
     if m > FEW_ROWS or x.dtype is torch.float16:  # x @ down.T might overflow
         return F.linear(x, dequantize(prepared), bias)
     # [x, x @ down.T] @ [q * s / smooth, up].T
-    with _aside(x.device) as join:
-        weight = torch.empty(n, k + r, dtype=x.dtype, device=x.device)
+    weight = torch.empty(n, k + r, dtype=x.dtype, device=x.device)
+
+    def fill() -> None:
         _dequantize(prepared, weight[:, :k], 0)
         weight[:, k:] = up
+
+    join = _aside(x.device, fill)
     wide = x.new_empty(m, k + r)
     wide[:, :k] = x
     torch.mm(x, down.T, out=wide[:, k:])
@@ -249,15 +263,16 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
     if "codes" in prepared:
         weight, join = prepared["codes"], None
     else:
-        with _aside(up.device) as join:
-            weight = requantize(prepared, dtype)
+        weight = _empty_weight(prepared, dtype, extra)
+        join = _aside(up.device, partial(_requantize, prepared, weight))
     if not isinstance(x, Quantized):
         x = Quantized(x, *quantize_rows(x, prepared["smooth_factor"], dtype, extra))
     x, codes, row_scale = x
-    (m, k), n, rank = x.shape, len(up), F.linear(x, down)
+    m, n = len(x), len(up)
     if extra:
-        given = rank, prepared["rank_scale"], row_scale, codes, k, rank.shape[1], extra // 3
-        launch("code_branch", (m,), *given, 1 << (extra // 3 - 1).bit_length())
+        _code_down(x, prepared, row_scale, codes, extra // 3)
+    else:
+        rank = F.linear(x, down)
     if join:
         join()
     if dtype is torch.float8_e4m3fn:
@@ -295,24 +310,51 @@ def multiply_8bit(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bia
     return y
 
 
-@contextmanager
-def _aside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Runs its body on a side stream inside a CUDA graph; yields a function that joins the streams again.
+def _code_down(
+    x: torch.Tensor, prepared: Mapping[str, torch.Tensor], row_scale: torch.Tensor, codes: torch.Tensor, part: int
+) -> None:
+    """Write the columns of codes (M, K + 3 part) that x @ down.T has, for few rows in one kernel."""
+    down, (m, k) = prepared["proj_down"], x.shape
+    r = len(down)
+    if m > FEW_ROWS:
+        given = F.linear(x, down), prepared["rank_scale"], row_scale, codes, k, r, part
+        launch("code_branch", (m,), *given, 1 << (part - 1).bit_length())
+        return
+    tiles = down_tiles(k, capability(x.device) or 80)
+    grid = -(-m // tiles["BLOCK_M"]), -(-part // tiles["BLOCK_R"])
+    launch("code_down", grid, x.contiguous(), down, prepared["rank_scale"], row_scale, codes, m, k, r, part, **tiles)
 
-    Outside a graph the body runs in order: launching on two streams takes the host longer than it saves.
+
+@cache
+def down_tiles(k: int, sm: int) -> dict[str, int]:
+    """Tile sizes of `code_down` for K and a compute capability, within its shared memory."""
+    block_k = 128 if sm in (90, 100) and k % 128 == 0 else 64
+    return {"BLOCK_M": 64, "BLOCK_R": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+
+
+def _aside(device: torch.device, work: Callable[[], None]) -> Callable[[], None]:
+    """Run work on a side stream inside a CUDA graph; returns a function that joins the streams again.
+
+    What it writes is allocated before: cudaMallocAsync frees on the stream of the allocation, where nothing waits for
+    what reads it. Outside a graph it runs in order: launching on two streams takes the host longer than it saves.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield lambda: None
-        return
+        work()
+        return _nothing
     main, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
+        work()
+    return partial(main.wait_stream, side)
+
+
+def _nothing() -> None:
+    pass
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One side stream per device, as torch's allocator keeps separate memory for each stream."""
+    """One side stream per device."""
     return torch.cuda.Stream(device)
 
 

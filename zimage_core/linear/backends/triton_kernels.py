@@ -13,6 +13,7 @@ Legend: M rows, N out, K in, R rank, G = K / 64 groups (K / 16 of FP4).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from . import guard
 
 OPTIONS = ("num_warps", "num_stages")
 DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # a compiled kernel takes all arguments by place
-_compiled: dict[tuple, tuple[Callable[..., None], tuple, tuple]] = {}
+_compiled: dict[tuple, tuple[Callable[..., None], Callable[[int], int], tuple, tuple]] = {}
 
 FP4_OFFSET = tl.constexpr(2.0 ** (14 + 8))  # of e2m1, whose exponents are offset by 1 and not 15, and of e4m3's 7
 
@@ -30,33 +31,44 @@ FP4_OFFSET = tl.constexpr(2.0 ** (14 + 8))  # of e2m1, whose exponents are offse
 def launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
     """Run a kernel on its first argument's device; on the meta device, which counts memory, there is nothing to run.
 
-    Triton's own launch specializes and looks its arguments up anew each time, which takes the host three times as long:
-    what it compiled is kept here by everything that it may depend on, for arguments whose places are aligned."""
+    Triton's own launch specializes and looks its arguments up anew each time, which takes the host three times as long,
+    and asks the driver about every tensor, which cannot say where one lies that cudaMallocAsync allocated while a CUDA
+    graph was captured. What it compiled is kept here by everything that it may depend on, and takes plain addresses."""
     first = arguments[0]
     assert isinstance(first, torch.Tensor)
     if first.is_meta:
         return
     device = first.get_device()
     key: list[object] = [id(kernel), device, *options.values()]
+    given: list[object] = []
     places = 0
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             key.append(argument.dtype)
-            places |= argument.data_ptr()
+            argument = argument.data_ptr()
+            places |= argument
         else:
             key.append(argument)
-    known = _compiled.get(tuple(key)) if places % 16 == 0 else None
-    if known is not None and device == torch.cuda.current_device():
-        run, given, constants = known
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        run(*grid, *(1,) * (3 - len(grid)), stream, *given, *arguments, *constants)
+        given.append(argument)
+    if places % 16:  # Triton asks each tensor
+        key += [isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 == 0 for argument in arguments]
+    known = _compiled.get(tuple(key))
+    if known is not None and (not _several() or device == torch.cuda.current_device()):
+        run, stream, fixed, constants = known
+        run(*grid, *(1,) * (3 - len(grid)), stream(device), *fixed, *given, *constants)
         return
     with guard(first.device):
         compiled = kernel[grid](*arguments, **options)
-    if DIRECT and places % 16 == 0 and isinstance(compiled, triton.compiler.CompiledKernel):
+    if DIRECT and isinstance(compiled, triton.compiler.CompiledKernel):
         constants = tuple(value for name, value in options.items() if name not in OPTIONS)
-        given = compiled.function, compiled.packed_metadata, None, None, None  # without hooks of launches
-        _compiled[tuple(key)] = compiled.run, given, constants
+        fixed = compiled.function, compiled.packed_metadata, None, None, None  # without hooks of launches
+        _compiled[tuple(key)] = compiled.run, triton.runtime.driver.active.get_current_stream, fixed, constants
+
+
+@cache
+def _several() -> bool:
+    """Whether there are several GPUs, so that another than a tensor's may be the current one."""
+    return torch.cuda.device_count() > 1
 
 
 @triton.jit
@@ -157,6 +169,28 @@ def code_branch(
     x = tl.load(values + row * r + ranks, mask=inside, other=0.0).to(tl.float32) / tl.load(row_scale + row)
     x /= tl.load(rank_scale + ranks, mask=inside, other=1.0)
     _store_branch(x, codes + row * (k + 3 * part) + k + ranks, part, ranks < part, False)
+
+
+@triton.jit
+def code_down(
+    x, down, rank_scale, row_scale, codes, m, k, r, part,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`code_branch` with x (M, K) @ down.T in it, rounded once. Grid (M / BLOCK_M, part / BLOCK_R), rounded up."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row, rank, inner = rows % m, ranks % r, tl.arange(0, BLOCK_K)
+    left = x + row[:, None].to(tl.int64) * k + inner[None, :]
+    right = down + rank[None, :] * k + inner[:, None]
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for _ in range(0, k, BLOCK_K):
+        total = tl.dot(tl.load(left), tl.load(right), total)
+        left += BLOCK_K
+        right += BLOCK_K
+    total = total / tl.load(row_scale + row)[:, None] / tl.load(rank_scale + rank)[None, :]
+    places = codes + rows[:, None].to(tl.int64) * (k + 3 * part) + k + ranks[None, :]
+    inside = (rows < m)[:, None] & (ranks < part)[None, :]
+    _store_branch(tl.where((ranks < r)[None, :], total, 0.0), places, part, inside, False)
 
 
 @triton.jit
