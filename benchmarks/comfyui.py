@@ -54,6 +54,7 @@ BUDGETS = (4.0, 2.5)
 TINY_BUDGETS = (0.04,)
 LORA_RANK = 16
 IN_A_ROW = 10
+TAKES = 3
 MOST_ADDED = 0.65  # by a ControlNet to the time of sampling
 STOCK = {"BF16": None, "FP8": "float8_e4m3fn", "INT8": "int8_tensorwise"}  # files for ComfyUI's own loader
 DRIFT = 0.01
@@ -273,7 +274,8 @@ def more_files(folder: Path, tiny: bool, device: torch.device, asked: list[str])
         places = range(0, info.config.n_layers, 2)
         net = nets.write_quantized(home, info.config, tuple(places), min(info.rank, nets.RANK), device)
         found["model_patches/controlnet.safetensors"] = net
-    for name, form in STOCK.items() if own_formats.__name__ in asked else ():
+    forms = STOCK if own_formats.__name__ in asked else {"BF16": None} if int4.__name__ in asked else {}
+    for name, form in forms.items():
         path = home / f"stock-{name}.safetensors"
         if not path.exists():
             write_comfyui(path, info.config, form, device)
@@ -527,6 +529,22 @@ def own_formats(run: Run) -> None:
             row("INT4, ours")
 
 
+def int4(run: Run) -> None:
+    """KSampler on an INT4 file by our loader beside ComfyUI's own in BF16, the least of TAKES, at two sizes."""
+    ways: dict[str, dict] = {"INT4, ours": {}}
+    if not run.args.tiny:
+        ways = {f"INT4, ours, {precision}": {"precision": precision} for precision in ("w4a8", "w4a16")}
+        ways = {"BF16, ComfyUI": {"model": "stock-BF16.safetensors", "stock": True}} | ways
+    for size in (run.size // 2, run.size):
+        first = 0.0
+        for name, way in ways.items():
+            run.draw("zimage_ksampler", alone=True, size=size, **way)
+            takes = [run.draw("zimage_ksampler", size=size, **way) for _ in range(TAKES)]
+            drawn = min(takes, key=lambda drawn: drawn.sample_s)
+            first = first or drawn.sample_s
+            run.row(f"{size}: {name}", True, drawn, note=f"{drawn.sample_s / first:.3f} of the first")
+
+
 PARTS = {
     first_pictures: 120,
     nearly_full: 60,
@@ -538,6 +556,7 @@ PARTS = {
     host_waits: 60,
     controlnet: 90,
     own_formats: 150,
+    int4: 120,
     small_picture: 40,
 }
 
