@@ -77,7 +77,7 @@ SIZES = {
     (448, 448): (2000, 0.01, 0.02),
 }  # in the order in which they are stored; training starts with the first
 VAE_BATCHES = {128: 96, 192: 40, 256: 24, 384: 10}  # edge: pictures of a step
-CALIBRATION = 32  # captions for `zimage quantize --prompts`
+CALIBRATION = 128  # captions for `zimage quantize --prompts`
 PIXELS_AT_ONCE = 2**22  # that are rendered and encoded together
 
 
