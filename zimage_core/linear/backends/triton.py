@@ -268,7 +268,7 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
     if not isinstance(x, Quantized):
         x = Quantized(x, *quantize_rows(x, prepared["smooth_factor"], dtype, extra))
     x, codes, row_scale = x
-    m, n = len(x), len(up)
+    m, n = x.shape[0], up.shape[0]
     if extra:
         _code_down(x, prepared, row_scale, codes, extra // 3)
     else:
@@ -277,7 +277,9 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
         join()
     if dtype is torch.float8_e4m3fn:
         scales = row_scale.unsqueeze(1), prepared["wide_scale"].unsqueeze(0)
-        y = torch._scaled_mm(codes, weight.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True).to(x.dtype)
+        y = torch._scaled_mm(codes, weight.T, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+        if x.dtype is not torch.bfloat16:
+            y = y.to(x.dtype)
         if not extra:
             y.addmm_(rank, up.T)
         return y if bias is None else y.add_(bias)
@@ -315,7 +317,7 @@ def _code_down(
 ) -> None:
     """Write the columns of codes (M, K + 3 part) that x @ down.T has, for few rows in one kernel."""
     down, (m, k) = prepared["proj_down"], x.shape
-    r = len(down)
+    r = down.shape[0]
     if m > FEW_ROWS:
         given = F.linear(x, down), prepared["rank_scale"], row_scale, codes, k, r, part
         launch("code_branch", (m,), *given, 1 << (part - 1).bit_length())

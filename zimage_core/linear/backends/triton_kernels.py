@@ -18,6 +18,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import guard
 
@@ -29,33 +30,40 @@ FP4_OFFSET = tl.constexpr(2.0 ** (14 + 8))  # of e2m1, whose exponents are offse
 
 
 def launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
-    """Run a kernel on its first argument's device; on the meta device, which counts memory, there is nothing to run.
+    """Run a kernel, whose tensors, or None for one, come first, on the device of the first.
+
+    On the meta device, which counts memory, there is nothing to run.
 
     Triton's own launch specializes and looks its arguments up anew each time, which takes the host three times as long,
     and asks the driver about every tensor, which cannot say where one lies that cudaMallocAsync allocated while a CUDA
     graph was captured. What it compiled is kept here by everything that it may depend on, and takes plain addresses."""
     first = arguments[0]
-    assert isinstance(first, torch.Tensor)
+    assert isinstance(first, Tensor)
     if first.is_meta:
         return
     device = first.get_device()
     key: list[object] = [id(kernel), device, *options.values()]
-    given: list[object] = []
+    given: list[int | None] = []
     places = 0
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
+        if argument is None:
+            key.append(None)
+            given.append(None)
+        elif isinstance(argument, Tensor):
             key.append(argument.dtype)
-            argument = argument.data_ptr()
-            places |= argument
+            place = argument.data_ptr()
+            places |= place
+            given.append(place)
         else:
-            key.append(argument)
-        given.append(argument)
+            break
+    numbers = arguments[len(given) :]
+    key.append(numbers)
     if places % 16:  # Triton asks each tensor
-        key += [isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 == 0 for argument in arguments]
+        key += [place and place % 16 for place in given]
     known = _compiled.get(tuple(key))
     if known is not None and (not _several() or device == torch.cuda.current_device()):
         run, stream, fixed, constants = known
-        run(*grid, *(1,) * (3 - len(grid)), stream(device), *fixed, *given, *constants)
+        run(*grid, *(1,) * (3 - len(grid)), stream(device), *fixed, *given, *numbers, *constants)
         return
     with guard(first.device):
         compiled = kernel[grid](*arguments, **options)
