@@ -57,7 +57,16 @@ def part_calls(weights: SVDQWeights, x: Tensor) -> dict[str, tuple[Call, tuple[T
     eight = module.eight_bit(x.device)
     codes = (weights.qweight, weights.wscales)
     branch = (weights.proj_down, weights.proj_up)
+
+    def int8() -> Tensor:
+        """w4a8 as on cards without fp8."""
+        rows, row_scale = module.quantize_rows(x, prepared["smooth_factor"], torch.int8)
+        weight, to_code = module.requantize(prepared, torch.int8), module.to_code(torch.int8)
+        scales = row_scale, weight, prepared["channel_scale"], to_code, x.dtype
+        return module.multiply_int8(rows, *scales, x @ weights.proj_down.T, weights.proj_up)
+
     return {
+        " int8 w4a8": (int8, (*codes, *branch, x)),
         " dequantize": (lambda: module.dequantize(prepared), (*codes, weights.smooth_factor, *branch)),
         " requantize": (lambda: module.requantize(prepared, eight), codes),
         " quantize rows": (lambda: module.quantize_rows(x, prepared["smooth_factor"], eight)[0], (x,)),

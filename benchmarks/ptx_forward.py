@@ -99,6 +99,10 @@ def check_linears(n: int, k: int, rank: int, device: torch.device, dtype: torch.
     w4a4 = error(reference.linear(x[:8], weights.tensors(), "w4a4"), x[:8].float() @ exact.T)
     y = backend.linear(x[:40], prepared, "w4a8")
     yield f"w4a8 {shape}", error(y, x[:40].float() @ exact.T), 0.4 * w4a4  # the limit of the unit tests
+    codes, scale = backend.requantize(prepared, torch.int8), prepared["channel_scale"] * backend.to_code(torch.int8)
+    x = smoothed[:40].to(dtype)
+    y = backend.multiply_8bit(x, codes, scale, None)
+    yield f"w8a8 {shape}", error(y, x.float() @ (codes.float() * scale[:, None]).T), 0.01  # likewise
 
 
 def check_ops(config: ZImageConfig, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:

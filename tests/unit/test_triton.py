@@ -66,11 +66,21 @@ def test_kernels_compile_for(gpu):
     for codes in (int4, fp4):
         up = {"proj_up": None, "rank_scale": None} if byte == "*i8" else {"proj_up": half, "rank_scale": "*fp32"}
         signature = codes | {"channel_scale": "*fp32", "weight": byte} | up | sizes
-        tiles = {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_C": 128, "BLOCK_R": backend.PART}
+        tiles = {"TO_CODE": 1.0, "BLOCK_N": 32, "BLOCK_K": 256, "BLOCK_R": backend.PART}
         code = compiled(kernels.requantize, gpu, signature, tiles, {})
         assert gpu in AMD or "f16x2.e4m3x2" not in code, "ptxas of CUDA 12.8 gets that wrong"
-    rescale = {"products": "*i32", "row_scale": "*fp32", "channel_scale": "*fp32", "y": half, "n": "i32"}
-    compiled(kernels.rescale_add, gpu, rescale, {"TO_CODE": 448 / 127, "BLOCK": 1024}, {})
+    scales = {"row_scale": "*fp32", "channel_scale": "*fp32"}
+    if sm == 75:  # where `torch._int_mm` multiplies
+        rescale = {"products": "*i32"} | scales | {"y": half, "n": "i32"}
+        compiled(kernels.rescale_add, gpu, rescale, {"TO_CODE": 448 / 127, "BLOCK": 1024}, {})
+    for rank in (0, 256) if sm >= 80 else ():
+        tiles = backend.int8_tiles(3840, rank, sm)
+        options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
+        branch = dict.fromkeys(("rank", "up", "bias"), half if rank else None)
+        sizes = dict.fromkeys(("m", "n", "k", "r"), "i32")
+        signature = {"codes": "*i8", "weight": "*i8"} | scales | branch | {"y": half} | sizes
+        code = compiled(kernels.multiply_int8, gpu, signature, {"TO_CODE": 448 / 127} | tiles, options)
+        assert re.search(r"s32\.s8\.s8|v_wmma_i32\w*iu8|v_mfma_i32\w*i8|tcgen05\.mma.*i8", code), "8-bit matrix units"
     if byte != "*i8":
         branch = {"values": half, "rank_scale": "*fp32", "row_scale": "*fp32", "codes": byte}
         branch |= {"k": "i32", "r": "i32", "part": "i32"}
@@ -151,13 +161,13 @@ def compiled(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = [*arguments, *constants]
+    names = kernel.arg_names
     constants = {name: None for name, kind in arguments.items() if kind is None} | constants
     source = ASTSource(
         fn=kernel,
-        signature=arguments | dict.fromkeys(constants, "constexpr"),
+        signature={name: "constexpr" if name in constants else arguments[name] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if name not in constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants},
     )
     target = GPUTarget("hip", gpu, AMD[gpu]) if gpu in AMD else GPUTarget("cuda", gpu, 32)
     built = triton.compile(source, target=target, options=options)

@@ -11,8 +11,8 @@ the codes for the other three linears. Times of each part and their lower bounds
 In fp8 the low-rank branch is 3 R more channels of the same product, so that it needs no pass over y of its own. One fp8
 for a number would raise the error by half, so each is two that add up to it, with the bits of a bf16: x @ down.T takes
 the columns hi, lo, hi, and up hi, hi, lo. Three scales meet there: a row's (from x), an output channel's, and
-`rank_scale` of each rank, the most that x @ down.T can be of the row's, so that no code overflows. In int8 the branch
-stays a product in 16 bits.
+`rank_scale` of each rank, the most that x @ down.T can be of the row's, so that no code overflows. In int8 the kernel
+of the product adds the branch in 16 bits before it rounds.
 
 FP4 weights take the same kernels, which read their codes and scales otherwise.
 
@@ -155,10 +155,26 @@ def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
 
     Those of sm_80 serve AMD GPUs: 32 KiB of 64."""
     if r == 0:
-        return {"BLOCK_N": 32, "BLOCK_C": 128 if k % 256 == 0 else 64, "BLOCK_R": 0, "num_warps": 4, "num_stages": 1}
-    large = sm in (90, 100)
-    block_r = min(r & -r, 64 if large else 32)
-    return {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_R": block_r, "num_warps": 4 if large else 8, "num_stages": 3}
+        return {"BLOCK_N": 32, "BLOCK_K": channel_tile(k), "BLOCK_R": 0, "num_warps": 4, "num_stages": 1}
+    if sm in (90, 100):
+        sizes = {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": min(r & -r, 64), "num_warps": 4}
+    else:
+        sizes = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_R": min(r & -r, 32), "num_warps": 8}
+    return sizes | {"num_stages": 3}
+
+
+def channel_tile(k: int) -> int:
+    """How many channels the kernels that only write take at once."""
+    return 256 if k % 256 == 0 else 128
+
+
+def int8_tiles(k: int, r: int, sm: int) -> dict[str, int]:
+    """Tile sizes of the int8 product, as `dequantize_tiles`."""
+    if sm in (90, 100):
+        sizes = {"BLOCK_K": min(k & -k, 128), "BLOCK_R": min(r & -r, 64), "num_warps": 4, "num_stages": 3}
+    else:
+        sizes = {"BLOCK_K": min(k & -k, 64), "BLOCK_R": min(r & -r, 32), "num_warps": 8, "num_stages": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 128} | sizes | {"GROUP": 8}
 
 
 def launch(kernel: str, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
@@ -178,7 +194,7 @@ def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: i
     n, k = weight.shape
     tiles = dequantize_tiles(k, r, capability(weight.device) or 80)
     names = ("qweight", "wscales", "outer_scale", "smooth_factor", "proj_down", "proj_up")
-    grid = n // tiles["BLOCK_N"], k // 2 // tiles["BLOCK_C"]
+    grid = k // tiles["BLOCK_K"], n // tiles["BLOCK_N"]
     launch("dequantize", grid, *(prepared.get(name) for name in names), weight, k, r, weight.stride(0), **tiles)
 
 
@@ -226,14 +242,13 @@ def _empty_weight(prepared: Mapping[str, torch.Tensor], dtype: torch.dtype, extr
 def _requantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor) -> None:
     """Write `requantize`'s result into weight."""
     qweight, (n, width), up, dtype = prepared["qweight"], weight.shape, prepared["proj_up"], weight.dtype
-    half = qweight.shape[1]
-    extra = width - 2 * half
+    k = 2 * qweight.shape[1]
+    extra, block_k = width - k, channel_tile(k)
     scale = prepared["wide_scale" if dtype is torch.float8_e4m3fn else "channel_scale"]
     branch = (up, prepared["rank_scale"]) if extra else (None, None)
-    block_c = 128 if half % 128 == 0 else 64
     given = qweight, prepared["wscales"], prepared.get("outer_scale"), scale, weight, *branch
-    given += 2 * half, width, up.shape[1], extra // 3
-    launch("requantize", (n // 32, half // block_c + (extra > 0)), *given, to_code(dtype), 32, block_c, PART)
+    given += k, width, up.shape[1], extra // 3
+    launch("requantize", (k // block_k + (extra > 0), n // 32), *given, to_code(dtype), 32, block_k, PART)
 
 
 def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -268,7 +283,6 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
     if not isinstance(x, Quantized):
         x = Quantized(x, *quantize_rows(x, prepared["smooth_factor"], dtype, extra))
     x, codes, row_scale = x
-    m, n = x.shape[0], up.shape[0]
     if extra:
         _code_down(x, prepared, row_scale, codes, extra // 3)
     else:
@@ -283,13 +297,7 @@ def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> 
         if not extra:
             y.addmm_(rank, up.T)
         return y if bias is None else y.add_(bias)
-    if m < 17:  # _int_mm takes no fewer
-        codes = F.pad(codes, (0, 0, 0, 32 - m))
-    products = torch._int_mm(codes, weight.T)
-    y = F.linear(rank, up, bias)
-    grid = m, -(-n // 1024)
-    launch("rescale_add", grid, products, row_scale, prepared["channel_scale"], y, n, to_code(dtype), 1024)
-    return y
+    return multiply_int8(codes, row_scale, weight, prepared["channel_scale"], to_code(dtype), x.dtype, rank, up, bias)
 
 
 def multiply_8bit(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -303,12 +311,37 @@ def multiply_8bit(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bia
             rows, codes.T, row_scale[:, None], scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
         ).to(x.dtype)
         return y if bias is None else y.add_(bias)
-    (m, _), n = x.shape, len(codes)
-    if m < 17:  # _int_mm takes no fewer
-        rows = F.pad(rows, (0, 0, 0, 32 - m))
-    products = torch._int_mm(rows, codes.T)
-    y = x.new_zeros(m, n) if bias is None else bias.repeat(m, 1)
-    launch("rescale_add", (m, -(-n // 1024)), products, row_scale, scale, y, n, 1.0, 1024)
+    return multiply_int8(rows, row_scale, codes, scale, 1.0, x.dtype, bias=bias)
+
+
+def multiply_int8(
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    to_code: float,
+    dtype: torch.dtype,
+    rank: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """codes (M, K) @ weight (N, K).T * row_scale * scale * to_code + rank @ up.T + bias -> (M, N) in a 16-bit dtype."""
+    (m, k), n, sm = codes.shape, len(weight), capability(codes.device) or 80
+    if sm < 80 or k % 32:  # triton has no tensor cores there, and takes 32 channels at least
+        if rank is not None and up is not None:
+            y = F.linear(rank, up, bias)
+        else:
+            y = codes.new_zeros(m, n, dtype=dtype) if bias is None else bias.repeat(m, 1)
+        if m < 17:  # _int_mm takes no fewer
+            codes = F.pad(codes, (0, 0, 0, 32 - m))
+        products = torch._int_mm(codes, weight.T)
+        launch("rescale_add", (m, -(-n // 1024)), products, row_scale, scale, y, n, to_code, 1024)
+        return y
+    r = 0 if rank is None else rank.shape[1]
+    y, tiles = codes.new_empty(m, n, dtype=dtype), int8_tiles(k, r, sm)
+    grid = (-(-m // tiles["BLOCK_M"]) * -(-n // tiles["BLOCK_N"]),)
+    given = codes, row_scale, weight, scale, rank, up, bias, y, m, n, k, r
+    launch("multiply_int8", grid, *given, to_code, **tiles)
     return y
 
 

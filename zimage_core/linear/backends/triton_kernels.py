@@ -1,8 +1,8 @@
 """The Triton kernels of the `triton` backend. Needs triton to import; `TRITON_INTERPRET=1` runs them on the CPU.
 
 Codes are read in the compact form: byte c of a row holds the code of channel k = c // 32 * 64 + c % 32 in its low
-nibble and that of k + 32 in its high one, so a tile of bytes makes two tiles of channels, each a whole operand of
-`tl.dot`. No kernel masks rows of a weight or bytes of a row: the format makes both multiples of the tiles.
+nibble and that of k + 32 in its high one; a kernel reads each byte twice, at once, for either channel. No kernel masks
+rows or channels of a compact weight: the format makes both multiples of the tiles.
 
 FP4 weights are those with an outer scale of the rows: their codes are e2m1, and wscales the bytes of e4m3, one for 16
 channels. Both are read as the upper bits of fp16, which every GPU has and whose exponents are larger by FP4_OFFSET.
@@ -80,25 +80,32 @@ def _several() -> bool:
 
 
 @triton.jit
-def _residual(
-    nibbles, wscales, outer_scale, rows, tile, k,
-    HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """q and s in fp32 of the low or high nibbles of a tile of bytes."""
+def _codes(qweight, wscales, outer_scale, rows, tile, k, BLOCK_K: tl.constexpr):
+    """Of some rows and a tile of channels: words of eight codes each, and scales in fp32, one for a group."""
+    places = tile * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+    words = tl.load(qweight.to(tl.pointer_type(tl.int32)) + rows[:, None] * (k // 8) + places[None, :])
     if outer_scale is None:
-        groups = tile * (BLOCK_C // 32) + tl.arange(0, BLOCK_C // 32)
+        groups = tile * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
         scale = tl.load(wscales + rows[:, None] * (k // 64) + groups[None, :]).to(tl.float32)
-        s = tl.broadcast_to(scale[:, :, None], BLOCK_N, BLOCK_C // 32, 32).reshape(BLOCK_N, BLOCK_C)
-        q = ((nibbles ^ 8) - 8).to(tl.float32)
     else:
-        halves = tile * (BLOCK_C // 16) + tl.arange(0, BLOCK_C // 16)  # of 32 bytes
-        groups = halves // 2 * 4 + halves % 2 + 2 * HIGH
+        groups = tile * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
         byte = tl.load(wscales + rows[:, None] * (k // 16) + groups[None, :]).to(tl.int32)
         outer = tl.load(outer_scale + rows).to(tl.float32) * FP4_OFFSET
         scale = half((byte & 128) << 8 | (byte & 127) << 7) * outer[:, None]
-        s = tl.broadcast_to(scale[:, :, None], BLOCK_N, BLOCK_C // 16, 16).reshape(BLOCK_N, BLOCK_C)
-        q = half((nibbles & 8) << 12 | (nibbles & 7) << 9)
-    return q, s
+    return words, scale
+
+
+@triton.jit
+def _residual(words, scale):
+    """q and s in fp32 (rows, channels) of what `_codes` returns."""
+    rows: tl.constexpr = words.shape[0]
+    channels: tl.constexpr = words.shape[1] * 8
+    groups: tl.constexpr = scale.shape[1]
+    shift = 28 - tl.arange(0, 2)[:, None, None] * 4 - tl.arange(0, 4)[None, None, :] * 8  # a nibble, a word, a byte
+    top = words.reshape(rows, channels // 64, 1, 8, 1) << shift[None, None, :, :, :]
+    q = (top >> 28).to(tl.float32) if channels // groups == 64 else half(top >> 16 & 0x8000 | top >> 19 & 0xE00)
+    s = tl.broadcast_to(scale[:, :, None], rows, groups, channels // groups)
+    return q.reshape(rows, channels), s.reshape(rows, channels)
 
 
 @triton.jit
@@ -109,55 +116,43 @@ def half(bits):
 @triton.jit
 def dequantize(
     qweight, wscales, outer_scale, smooth_factor, proj_down, proj_up, weight, k, r, stride,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """weight (N, K), its rows `stride` apart, = q * s / smooth + up @ down, rounded once.
 
     BLOCK_R = 0 leaves up @ down out. r is not a constexpr, so that a LoRA in the branch needs no new compilation.
-    Grid (N / BLOCK_N, K / 2 / BLOCK_C)."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels = columns // 32 * 64 + columns % 32
-    low = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    high = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    Grid (K / BLOCK_K, N / BLOCK_N)."""
+    tile, rows = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    words, scale = _codes(qweight, wscales, outer_scale, rows, tile, k, BLOCK_K)
+    smooth = tl.load(smooth_factor + channels).to(tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     if BLOCK_R > 0:
         for start in range(0, r, BLOCK_R):
             ranks = start + tl.arange(0, BLOCK_R)
             up = tl.load(proj_up + rows[:, None] * r + ranks[None, :])
-            down = proj_down + ranks[:, None] * k + channels[None, :]
-            low = tl.dot(up, tl.load(down), low)
-            high = tl.dot(up, tl.load(down + 32), high)
-    packed = tl.load(qweight + rows[:, None] * (k // 2) + columns[None, :]).to(tl.int32)
-    q, s = _residual(packed & 15, wscales, outer_scale, rows, tl.program_id(1), k, 0, BLOCK_N, BLOCK_C)
-    low += q * s * (1 / tl.load(smooth_factor + channels).to(tl.float32))[None, :]
-    q, s = _residual(packed >> 4, wscales, outer_scale, rows, tl.program_id(1), k, 1, BLOCK_N, BLOCK_C)
-    high += q * s * (1 / tl.load(smooth_factor + channels + 32).to(tl.float32))[None, :]
-    out = weight + rows[:, None] * stride + channels[None, :]
-    tl.store(out, low.to(weight.dtype.element_ty))
-    tl.store(out + 32, high.to(weight.dtype.element_ty))
+            total = tl.dot(up, tl.load(proj_down + ranks[:, None] * k + channels[None, :]), total)
+    q, s = _residual(words, scale)
+    total += q * s * tl.max((1 / smooth)[None, :], 0)[None, :]  # a reduction: no thread takes others' reciprocals again
+    tl.store(weight + rows[:, None] * stride + channels[None, :], total.to(weight.dtype.element_ty))
 
 
 @triton.jit
 def requantize(
     qweight, wscales, outer_scale, channel_scale, weight, proj_up, rank_scale, k, stride, r, part,
-    TO_CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    TO_CODE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """weight (N, K) fp8 or int8, its rows `stride` apart, = q * s / (channel_scale * TO_CODE).
 
     With proj_up (N, R) in fp8 also the columns of `_store_branch` behind K.
-    Grid (N / BLOCK_N, K / 2 / BLOCK_C), with proj_up one more of the latter."""
-    rows, tile = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    Grid (K / BLOCK_K, with proj_up one more, N / BLOCK_N)."""
+    tile, rows = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(channel_scale + rows)
-    if tile * BLOCK_C * 2 < k:
-        columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-        packed = tl.load(qweight + rows[:, None] * (k // 2) + columns[None, :]).to(tl.int32)
-        to_code = (1 / (scale * TO_CODE))[:, None]
-        out = weight + rows[:, None] * stride + (columns // 32 * 64 + columns % 32)[None, :]
-        q, s = _residual(packed & 15, wscales, outer_scale, rows, tile, k, 0, BLOCK_N, BLOCK_C)
-        low = _to_8bit(q * (s * to_code), weight.dtype.element_ty)
-        q, s = _residual(packed >> 4, wscales, outer_scale, rows, tile, k, 1, BLOCK_N, BLOCK_C)
-        tl.store(out, low)
-        tl.store(out + 32, _to_8bit(q * (s * to_code), weight.dtype.element_ty))
+    if tile * BLOCK_K < k:
+        channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        q, s = _residual(*_codes(qweight, wscales, outer_scale, rows, tile, k, BLOCK_K))
+        coded = _to_8bit(q * (s * (1 / (scale * TO_CODE))[:, None]), weight.dtype.element_ty)
+        tl.store(weight + rows[:, None] * stride + channels[None, :], coded)
     elif proj_up is not None:
         for start in range(0, part, BLOCK_R):
             ranks = start + tl.arange(0, BLOCK_R)[None, :]
@@ -256,6 +251,43 @@ def store_scale(place, largest, LIMIT: tl.constexpr):
 def store_codes(places, values, factor, inside):
     """Store the codes of smoothed values."""
     tl.store(places, _to_8bit(values * factor, places.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multiply_int8(
+    codes, row_scale, weight, channel_scale, rank, up, bias, y, m, n, k, r, TO_CODE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y (M, N) = codes (M, K) @ weight (N, K).T * row_scale * channel_scale * TO_CODE + rank @ up.T + bias.
+
+    rank (M, R) and up (N, R) of 16 bits unless BLOCK_R is 0, bias (N,) or None. BLOCK_K divides K, BLOCK_R R.
+    Grid (M / BLOCK_M * N / BLOCK_N, both rounded up): columns of GROUP tiles, which share what L2 holds."""
+    tiles_m, wide = tl.cdiv(m, BLOCK_M), GROUP * tl.cdiv(n, BLOCK_N)
+    tile, first = tl.program_id(0) % wide, tl.program_id(0) // wide * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    rows = (first + tile % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    row, column = (rows % m).to(tl.int64), (columns % n).to(tl.int64)  # beyond the edges others again, not stored
+    a = codes + row[:, None] * k + tl.arange(0, BLOCK_K)[None, :]
+    b = weight + column[None, :] * k + tl.arange(0, BLOCK_K)[:, None]
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for _ in range(0, k, BLOCK_K):
+        products = tl.dot(tl.load(a), tl.load(b), products, out_dtype=tl.int32)
+        a += BLOCK_K
+        b += BLOCK_K
+    scale = tl.load(row_scale + row)[:, None] * (tl.load(channel_scale + column) * TO_CODE)[None, :]
+    total = products.to(tl.float32) * scale
+    if BLOCK_R > 0:
+        a = rank + row[:, None] * r + tl.arange(0, BLOCK_R)[None, :]
+        b = up + column[None, :] * r + tl.arange(0, BLOCK_R)[:, None]
+        for _ in range(0, r, BLOCK_R):
+            total = tl.dot(tl.load(a), tl.load(b), total)
+            a += BLOCK_R
+            b += BLOCK_R
+    if bias is not None:
+        total += tl.load(bias + column)[None, :].to(tl.float32)
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
+    tl.store(y + rows[:, None].to(tl.int64) * n + columns[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
