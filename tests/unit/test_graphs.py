@@ -227,3 +227,20 @@ def test_on_a_gpu_replays_are_the_same_bit_for_bit(precision):
                 expected = transformer(latents, t, cond)
                 assert torch.equal(found.run(partial(transformer), latents, t, cond), expected)
     assert len(captured) == 1, "a model this small is launch-bound on any GPU"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_an_error_while_capturing_is_only_an_error():
+    """With cudaMallocAsync a tensor that outlived a capture in the error's frames would end the process."""
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def model(latents, t, cond):
+        kept = latents * t
+        raise ValueError(f"{kept.shape}")
+
+    cond = replace(caption(), **{name: tensor.to(device) for name, tensor in graphs.tensors(caption()).items()})
+    latents, t = torch.ones(1, 16, 4, 4, device=device), torch.tensor([0.5], device=device)
+    with pytest.raises(ValueError, match="16") as caught:
+        Graph(model, latents, t, cond, torch.cuda.graph_pool_handle())
+    del caught
+    assert torch.equal(latents + 1, torch.full_like(latents, 2))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -74,7 +75,8 @@ class Watch:
 class Graph:
     """One captured step with the tensors that it reads and writes.
 
-    They are allocated before: of what cudaMallocAsync allocates while capturing nothing may outlive the capture.
+    They are allocated before: of what cudaMallocAsync allocates while capturing nothing may outlive the capture, not
+    even in the frames of an error; freeing it later would end the process.
     """
 
     @torch.inference_mode(False)
@@ -87,7 +89,11 @@ class Graph:
         self.graph = torch.cuda.CUDAGraph()
         stream = capture_stream(latents.device)
         with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
-            self.flow.copy_(model(self.latents, self.t, self.cond))
+            try:
+                self.flow.copy_(model(self.latents, self.t, self.cond))
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)
+                raise
 
     @torch.inference_mode(False)
     @torch.no_grad()
