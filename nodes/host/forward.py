@@ -197,7 +197,7 @@ class PatchedRunner:
         self.patches = options.get("patches", {})
 
     def __call__(self, stage: str, index: int, block, x: Tensor, *args) -> Tensor:
-        if index == 0:
+        if index == 0 and any(self.patches.values()):  # no CUDA graph is captured then, which nothing may outlive
             self.first = x
         if stage == "layers":
             total = len(self.module.transformer.layers)

@@ -513,7 +513,8 @@ def test_a_block_is_the_same_bit_for_bit_with_codes_from_the_kernels_in_front(co
     assert torch.equal(streamer.run_block("layers", 0, block, x, *angles, None, t_emb), expected)
     streamer.place(DEVICE, 2**40)
     w2, to_qkv = block.feed_forward.w2, block.attention.to_qkv
-    to_qkv.set_adapter(Terms(torch.randn(8, 384).to(DEVICE, dtype), torch.randn(1152, 8).to(DEVICE, dtype) / 10))
+    pair = torch.randn(16, 384).to(DEVICE, dtype), torch.randn(1152, 16).to(DEVICE, dtype) / 10  # of LoRAs' multiple
+    to_qkv.set_adapter(Terms(*pair))
     assert to_qkv.adapter is None and not torch.equal(check(1), expected)
     to_qkv.set_adapter(Terms(inputs=[((0, 1152), torch.rand(384).to(DEVICE, dtype))]))
     w2.set_adapter(Terms(bias=torch.randn(384).to(DEVICE, dtype)))
