@@ -92,8 +92,10 @@ def meta_transformer(
         ("triton w4a16", 90, True, BF16, 1, 512, "2 * 2 * f + 4 * 2 * d + 2 * r", "2 * f * (d + r) * 2"),
         ("dense", 0, True, BF16, 1, 1024, "3 * 2 * f + 3 * 2 * d", "0"),
         ("dense", 0, False, FP32, 1, 512, "4 * 4 * f + 3 * 4 * d", "0"),
-        # int8 products in 32 bits beside the result; the residual stream in 32 bits and a dequantized weight in fp16.
-        ("triton w4a8", 80, True, BF16, 1, 1024, "(2 * 2 + 4 * 2) * f + (3 * 2 + 1) * d + 2 * r", "2 * f * d"),
+        # Codes in int8 have no more columns. Before sm_80 int8 products in 32 bits lie beside the result. The residual
+        # stream in 32 bits and a dequantized weight in fp16.
+        ("triton w4a8", 80, True, BF16, 1, 1024, "(3 * 2 + 1) * f + (3 * 2 + 1) * d", "0"),
+        ("triton w4a8", 75, True, FP16, 1, 1024, "(2 * 2 + 4 * 2) * f + (4 + 4 + 2 + 1) * d + 2 * r", "2 * f * d"),
         ("triton w4a16", 90, True, FP16, 1, 1024, "2 * 2 * f + (4 + 4 + 2) * d", "2 * f * d * 2"),
         ("reference w4a16", 0, False, BF16, 2, 1024, "2 * 2 * 2 * f + 2 * r + 3 * 2 * d", "2 * f * d * 2"),
     ],
