@@ -254,11 +254,11 @@ def time_ways(
 
 
 def _call(way: Way, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, coded: bool) -> Callable[[], torch.Tensor]:
-    """A call of a linear as a block makes it. coded: x comes from a kernel of ours, already quantized."""
+    """A call of a linear as a block makes it. coded: x comes from a kernel of ours, as the linear asks for it."""
     module = backends.load(way[0])
     smooth, columns = backends.Backend(*way, module, "").smoothing(prepared, len(x)) if coded else (None, 0)
     if smooth is None:
-        return partial(module.linear, x, prepared, way[1])
+        return partial(module.linear, F.pad(x, (0, columns)), prepared, way[1])
     quantized = backends.Quantized(x, *module.quantize_rows(x, smooth, module.eight_bit(x.device), columns))
     return partial(module.linear, quantized, prepared, way[1])
 

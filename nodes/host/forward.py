@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...zimage_core.memory.graphs import Graphs
+from ...zimage_core.models.attention import sdpa
 from ...zimage_core.models.ops import finite
 from ...zimage_core.models.transformer import Conditioning, Hooks, ZImageTransformer
 from ...zimage_core.sampler import predict_flow
@@ -28,6 +29,7 @@ from .guidance import ATTENTION_PATCH, NAG, join, parted, patched
 from .patcher import Adapted
 
 HONOURED_PATCHES = ("double_block", "noise_refiner", ATTENTION_PATCH)
+OVERRIDE = "optimized_attention_override"  # the option of nodes that replace attention
 KEPT_PROMPTS = 4  # conditionings kept between steps: positive, negative, areas
 KEPT_CAPTIONS = 16  # captions kept between steps: repeated for a batch, joined for one forward
 
@@ -184,7 +186,7 @@ def patches(options: dict, name: str) -> list[Callable]:
 
 def custom(options: dict) -> bool:
     """Whether a node changes what is computed inside a step."""
-    return "optimized_attention_override" in options or any(options.get("patches", {}).values())
+    return OVERRIDE in options or any(options.get("patches", {}).values())
 
 
 class PatchedRunner:
@@ -238,11 +240,16 @@ class PatchedRunner:
 
 
 def attend(options: dict, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention as ComfyUI is set to compute it, or as a node overrides it; a `Hooks.attention`."""
+    """Attention as ComfyUI is set to compute it, or as a node overrides it; a `Hooks.attention`.
+
+    Where that is torch's, torch chooses among its own: ComfyUI prefers FlashAttention 2 to cuDNN's, which takes a
+    Hopper 1.6 times as long."""
+    function = comfy.ldm.modules.attention.optimized_attention_masked
+    if function is comfy.ldm.modules.attention.attention_pytorch and OVERRIDE not in options:
+        return sdpa(q, k, v, mask)
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     if mask is not None:  # some of ComfyUI's functions only add masks
         mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
-    function = comfy.ldm.modules.attention.optimized_attention_masked
     return function(q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
 
 

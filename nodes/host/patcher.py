@@ -77,6 +77,7 @@ class Adapted(nn.Module):
         self.stock, self.dense = stock, dense
         self.stock_loras: dict = {}  # conversions of what stock loaders patched
         self.hooked: list[tuple] | None = None  # (weight, adapter, strength) while a bypass LoRA loader injects
+        self._counted: tuple[int, Weights] | None = None  # with which adapters, and what
 
     @property
     def body(self) -> nn.Module:
@@ -84,8 +85,11 @@ class Adapted(nn.Module):
         return self.core
 
     def weights(self) -> Weights:
-        """The bytes of the body as it is now, LoRAs included."""
-        return weights(self.streamer.blocks, self.body)
+        """The bytes of the body as it is now, LoRAs included; ComfyUI asks five times a prompt."""
+        version = self.core.adapter_version
+        if self._counted is None or self._counted[0] != version:
+            self._counted = version, weights(self.streamer.blocks, self.body)
+        return self._counted[1]
 
     def leave(self) -> None:
         """Move everything back to the host."""

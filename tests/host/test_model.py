@@ -208,6 +208,24 @@ def test_attention_override(ours, stock):
     assert relative(found, ksample(ours, conditioning())) > 1e-4
 
 
+def test_torch_chooses_attention_where_comfyui_is_set_to_torch_s(ours, monkeypatch):
+    import comfy.ldm.modules.attention as attention
+
+    asked = []
+
+    def counted(*args, **kwargs):
+        asked.append(1)
+        return attention_pytorch(*args, **kwargs)
+
+    attention_pytorch = attention.attention_pytorch
+    monkeypatch.setattr(attention, "optimized_attention_masked", counted)
+    expected = ksample(ours, conditioning())
+    assert len(asked) == 1 + 2 * STEPS
+    monkeypatch.setattr(attention, "attention_pytorch", counted)
+    assert relative(ksample(ours, conditioning()), expected) < 1e-4
+    assert len(asked) == 1 + 2 * STEPS
+
+
 def test_rope_options(ours, stock):
     def patched(model):
         clone = model.clone()

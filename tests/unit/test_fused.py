@@ -51,6 +51,14 @@ def check_kernels(device: str):
             check(both[0], expected[0], "add_norm_scale, x")
             check(both[1], ops.norm_scale(both[0].float(), wide[2] + 1, 1e-5, wide[3]), "add_norm_scale")
             check(fused.swiglu(h), ops.swiglu(h.float()), "swiglu")
+            for name, *given in (
+                ("norm_scale", x, weight, 1e-5, scale),
+                ("add_norm_scale", x, h, weight, weight, 1e-5, None, scale),
+                ("swiglu", h),
+            ):  # in rows with columns behind them
+                plain, wide = getattr(fused, name)(*given), getattr(fused, name)(*given, columns=32)
+                plain, wide = (made[1] if isinstance(made, tuple) else made for made in (plain, wide))
+                assert wide.shape[-1] == plain.shape[-1] + 32 and torch.equal(wide[..., :-32], plain), name
         for batch, angles, heads, width in ((1, 1, 3, 128), (2, 2, 6, 64), (2, 1, 6, 64)):
             qkv = random(batch, 5, 3, heads, width, dtype=dtype)
             norms = random(width, dtype=dtype), random(width, dtype=dtype)
@@ -92,7 +100,7 @@ def test_kernels_compile(gpu):
     amd, old = isinstance(gpu, str), gpu == 75
     target = GPUTarget("hip", gpu, 64 if gpu == "gfx942" else 32) if amd else GPUTarget("cuda", gpu, 32)
     half, stream = ("*fp16", "*fp32") if old else ("*bf16", "*bf16")
-    row = {"tokens": "i32", "width": "i32", "eps": "fp32"}
+    row = {"tokens": "i32", "width": "i32", "out_stride": "i32", "eps": "fp32"}
     kernels = (
         (fused._norm_scale, {"x": stream, "weight": half, "scale": half, "out": half, "scale_stride": "i32", **row},
          {"SCALED": True, "BLOCK": 4096, **dict.fromkeys(("smooth", "codes", "row_scale", "code_stride", "LIMIT"))}),
@@ -107,7 +115,8 @@ def test_kernels_compile(gpu):
         (fused._norm_rope,
          {"qkv": half, "norm_q": half, "norm_k": half, "cos": "*fp32", "sin": "*fp32", "tokens": "i32",
           "angle_tokens": "i32", "heads": "i32", "eps": "fp32"}, {"SATURATE": old, "BLOCK_H": 32, "K": 128}),
-        (fused._swiglu, {"x": half, "out": half, "width": "i32"}, {"SATURATE": old, "BLOCK": 2048}),
+        (fused._swiglu, {"x": half, "out": half, "width": "i32", "out_stride": "i32"},
+         {"SATURATE": old, "BLOCK": 2048}),
     )  # fmt: skip
     for kernel, types, constants in kernels:
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}

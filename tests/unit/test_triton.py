@@ -48,6 +48,7 @@ def test_kernels_compile_for(gpu):
         "tokens": "i32",
         "scale_stride": "i32",
         "width": "i32",
+        "out_stride": "i32",
         "code_stride": "i32",
         "eps": "fp32",
     }

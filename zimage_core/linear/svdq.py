@@ -206,7 +206,7 @@ class SVDQLinear(nn.Module):
         return self.out_features * (self.in_features + 3 * round_up(self._held["proj_up"].shape[1], 32))
 
     def forward(self, x: torch.Tensor | Quantized) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, x.shape[-1])
         y = self._linear(rows) if self.adapter is None else self.adapter(rows, self._linear, self._buffers.get("bias"))
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -236,9 +236,9 @@ def svdq_linears(module: nn.Module) -> list[SVDQLinear]:
 
 
 def smoothing(linear: nn.Module, x: torch.Tensor) -> Smoothing:
-    """What quantizing inside the preceding kernel needs; x (..., any) has the linear's rows.
+    """What a linear asks of the preceding kernel; x (..., any) has the linear's rows.
 
-    Nothing for dense linears, 16-bit activations, and linears with an adapter beside them, which needs x itself."""
+    Nothing for dense linears, and for linears with an adapter beside them, which needs x itself."""
     if not isinstance(linear, SVDQLinear) or linear.adapter is not None:
         return NO_SMOOTHING
     return linear.backend.smoothing(linear._held, x.shape[:-1].numel())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..linear.svdq import SVDQLinear, svdq_linears
 from .copies import CPU, Contents, CopyAtOnce, DeviceSlot, HostBlock, contents, copier, put, unchanged
-from .placement import BUFFERS, change, codes_bytes, fit, flat_bytes, module_bytes, slots
+from .placement import BUFFERS, Weights, change, codes_bytes, fit, flat_bytes, module_bytes, slots
 
 
 class BlockStreamer:
@@ -41,8 +41,8 @@ class BlockStreamer:
         self.used = 0  # bytes on the device
         self.codes = 0  # of them, those of kept 8-bit codes
         self.addresses: int | None = None  # a digest of where all tensors lie, None where blocks are streamed
-        self._placed: tuple[torch.device, float] | None = None  # what `place` was last asked for, where nothing streams
-        self._seen: Contents = []  # what it then left
+        self._seen: Contents = []  # what `place` left, where nothing streams
+        self._held = Weights(0)  # and the bytes of that
         self._model = model
         self._index = {id(block): i for i, block in enumerate(self.blocks)}
         self._make_copier = copies
@@ -66,9 +66,10 @@ class BlockStreamer:
         resident. With one that holds more than all blocks, 8-bit codes are kept. Cheap where nothing changes.
         """
         device = torch.device(device)
-        if self._placed == (device, allowance) and unchanged(self._seen):
+        known = self._seen and device == self.device and self._held.within(allowance) == (len(self.blocks), self.used)
+        if known and unchanged(self._seen):
             return self.used
-        self._placed, self._seen = None, []
+        self._seen = []
         rest = self._place_rest(device)
         sizes = [module_bytes(block) for block in self.blocks]
         buffer = max(map(flat_bytes, self.blocks), default=0)
@@ -102,14 +103,15 @@ class BlockStreamer:
         self.used = rest + sum(sizes[i] for i in keep) + BUFFERS * self._size() + self.codes
         self.addresses = None if self.host else self._digest()
         if not self.host:
-            self._placed, self._seen = (device, allowance), [held for part in self._parts() for held in contents(part)]
+            self._seen = [held for part in self._parts() for held in contents(part)]
+            self._held = Weights(rest, tuple(sizes), buffer, codes)
         return self.used
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def leave(self) -> None:
         """Move everything to the host; `place` brings it back."""
-        self._placed, self._seen = None, []
+        self._seen = []
         self._drop_slots()
         self._keep_codes(False)
         for i in range(len(self.blocks)):

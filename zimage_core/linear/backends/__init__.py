@@ -14,9 +14,9 @@ same weights in memory, if any) and five functions:
 
 A backend with 8-bit activations also has:
 
-    smoothing(prepared, precision)                the smoothing vector (K,) for quantizing inside the preceding kernel,
-                                                  whose result `linear` takes as `Quantized`, and the columns that its
-                                                  codes need beside K; (None, 0) for other precisions
+    smoothing(prepared, precision, rows)          the smoothing vector (K,) for quantizing inside the preceding kernel,
+                                                  whose result `linear` takes as `Quantized`, or None to stay in 16
+                                                  bits; and the columns that `linear` takes beside K and may fill
     codes(prepared) -> tensor                     the weight in 8 bits; `linear` takes it as prepared["codes"], and
                                                   makes it in every call where there is none
 
@@ -62,7 +62,7 @@ BACKENDS = ("nunchaku", "triton", "kitchen", "reference")
 PRECISIONS = ("w4a16", "w4a8", "w4a4")
 
 
-Smoothing = tuple["torch.Tensor | None", int]  # a vector (K,), and how many columns codes have beside K
+Smoothing = tuple["torch.Tensor | None", int]  # a vector (K,), and how many columns rows have beside K
 NO_SMOOTHING: Smoothing = (None, 0)  # activations stay in 16 bits
 
 
@@ -120,9 +120,9 @@ class Backend:
         return self.module.join(prepared, rank, pair)
 
     def smoothing(self, prepared: Mapping[str, torch.Tensor], rows: int) -> Smoothing:
-        """What quantizing so many rows inside the preceding kernel needs."""
+        """What a linear of so many rows asks of the preceding kernel."""
         function = getattr(self.module, "smoothing", None)
-        return function(prepared, self.level(rows)) if function else NO_SMOOTHING
+        return function(prepared, self.level(rows), rows) if function else NO_SMOOTHING
 
     def codes(self, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """The weight in 8 bits, if the backend multiplies that."""

@@ -4,7 +4,8 @@ Eager torch reads and writes the residual stream and the feed-forward activation
 Inside, everything is fp32 and rounded once, so results differ from `ops` by its intermediate roundings.
 
 With a smoothing vector a kernel also writes the 8-bit codes for the w4a8 linear behind it, bit for bit those that
-`triton.quantize_rows` computes from the rounded result, without reading it again, and leaves `columns` behind them.
+`triton.quantize_rows` computes from the rounded result, without reading it again. It leaves `columns` for the linear
+to fill behind each row of codes, or of the result where there are none.
 
 Legend: that of `ops`; M = B * L rows.
 """
@@ -67,8 +68,9 @@ def swiglu(x: Tensor, smooth: Tensor | None = None, columns: int = 0) -> Tensor 
 
 
 def _outputs(x: Tensor, width: int, dtype: torch.dtype, coded: bool, columns: int) -> list[Tensor]:
-    """Uninitialized results (..., width) for x (..., any); if coded with codes (M, width + columns) and scales (M,)."""
-    out = torch.empty(*x.shape[:-1], width, dtype=dtype, device=x.device)
+    """Uninitialized results for x (..., any): (..., width) with codes (M, width + columns) and scales (M,) if coded,
+    else (..., width + columns)."""
+    out = torch.empty(*x.shape[:-1], width + (0 if coded else columns), dtype=dtype, device=x.device)
     return [out, *empty_codes(out.numel() // width, width + columns, x.device)] if coded else [out]
 
 
@@ -85,7 +87,8 @@ def _normed_scaled(
     limit = None if codes is None else LIMITS[codes.dtype]
     launch(
         _norm_scale, (x.numel() // width,), x, weight, weight if scale is None else scale, out, smooth, codes,
-        row_scale, x.shape[1], _stride(scale), width, width + columns, eps, scale is not None, limit, **_row(width),
+        row_scale, x.shape[1], _stride(scale), width, made[0].shape[-1], width + columns, eps, scale is not None, limit,
+        **_row(width),
     )  # fmt: skip
     return made
 
@@ -129,8 +132,8 @@ def _added_scaled(
     launch(
         _add_norm_scale, (x.numel() // width,), x, h, weight, weight if gate is None else gate, total, next_weight,
         weight if scale is None else scale, out, smooth, codes, row_scale, x.shape[1], _stride(gate), _stride(scale),
-        width, width + columns, eps, gate is not None, h.dtype is torch.float16, scale is not None, limit,
-        **_row(width),
+        width, made[0].shape[-1], width + columns, eps, gate is not None, h.dtype is torch.float16, scale is not None,
+        limit, **_row(width),
     )  # fmt: skip
     return [total, *made]
 
@@ -155,9 +158,9 @@ def _turn(qkv: Tensor, norm_q: Tensor, norm_k: Tensor, eps: float, cos: Tensor, 
 def _gated_values(x: Tensor, smooth: Tensor | None, columns: int) -> list[Tensor]:
     width, saturate = x.shape[-1] // 2, x.dtype is torch.float16
     made = _outputs(x, width, x.dtype, smooth is not None, columns)
-    rows = made[0].numel() // width
+    rows = x.numel() // x.shape[-1]
     if smooth is None:
-        launch(_swiglu, (rows, -(-width // 2048)), x, *made, width, saturate, 2048, num_warps=4)
+        launch(_swiglu, (rows, -(-width // 2048)), x, *made, width, width + columns, saturate, 2048, num_warps=4)
     else:
         out, codes, row_scale = made
         given = x, out, smooth, codes, row_scale, width, width + columns
@@ -185,7 +188,7 @@ def _head_and_tail(width: int) -> dict[str, int]:
 
 @triton.jit
 def _norm_scale(
-    x, weight, scale, out, smooth, codes, row_scale, tokens, scale_stride, width, code_stride, eps,
+    x, weight, scale, out, smooth, codes, row_scale, tokens, scale_stride, width, out_stride, code_stride, eps,
     SCALED: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LIMIT is the largest code, or None without codes."""
@@ -193,7 +196,10 @@ def _norm_scale(
     columns = tl.max_contiguous(tl.arange(0, BLOCK), 8)  # per thread; 16 would suit codes, but change the sum
     y = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
     scale += row // tokens * scale_stride
-    _store_scaled(y, weight, scale, out, smooth, codes, row_scale, row, columns, width, code_stride, eps, SCALED, LIMIT)
+    _store_scaled(
+        y, weight, scale, out, smooth, codes, row_scale, row, columns, width, out_stride, code_stride, eps,
+        SCALED, LIMIT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -210,7 +216,7 @@ def _norm_gate_add(
 @triton.jit
 def _add_norm_scale(
     x, h, weight, gate, total, next_weight, scale, out, smooth, codes, row_scale,
-    tokens, gate_stride, scale_stride, width, code_stride, eps,
+    tokens, gate_stride, scale_stride, width, out_stride, code_stride, eps,
     GATED: tl.constexpr, SATURATE: tl.constexpr, SCALED: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -220,8 +226,9 @@ def _add_norm_scale(
     tl.store(total + row * width + columns, y, mask=columns < width)
     y, scale = y.to(tl.float32), scale + row // tokens * scale_stride
     _store_scaled(
-        y, next_weight, scale, out, smooth, codes, row_scale, row, columns, width, code_stride, eps, SCALED, LIMIT
-    )
+        y, next_weight, scale, out, smooth, codes, row_scale, row, columns, width, out_stride, code_stride, eps,
+        SCALED, LIMIT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -241,7 +248,7 @@ def _added(x, h, weight, gate, row, columns, width, eps, GATED: tl.constexpr, SA
 
 @triton.jit
 def _store_scaled(
-    y, weight, scale, out, smooth, codes, row_scale, row, columns, width, code_stride, eps,
+    y, weight, scale, out, smooth, codes, row_scale, row, columns, width, out_stride, code_stride, eps,
     SCALED: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Store norm(y) * (1 + scale) of a row y in fp32, and its codes."""
@@ -251,7 +258,7 @@ def _store_scaled(
     if SCALED:
         y *= 1 + tl.load(scale + columns, mask=inside, other=0.0).to(tl.float32)
     y = y.to(out.dtype.element_ty)
-    tl.store(out + row * width + columns, y, mask=inside)
+    tl.store(out + row * out_stride + columns, y, mask=inside)
     if LIMIT is not None:
         values = smoothed(y, smooth, columns, inside)
         factor = store_scale(row_scale + row, tl.max(tl.abs(values)), LIMIT)
@@ -302,12 +309,12 @@ def _gated(x, row, width, columns, inside, SATURATE: tl.constexpr):
 
 @triton.jit
 def _swiglu(
-    x, out, width, SATURATE: tl.constexpr, BLOCK: tl.constexpr,
+    x, out, width, out_stride, SATURATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    tl.store(out + row * width + columns, _gated(x, row, width, columns, inside, SATURATE), mask=inside)
+    tl.store(out + row * out_stride + columns, _gated(x, row, width, columns, inside, SATURATE), mask=inside)
 
 
 @triton.jit

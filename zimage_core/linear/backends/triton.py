@@ -1,8 +1,9 @@
 """The Triton backend: every call dequantizes the weight into a temporary buffer, then runs one GEMM.
 
 w4a16: up to FEW_ROWS rows one kernel writes q * s / smooth, and the GEMM takes the low-rank branch as R more channels
-of x and of the weight, which costs M * (N + K) * R products. For more rows a kernel adds up @ down to the weight,
-which costs N * K * R for any M.
+of x and of the weight, which costs M * (N + K) * R products; `fused` leaves space for them behind the rows that it
+writes. For more rows, and where x has no such space, the kernel adds up @ down to the weight, which costs N * K * R
+products for any M.
 
 w4a8: activations x / smooth in 8 bits with a scale per row, weights in 8 bits with a scale per output channel, fp8
 (e4m3) from sm_89 on and int8 before. In a block `quantize_rows` is left for the attention's result only: `fused` writes
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from ...sizes import round_up
-from . import NO_SMOOTHING, Quantized, Smoothing, amd_architecture, capability, load, reference
+from . import Quantized, Smoothing, amd_architecture, capability, load, reference
 from .reference import restore
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ AMD = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")  # with matrix units; the
 OLDEST_TRITON = (3, 2)  # comes with torch 2.6; before it the kernels fail to compile or to compute
 PART = 32  # columns of the low-rank branch come in so many: K of a tensor core's instruction
 MOST_GROWTH = 4096.0  # of a channel's scale by the low-rank columns: its smallest codes are subnormal beyond
-FEW_ROWS = 2048  # w4a16 multiplies up to so many rows by the low-rank branch, instead of adding it to the weight
+FEW_ROWS = 2048  # up to so many the low-rank branch is cheaper by the row than by the weight
 
 
 def unavailable(
@@ -116,10 +117,12 @@ def join(
     return branch | branch_scales({**prepared, **branch})
 
 
-def smoothing(prepared: Mapping[str, torch.Tensor], precision: str) -> Smoothing:
+def smoothing(prepared: Mapping[str, torch.Tensor], precision: str, rows: int) -> Smoothing:
     """The smoothing vector for w4a8, and the columns of the low-rank branch."""
     if precision != "w4a8":
-        return NO_SMOOTHING
+        up = prepared["proj_up"]
+        joins = rows <= FEW_ROWS and up.dtype is torch.bfloat16  # in fp16 x @ down.T might overflow
+        return None, up.shape[1] if joins else 0
     smooth = prepared["smooth_factor"]
     return smooth, columns(prepared, eight_bit(smooth.device))
 
@@ -135,7 +138,7 @@ def codes(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor], precision: str) -> torch.Tensor:
-    """x (M, K), with w4a8 also `Quantized` by the preceding kernel -> (M, N)."""
+    """x (M, K), as the preceding kernel wrote it (M, K + R) or with w4a8 `Quantized` -> (M, N)."""
     return _w4a8(x, prepared) if precision == "w4a8" else _w4a16(cast(torch.Tensor, x), prepared)
 
 
@@ -144,9 +147,9 @@ def dequantize(prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
     down, up = prepared["proj_down"], prepared["proj_up"]
     weight = torch.empty(len(up), down.shape[1], dtype=down.dtype, device=down.device)
     if (capability(down.device) or 80) < 80:  # triton has no tensor cores for the product there
-        _dequantize(prepared, weight, 0)
+        _dequantize(prepared, weight, False)
         return weight.addmm_(up, down)
-    _dequantize(prepared, weight, len(down))
+    _dequantize(prepared, weight, True)
     return weight
 
 
@@ -155,12 +158,12 @@ def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
 
     Those of sm_80 serve AMD GPUs: 32 KiB of 64."""
     if r == 0:
-        return {"BLOCK_N": 32, "BLOCK_K": channel_tile(k), "BLOCK_R": 0, "num_warps": 4, "num_stages": 1}
-    if sm in (90, 100):
-        sizes = {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": min(r & -r, 64), "num_warps": 4}
+        sizes = {"BLOCK_N": 32, "BLOCK_K": channel_tile(k), "BLOCK_R": PART, "num_warps": 4, "num_stages": 1}
+    elif sm in (90, 100):
+        sizes = {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": min(r & -r, 64), "num_warps": 4, "num_stages": 3}
     else:
-        sizes = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_R": min(r & -r, 32), "num_warps": 8}
-    return sizes | {"num_stages": 3}
+        sizes = {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_R": min(r & -r, 32), "num_warps": 8, "num_stages": 3}
+    return {"PRODUCT": r > 0} | sizes
 
 
 def channel_tile(k: int) -> int:
@@ -189,13 +192,14 @@ def _kernels() -> ModuleType:
     return load("triton_kernels")
 
 
-def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, r: int) -> None:
-    """Write q * s / smooth into weight (N, K), which may be strided; plus up @ down unless r is 0."""
-    n, k = weight.shape
-    tiles = dequantize_tiles(k, r, capability(weight.device) or 80)
+def _dequantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor, product: bool) -> None:
+    """Write q * s / smooth into weight, with the product + up @ down; without, a weight (N, K + R) gets up behind K."""
+    r, k = prepared["proj_down"].shape
+    n, width = weight.shape
+    tiles = dequantize_tiles(k, r if product else 0, capability(weight.device) or 80)
     names = ("qweight", "wscales", "outer_scale", "smooth_factor", "proj_down", "proj_up")
-    grid = k // tiles["BLOCK_K"], n // tiles["BLOCK_N"]
-    launch("dequantize", grid, *(prepared.get(name) for name in names), weight, k, r, weight.stride(0), **tiles)
+    grid = k // tiles["BLOCK_K"] + (width > k), n // tiles["BLOCK_N"]
+    launch("dequantize", grid, *(prepared.get(name) for name in names), weight, k, r, width, **tiles)
 
 
 def eight_bit(device: torch.device) -> torch.dtype:
@@ -252,23 +256,15 @@ def _requantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor) -> N
 
 
 def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    down, up, bias = prepared["proj_down"], prepared["proj_up"], prepared.get("bias")
-    (m, k), n, r = x.shape, len(up), len(down)
-    if m > FEW_ROWS or x.dtype is torch.float16:  # x @ down.T might overflow
+    down, bias = prepared["proj_down"], prepared.get("bias")
+    k, width = down.shape[1], x.shape[1]
+    if width == k:
         return F.linear(x, dequantize(prepared), bias)
     # [x, x @ down.T] @ [q * s / smooth, up].T
-    weight = torch.empty(n, k + r, dtype=x.dtype, device=x.device)
-
-    def fill() -> None:
-        _dequantize(prepared, weight[:, :k], 0)
-        weight[:, k:] = up
-
-    join = _aside(x.device, fill)
-    wide = x.new_empty(m, k + r)
-    wide[:, :k] = x
-    torch.mm(x, down.T, out=wide[:, k:])
-    join()
-    return F.linear(wide, weight, bias)
+    weight = torch.empty(len(prepared["proj_up"]), width, dtype=x.dtype, device=x.device)
+    _dequantize(prepared, weight, False)
+    torch.mm(x[:, :k], down.T, out=x[:, k:])
+    return F.linear(x, weight, bias)
 
 
 def _w4a8(x: torch.Tensor | Quantized, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:

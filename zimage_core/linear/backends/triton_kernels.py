@@ -116,25 +116,32 @@ def half(bits):
 @triton.jit
 def dequantize(
     qweight, wscales, outer_scale, smooth_factor, proj_down, proj_up, weight, k, r, stride,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRODUCT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """weight (N, K), its rows `stride` apart, = q * s / smooth + up @ down, rounded once.
+    """weight (N, K), its rows `stride` apart, = q * s / smooth, and with PRODUCT + up @ down, rounded once.
 
-    BLOCK_R = 0 leaves up @ down out. r is not a constexpr, so that a LoRA in the branch needs no new compilation.
-    Grid (K / BLOCK_K, N / BLOCK_N)."""
+    r is not a constexpr, so that a LoRA in the branch needs no new compilation.
+    Grid (K / BLOCK_K, N / BLOCK_N); with one more of the first, up is copied behind K."""
     tile, rows = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    words, scale = _codes(qweight, wscales, outer_scale, rows, tile, k, BLOCK_K)
-    smooth = tl.load(smooth_factor + channels).to(tl.float32)
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    if BLOCK_R > 0:
+    if tile * BLOCK_K < k:
+        channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+        words, scale = _codes(qweight, wscales, outer_scale, rows, tile, k, BLOCK_K)
+        smooth = tl.load(smooth_factor + channels).to(tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        if PRODUCT:
+            for start in range(0, r, BLOCK_R):
+                ranks = start + tl.arange(0, BLOCK_R)
+                up = tl.load(proj_up + rows[:, None] * r + ranks[None, :])
+                total = tl.dot(up, tl.load(proj_down + ranks[:, None] * k + channels[None, :]), total)
+        q, s = _residual(words, scale)
+        # A reduction, so that no thread takes others' reciprocals again:
+        total += q * s * tl.max((1 / smooth)[None, :], 0)[None, :]
+        tl.store(weight + rows[:, None] * stride + channels[None, :], total.to(weight.dtype.element_ty))
+    elif not PRODUCT:
         for start in range(0, r, BLOCK_R):
-            ranks = start + tl.arange(0, BLOCK_R)
-            up = tl.load(proj_up + rows[:, None] * r + ranks[None, :])
-            total = tl.dot(up, tl.load(proj_down + ranks[:, None] * k + channels[None, :]), total)
-    q, s = _residual(words, scale)
-    total += q * s * tl.max((1 / smooth)[None, :], 0)[None, :]  # a reduction: no thread takes others' reciprocals again
-    tl.store(weight + rows[:, None] * stride + channels[None, :], total.to(weight.dtype.element_ty))
+            ranks = start + tl.arange(0, BLOCK_R)[None, :]
+            up = tl.load(proj_up + rows[:, None] * r + ranks, mask=ranks < r)
+            tl.store(weight + rows[:, None] * stride + k + ranks, up, mask=ranks < r)
 
 
 @triton.jit
