@@ -344,7 +344,9 @@ def test_few_rows_may_go_another_way_than_many(monkeypatch):
         prepare = staticmethod(
             lambda weights, level: {**weights.tensors(), **({"extra": torch.ones(1)} if level == "w4a8" else {})}
         )
-        smoothing = staticmethod(lambda prepared, level, rows: (prepared["smooth_factor"] if level == "w4a8" else None, 0))
+        smoothing = staticmethod(
+            lambda prepared, level, rows: (prepared["smooth_factor"] if level == "w4a8" else None, 0)
+        )
 
         @staticmethod
         def linear(x, prepared, level):

@@ -158,7 +158,7 @@ def dequantize_tiles(k: int, r: int, sm: int) -> dict[str, int]:
 
     Those of sm_80 serve AMD GPUs: 32 KiB of 64."""
     if r == 0:
-        sizes = {"BLOCK_N": 32, "BLOCK_K": channel_tile(k), "BLOCK_R": PART, "num_warps": 4, "num_stages": 1}
+        sizes = {"BLOCK_N": 32, "BLOCK_K": channel_tile(k), "BLOCK_R": 128, "num_warps": 4, "num_stages": 1}
     elif sm in (90, 100):
         sizes = {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_R": min(r & -r, 64), "num_warps": 4, "num_stages": 3}
     else:

@@ -127,15 +127,14 @@ def dequantize(
         channels = tile * BLOCK_K + tl.arange(0, BLOCK_K)
         words, scale = _codes(qweight, wscales, outer_scale, rows, tile, k, BLOCK_K)
         smooth = tl.load(smooth_factor + channels).to(tl.float32)
-        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        q, s = _residual(words, scale)
+        # A reduction, so that no thread takes others' reciprocals again:
+        total = q * s * tl.max((1 / smooth)[None, :], 0)[None, :]
         if PRODUCT:
             for start in range(0, r, BLOCK_R):
                 ranks = start + tl.arange(0, BLOCK_R)
                 up = tl.load(proj_up + rows[:, None] * r + ranks[None, :])
                 total = tl.dot(up, tl.load(proj_down + ranks[:, None] * k + channels[None, :]), total)
-        q, s = _residual(words, scale)
-        # A reduction, so that no thread takes others' reciprocals again:
-        total += q * s * tl.max((1 / smooth)[None, :], 0)[None, :]
         tl.store(weight + rows[:, None] * stride + channels[None, :], total.to(weight.dtype.element_ty))
     elif not PRODUCT:
         for start in range(0, r, BLOCK_R):
