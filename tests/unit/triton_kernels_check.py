@@ -449,8 +449,8 @@ def test_the_kernels_in_front_make_the_codes_of_quantize_rows(codes, dtype, stre
         assert torch.equal(found.row_scale, row_scale) and made.float().abs().amax(1)[:4].all()
 
 
-def narrow_block(dtype: torch.dtype) -> Block:
-    """A block of w4a8 linears, its other parameters random."""
+def narrow_block(dtype: torch.dtype, precision: str = "w4a8") -> Block:
+    """A block of linears in a precision, its other parameters random."""
     torch.manual_seed(0)
     block = Block(ZImageConfig(384, n_heads=3), functools.partial(SVDQLinear, rank=RANK), True)
     block.to(DEVICE, dtype).requires_grad_(False)
@@ -459,7 +459,7 @@ def narrow_block(dtype: torch.dtype) -> Block:
     for linear in block.modules():
         if isinstance(linear, SVDQLinear):
             weights = wide_weights(linear.out_features, linear.in_features, dtype)
-            linear.load(weights, Backend("triton", "w4a8", backend, ""))
+            linear.load(weights, Backend("triton", precision, backend, ""))
     return block
 
 
@@ -525,15 +525,21 @@ def test_a_block_is_the_same_bit_for_bit_with_codes_from_the_kernels_in_front(co
     assert not torch.equal(check(3), expected)
 
 
-def test_a_compiled_block_is_the_same_bit_for_bit(codes):
+@pytest.mark.parametrize("precision", ["w4a8", "w4a16"])
+def test_a_compiled_block_is_the_same_bit_for_bit(precision, codes):
     """By dynamo and functionalization in one graph: the kernels and linears are operators with fakes that fit them."""
     dtype, stream = DTYPES[codes == INT8]
-    block = narrow_block(dtype)
+    block = narrow_block(dtype, precision)
     use(block, FUSED)
     x, t_emb = torch.randn(1, 5, 384).to(DEVICE, stream), torch.randn(1, 256).to(DEVICE, dtype)
     angles = [y.to(DEVICE) for y in rope_angles(torch.arange(15.0).view(1, 5, 3), ZImageConfig(384, n_heads=3))]
     with torch.no_grad():
         expected = block(x, *angles, None, t_emb)
+        if precision == "w4a16":  # where rows have columns, they are used, and nothing else changes
+            use(block, APART)
+            apart = block(x, *angles, None, t_emb)
+            assert relative(expected, apart) < 0.01 and torch.equal(expected, apart) is (dtype is torch.float16)
+            use(block, FUSED)
         found = torch.compile(block, backend="aot_eager", fullgraph=True)(x, *angles, None, t_emb)
     assert torch.equal(found, expected)
 
