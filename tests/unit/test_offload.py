@@ -17,7 +17,7 @@ from zimage_core.formats.encoder import load_text_encoder
 from zimage_core.formats.load import load_transformer
 from zimage_core.linear.adapters import Linear, Terms
 from zimage_core.linear.svdq import SVDQLinear
-from zimage_core.memory import copies, placement
+from zimage_core.memory import copies, offload, placement
 from zimage_core.memory.copies import CopyAtOnce, CopyOnStream
 from zimage_core.memory.offload import BlockStreamer
 from zimage_core.memory.placement import BUFFERS, fit, flat_bytes, module_bytes
@@ -241,6 +241,19 @@ def test_what_is_placed_again_counts_what_was_replaced_added_and_removed_since()
     assert streamer.place(CPU, float("inf")) == before + 4 + module_bytes(blocks[1].inner)
     assert streamer.place(CPU, 0) == BUFFERS * max(map(flat_bytes, blocks)) and streamer.addresses is None
     assert streamer.place(CPU, float("inf")) == before + 4 + module_bytes(blocks[1].inner)
+
+
+def test_another_allowance_of_which_nothing_follows_moves_nothing(monkeypatch):
+    """ComfyUI's differs a little for each picture, as the GPU's free memory does."""
+    blocks = blocks_of(1.0, 2.0)
+    model = nn.Sequential(*blocks, nn.Linear(4, 4))
+    streamer, whole, moved = BlockStreamer(blocks, model, copies=Lazy), module_bytes(model), []
+    streamer.place(CPU, 2 * whole)
+    monkeypatch.setattr(offload, "change", lambda module, make, inside=True: moved.append(module))
+    for allowance in (3 * whole, whole, float("inf")):
+        assert streamer.place(CPU, allowance) == whole and not moved
+    streamer.place(CPU, whole - 1)
+    assert streamer.host and moved
 
 
 def test_replaced_tensors_are_taken_up_even_without_placing_again():
