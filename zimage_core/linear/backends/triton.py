@@ -257,8 +257,8 @@ def _requantize(prepared: Mapping[str, torch.Tensor], weight: torch.Tensor) -> N
 
 def _w4a16(x: torch.Tensor, prepared: Mapping[str, torch.Tensor]) -> torch.Tensor:
     down, bias = prepared["proj_down"], prepared.get("bias")
-    k, width = down.shape[1], x.shape[1]
-    if width == k:
+    (r, k), width = down.shape, x.shape[1]
+    if width != k + r:
         return F.linear(x, dequantize(prepared), bias)
     # [x, x @ down.T] @ [q * s / smooth, up].T
     weight = torch.empty(len(prepared["proj_up"]), width, dtype=x.dtype, device=x.device)
