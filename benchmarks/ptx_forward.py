@@ -83,8 +83,8 @@ def check_linears(n: int, k: int, rank: int, device: torch.device, dtype: torch.
     one, two = (3e-4, 6e-4) if dtype is torch.float16 else (1.8e-3, 2.6e-3)  # of rounding once, and twice
     yield f"dequantize {shape}", error(backend.dequantize(weights.tensors()), exact), two
     x = (torch.randn(2, k, device=device) * weights.smooth_factor).to(dtype).repeat(backend.FEW_ROWS // 2 + 1, 1)
+    prepared = backend.prepare(weights, "w4a16")
     for rows in (3, len(x)):
-        prepared = backend.prepare(weights, "w4a16")
         _, columns = backend.smoothing(prepared, "w4a16", rows)
         y = backend.linear(F.pad(x[:rows], (0, columns)), prepared, "w4a16")
         yield f"w4a16 {shape}, {rows} rows", error(y, x[:rows].float() @ exact.T), one + two
